@@ -1,0 +1,782 @@
+"""DDK: distil a large language model (the teacher) into a small one (the student), domain by domain.
+
+    python distill.py                                        the quickstart: text, teacher, student, DDK, a table
+    python distill.py --method=kd                            another arm on the same bins and models
+    python distill.py --teacher=DIR --student=DIR --data_dir=DIR    your own
+
+The method is Alg. 1 of arXiv 2407.16154. Every K steps (`interval`) the student's perplexity is measured in each
+domain and set against the teacher's; the domains where it is furthest behind get more of the next K steps' data. The
+loss of each step is cross-entropy plus γ times the divergence from the teacher's predictions (Eq. 3).
+
+    Config, PRESETS                    what can be set; `--help` lists it
+    dense_distillation_loss            Eq. 3 on logits, in a few lines
+    distillation_loss                  the same from hidden states, without holding all logits
+    learning_rate, make_optimizers     warm-up and cosine; AdamW, decay on matrices only
+    perplexities                       the ℓ_S and ℓ_T of Eq. 1 and 2
+    save_checkpoint, newest_checkpoint written whole, then renamed; found damaged, the one before is used
+    train                              Alg. 1, from first evaluation to last checkpoint
+    quickstart                         bins and models for a first run
+
+A run's `out_dir` holds `config.json`, `metrics.jsonl` (one JSON object a line) and `step_00000400/` folders, which
+open in transformers as they are. The same command again resumes from the newest whole one.
+"""
+
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from data import (TokenBins, UserError, build_bins, digest, file_sha256, load_tokenizer, model_tokenizer, option,
+                  parse_config, quickstart_domains, run_program, save_tokenizer, write_text)
+from model import GPT, GPTConfig, read_config
+from sample_mixture import MixtureSampler, interval_probs, next_factor, read_metrics, update_rule
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """Keys of `python distill.py`. Where the paper gives a value, that is the default."""
+
+    preset: Literal["", "quickstart", "custom"] = option(
+        "", "a set of defaults; quickstart when neither teacher nor student is given, else custom")
+    out_dir: str = option("", "the run's folder; out/PRESET-METHOD-SEED if empty")
+    data_dir: str = option("", "the bins' folder, made by data.py; data/PRESET if empty")
+    teacher: str = option("", "folder of the teacher, in Hugging Face's format")
+    student: str = option("", "folder of the student, or scratch:LxD for L new layers, D wide")
+    method: Literal["ddk", "ddk_no_fs", "ddk_es", "kd", "cpt"] = option(
+        "ddk", "ddk; without factor smoothing (Eq. 1 every time); with equal sampling; kd: natural mixture; "
+               "cpt: natural mixture, no teacher in the loss")
+    # Eq. 3
+    gamma: float = option(0.2, "γ, weight of the divergence from the teacher")
+    temperature: float = option(1.0, "T, divides both models' logits in the divergence")
+    # Eq. 1, Eq. 2, Alg. 1
+    alpha: float = option(0.5, "α, how much of r follows the discrepancies; the rest is uniform")
+    interval: int = option(1000, "K, steps between two updates of r")
+    val_samples: int = option(500, "validation windows a domain")
+    stop_ratio: float = option(0.0, "end once no domain's student/teacher perplexity ratio is above this; 0: never")
+    mixture: str = option("", "base proportions name=weight,… instead of the natural ones")
+    # Training
+    block_size: int = option(2048, "tokens a window")
+    batch_size: int = option(256, "windows a step, over all ranks and micro-batches")
+    micro_batch_size: int = option(0, "windows a forward pass; 0: a rank's whole share")
+    max_steps: int = option(30_000, "updates; 0 only evaluates")
+    optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the hidden matrices, AdamW for the rest")
+    lr: float = option(3e-5, "learning rate after warm-up")
+    min_lr: float = option(3e-6, "learning rate at the last step")
+    warmup_steps: int = option(1000, "steps from 0 to lr")
+    weight_decay: float = option(0.1, "on matrices only")
+    grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping")
+    seed: int = option(0, "order of the data, and initial weights from scratch")
+    # Machine
+    dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the products; auto: bfloat16 on cuda")
+    compile: Literal["auto", "true", "false"] = option("auto", "torch.compile; auto: on cuda")
+    device: str = option("auto", "auto: cuda, then mps, then cpu")
+    parallel: Literal["auto", "none"] = option("auto", "none: one process")
+    # Records
+    save_every: int = option(1000, "steps between two checkpoints; 0: the last step only")
+    keep: int = option(2, "newest checkpoints to keep; 0: all")
+    resume: Literal["auto", "never"] = option("auto", "auto: from out_dir's newest whole checkpoint; never: set the "
+                                                      "old run aside and start anew")
+    log_every: int = option(10, "steps between two lines of progress")
+    pretrain_steps: int = option(600, "quickstart: steps of its teacher; its student base trains half as many")
+
+    def problems(self) -> list[str]:
+        """Everything wrong with these values that can be told without loading anything, a line each."""
+        at_least = {"gamma": 0, "stop_ratio": 0, "interval": 1, "val_samples": 1, "block_size": 1, "batch_size": 1,
+                    "micro_batch_size": 0, "max_steps": 0, "lr": 0, "min_lr": 0, "warmup_steps": 0, "weight_decay": 0,
+                    "grad_clip": 0, "seed": 0, "save_every": 0, "keep": 0, "log_every": 1, "pretrain_steps": 1}
+        problems = [f"--{key}={getattr(self, key)}: must be a finite number, {least} or more"
+                    for key, least in at_least.items() if not least <= getattr(self, key) < math.inf]
+        makes_models = self.preset == "quickstart"
+        named = [("teacher", self.teacher)] + [("student", self.student)] * (not self.student.startswith("scratch:"))
+        problems += [f"--{key}={folder}: no such folder" for key, folder in named if folder and not os.path.isdir(folder)]
+        for wrong, message in (
+            (not 0 <= self.alpha <= 1, f"--alpha={self.alpha}: must be from 0 to 1"),
+            (not 0 < self.temperature < math.inf, f"--temperature={self.temperature}: must be above 0"),
+            (self.min_lr > self.lr, f"--min_lr={self.min_lr}: must not be above lr={self.lr}"),
+            (self.batch_size % max(1, self.micro_batch_size),
+             f"--batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size}"),
+            (self.method != "cpt" and not self.teacher and not makes_models,
+             f"--teacher: method={self.method} needs one; name its folder (only cpt goes without)"),
+            (self.stop_ratio and not self.teacher and not makes_models,
+             f"--stop_ratio={self.stop_ratio}: a ratio needs a teacher; name its folder with --teacher"),
+            (not self.student and not makes_models, "--student: name its folder, or scratch:LxD"),
+            (self.student.startswith("scratch:") and not re.fullmatch(r"scratch:[1-9]\d*x[1-9]\d*", self.student),
+             f"--student={self.student}: write scratch:LxD, as in scratch:4x128"),
+            (not makes_models and not os.path.isdir(self.data_dir),
+             f"--data_dir={self.data_dir}: no such folder; make bins there with data.py"),
+        ):
+            if wrong:
+                problems.append(message)
+        try:
+            parse_mixture(self.mixture)
+            resolve_device(self.device)
+        except UserError as error:
+            problems.append(str(error))
+        return problems
+
+
+PRESETS = {
+    "custom": {},
+    # About four minutes on two cores: 1 for the teacher, … See README, "Quickstart".
+    "quickstart": dict(interval=25, val_samples=48, block_size=256, batch_size=16, max_steps=300, lr=1e-3, min_lr=1e-4,
+                       warmup_steps=20, save_every=100),
+}
+
+
+def resolve_config(**given) -> Config:
+    """A whole Config from the keys given: the preset's values below them, then what is derived from others."""
+    chosen = given.get("preset") or ("custom" if given.get("teacher") or given.get("student") else "quickstart")
+    config = Config(**{**PRESETS[chosen], **given, "preset": chosen})
+    return replace(config, data_dir=config.data_dir or f"data/{chosen}",
+                   out_dir=config.out_dir or f"out/{chosen}-{config.method}-{config.seed}")
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """`name=weight,…` as a dict; {} if empty."""
+    try:
+        weights = {name.strip(): float(weight) for name, weight in
+                   (part.split("=") for part in text.split(",") if part.strip())}
+        if weights and (not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values())):
+            raise ValueError
+        return weights
+    except ValueError:
+        raise UserError(f"--mixture={text}: write name=weight,… with weights ≥ 0, not all 0") from None
+
+
+def resolve_device(name: str) -> torch.device:
+    available = [kind for kind, there in (("cuda", torch.cuda.is_available()),
+                                          ("mps", torch.backends.mps.is_available()), ("cpu", True)) if there]
+    if name == "auto":
+        return torch.device(available[0])
+    if name.partition(":")[0] not in available:
+        raise UserError(f"--device={name}: not on this machine, which has {' '.join(available)}")
+    return torch.device(name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 3
+# ---------------------------------------------------------------------------------------------------------------------
+
+IGNORED = -100  # a target that counts for nothing
+
+
+def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: float = 0.2, temperature: float = 1.0,
+                            direction: str = "forward", vocab_size: int | None = None, num_tokens=None):
+    """Eq. 3: CE(student, next token) + γ · KL(softmax(z_T/T) ‖ softmax(z_S/T)), mean per token → (loss, ce, kl).
+
+    student_logits (…, V_S), teacher_logits (…, V_T) or None (kl is 0), targets (…) already shifted, −100 ignored.
+    The divergence is over the first `vocab_size` ids (default: the smaller number of rows), both logits cut before
+    the softmax; CE is over all the student's rows, which keeps padded ids unlikely. There is no T² factor.
+    `direction` forward puts the teacher first, as Eq. 3 does; reverse the student, as MiniLLM does. Sums are divided
+    by `num_tokens` (default: the targets that count). ce and kl are detached.
+    """
+    counted = targets != IGNORED
+    num_tokens = counted.sum().clamp(min=1) if num_tokens is None else num_tokens
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    student_logits = student_logits.to(dtype)
+    ce = F.cross_entropy(student_logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    ce = ce / num_tokens
+    if teacher_logits is None:
+        return ce, ce.detach(), torch.zeros_like(ce).detach()
+    vocab_size = vocab_size or min(student_logits.shape[-1], teacher_logits.shape[-1])
+    log_q = F.log_softmax(student_logits[..., :vocab_size] / temperature, dim=-1)
+    log_p = F.log_softmax(teacher_logits[..., :vocab_size].to(dtype) / temperature, dim=-1)
+    if direction == "reverse":
+        log_p, log_q = log_q, log_p
+    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1).where(counted, 0).sum() / num_tokens
+    return ce + gamma * kl, ce.detach(), kl.detach()
+
+
+def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, *, gamma: float = 0.2,
+                      temperature: float = 1.0, direction: str = "forward", vocab_size: int | None = None,
+                      num_tokens=None, chunk_size: int | None = None):
+    """Eq. 3 from hidden states (…, d) and heads (V, d), without ever holding the logits of all tokens.
+
+    The other arguments and the result are dense_distillation_loss's. Logits are made for `chunk_size` tokens at a
+    time (default: about 16 million of them) and made again in the backward pass. Gradients reach student_hidden and
+    student_head; the teacher's arguments may be None.
+    """
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction {direction!r} must be forward or reverse")
+    hidden, targets = student_hidden.flatten(0, -2), targets.flatten()
+    if num_tokens is None:
+        num_tokens = (targets != IGNORED).sum().clamp(min=1)
+    if teacher_hidden is not None:
+        teacher_hidden = teacher_hidden.detach().flatten(0, -2)
+        vocab_size = vocab_size or min(len(student_head), len(teacher_head))
+
+    def chunk_loss(hidden, student_head, teacher_hidden, targets):
+        teacher_logits = None if teacher_hidden is None else F.linear(teacher_hidden, teacher_head.detach())
+        return dense_distillation_loss(F.linear(hidden, student_head), teacher_logits, targets, gamma=gamma,
+                                       temperature=temperature, direction=direction, vocab_size=vocab_size,
+                                       num_tokens=num_tokens)
+
+    chunk_size = chunk_size or max(1, 2**24 // len(student_head))
+    starts = range(0, len(targets), chunk_size)
+    recompute = len(starts) > 1 and torch.is_grad_enabled()
+    sums = []
+    for start in starts:
+        rows = slice(start, start + chunk_size)
+        chunk = (hidden[rows], student_head, None if teacher_hidden is None else teacher_hidden[rows], targets[rows])
+        sums.append(checkpoint(chunk_loss, *chunk, use_reentrant=False) if recompute else chunk_loss(*chunk))
+    return tuple(sum(parts) for parts in zip(*sums))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimisation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """Of the update after `step` finished ones: linear up to lr in warmup_steps, then cosine to min_lr at the last."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.max_steps - 1 - config.warmup_steps)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
+    """AdamW with decay on matrices only; with optimizer=muon, the blocks' matrices go to Muon instead."""
+    hidden = [p for p in model.layers.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
+    others = [p for p in model.parameters() if all(p is not q for q in hidden)]
+    adamw = torch.optim.AdamW([{"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
+                               {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}],
+                              lr=config.lr, betas=(0.9, 0.95), fused=True)
+    if not hidden:
+        return [adamw]
+    # match_rms_adamw scales Muon's steps to AdamW's usual size, so that one learning rate serves both.
+    return [adamw, torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay,
+                                    adjust_lr_fn="match_rms_adamw")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Evaluation: ℓ_S and ℓ_T
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, batch: int,
+                 autocast=nullcontext()) -> dict[str, float]:
+    """exp of the mean next-token cross-entropy over each domain's windows (n, block_size + 1), in the paper's ℓ.
+
+    Over the tokenizer's ids alone (`vocab_size`), for teacher and student alike. Draws no random number.
+    """
+    device = model.head_weight.device
+    ppl = {}
+    for name, domain in windows.items():
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in domain.split(batch):
+            idx, targets = rows[:, :-1].to(device), rows[:, 1:].to(device)
+            with autocast:
+                _, ce, _ = model(idx, loss_fn=lambda hidden, head: distillation_loss(
+                    hidden, head[:vocab_size], None, None, targets, num_tokens=1))
+            total += ce.double().cpu()
+        ppl[name] = math.exp(min(700.0, total.item() / domain[:, 1:].numel()))
+    return ppl
+
+
+def teacher_perplexities(teacher: GPT, content: str, cache: Path, measure: Callable[[], dict[str, float]]):
+    """ℓ_T, measured once: kept in `cache` under `content`, which names teacher, bins, windows and precision."""
+    try:
+        known = json.loads(cache.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        known = {}
+    if content not in known:
+        known[content] = measure()
+        try:
+            write_text(cache, json.dumps(known, indent=1))
+        except OSError as error:
+            print(f"note: {cache} cannot be written ({error.strerror}); the teacher will be measured again next time")
+    return known[content]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """All that a run goes on from, besides weights and optimizers. JSON-able."""
+
+    step: int = 0  # finished updates
+    evaluated: int = -1  # the step at which the student was last measured
+    factor: list[float] | None = None  # r_t
+    sampler: dict | None = None  # MixtureSampler.state_dict()
+    first_domains: dict | None = None  # what was measured at t = 0, as in the mixture line
+    domains: dict | None = None  # … and last
+
+
+def sync(path: Path):
+    """Make a file's content, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optimizer], state: TrainState,
+                    bins: TokenBins):
+    """Write a model's folder with optimizer.pt, train_state.json and manifest.json, so that it is whole or not there.
+
+    All files are written and synced under a temporary name first; the rename is what makes the checkpoint.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    model.save_pretrained(temporary)
+    save_tokenizer(temporary, bins)
+    torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
+    write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
+    names = sorted(path.name for path in temporary.iterdir())
+    write_text(temporary / "manifest.json", json.dumps({name: file_sha256(temporary / name) for name in names}, indent=1))
+    for path in [*temporary.iterdir(), temporary]:
+        sync(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    os.replace(temporary, folder)
+    sync(folder.parent)
+
+
+def checkpoints(out_dir: Path) -> list[Path]:
+    """Checkpoint folders, the newest last."""
+    return sorted(path for path in out_dir.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint's files against its manifest; None if nothing."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        for name, expected in manifest.items():
+            if Path(name).name != name:
+                return f"manifest.json names {name}, outside the folder"
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if file_sha256(folder / name) != expected:
+                return f"{name} changed since it was written"
+        return None if {"model.safetensors", "optimizer.pt", "train_state.json"} <= set(manifest) else "manifest.json is not whole"
+    except (OSError, json.JSONDecodeError, AttributeError, TypeError) as error:
+        return f"manifest.json is not readable ({type(error).__name__})"
+
+
+def newest_checkpoint(out_dir: Path) -> Path | None:
+    """The newest whole checkpoint; damaged ones are named and set aside as corrupt_step_…."""
+    for folder in reversed(checkpoints(out_dir)):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder
+        aside = free_name(folder.with_name(f"corrupt_{folder.name}"))
+        os.replace(folder, aside)
+        print(f"WARNING: {folder}: {wrong}; set aside as {aside.name}, the checkpoint before it is used")
+    return None
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or with .1, .2, … behind it if that exists."""
+    numbers = (path.with_name(f"{path.name}.{n}") for n in range(1, 10**6))
+    return path if not path.exists() else next(candidate for candidate in numbers if not candidate.exists())
+
+
+def read_state(folder: Path) -> TrainState:
+    return TrainState(**json.loads((folder / "train_state.json").read_text(encoding="utf-8")))
+
+
+def model_content(folder: str) -> str:
+    """Identity of a model: from its config.json and weights, whatever the folder is called."""
+    files = sorted(path for path in Path(folder).iterdir() if path.name == "config.json" or path.suffix == ".safetensors")
+    return digest(*((path.name, file_sha256(path)) for path in files))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Starting, resuming, and what is written
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Keys that do not change the experiment. Folders are compared by content.
+FREE_KEYS = {"preset", "out_dir", "data_dir", "teacher", "student", "micro_batch_size", "compile", "device", "parallel",
+             "save_every", "keep", "resume", "log_every", "pretrain_steps"}
+
+
+def check_same_experiment(out_dir: Path, record: dict):
+    """UserError if `out_dir` holds a run of another configuration or content than `record`, naming what differs."""
+    path = out_dir / "config.json"
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [f"--{key}={record['config'][key]}: the run in {out_dir} has {key}={before['config'].get(key)}"
+               for key in record["config"] if key not in FREE_KEYS and record["config"][key] != before["config"].get(key)]
+    changed += [f"--{key}={record['config'][key]}: another content than the run in {out_dir} began with "
+                f"({before['config'].get(key)})"
+                for key, content in record["content"].items() if content != before["content"].get(key)]
+    if changed:
+        raise UserError("\n".join(changed + [f"--out_dir={out_dir}: take the values above, name another folder, or set "
+                                             "the old run aside with --resume=never"]))
+
+
+def rewind_metrics(path: Path, state: TrainState):
+    """Drop what a run wrote after the checkpoint that it now goes on from."""
+    upto = {"mixture": state.evaluated, "end": -1}
+    written = read_metrics(path) if path.exists() else []
+    kept = [line for line in written if line["step"] <= upto.get(line["kind"], state.step)]
+    write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def environment() -> dict:
+    """Versions that a result may depend on, and the git revision of this file if it has one."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) \
+        if shutil.which("git") else None
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "git": git.stdout.strip() or None if git else None}
+
+
+def check_fits(role: str, name: str, config: GPTConfig, bins: TokenBins):
+    """UserError if a model cannot read the bins' windows."""
+    if config.vocab_size < bins.vocab_size:
+        raise UserError(f"--{role}={name}: has {config.vocab_size} ids, but the bins' tokenizer has {bins.vocab_size}; "
+                        "make the bins with this model's tokenizer")
+    if config.max_position_embeddings < bins.block_size:
+        raise UserError(f"--block_size={bins.block_size}: {role} {name} reads {config.max_position_embeddings} tokens "
+                        "at most")
+
+
+def check_tokenizer(role: str, folder: str, bins: TokenBins):
+    """UserError if a model's folder has another tokenizer than the bins; a note if it has none."""
+    tokenizer = model_tokenizer(Path(folder))
+    if tokenizer is None:
+        print(f"WARNING: --{role}={folder} has no tokenizer files; its vocabulary covers the bins' ids, so it is taken")
+    elif tokenizer.fingerprint != bins.meta["tokenizer"]["fingerprint"]:
+        raise UserError(f"--{role}={folder}: its tokenizer ({tokenizer.name}, {tokenizer.vocab_size} ids) is not the "
+                        f"bins' ({bins.meta['tokenizer']['name']}, {bins.vocab_size} ids); make the bins anew with "
+                        f"data.py --tokenizer={folder}")
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGUSR1 or Ctrl-C while used as a context; the loop then saves and exits. A second Ctrl-C
+    exits at once."""
+
+    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    received = 0
+
+    def __enter__(self):
+        self.before = [signal.signal(number, self.receive) for number in self.signals]
+        return self
+
+    def receive(self, number, frame):
+        if number == self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *error):
+        for number, handler in zip(self.signals, self.before):
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Alg. 1
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def train(config: Config) -> Path:
+    """Run Alg. 1 (or the arm that `method` names) to its end; returns the last checkpoint's folder.
+
+    Iteration s of the loop finds s finished updates. It evaluates and updates r if s is a multiple of K or the last,
+    saves if that is due, and unless it is the last makes one update; so there is one iteration more than updates.
+    """
+    out_dir, device = Path(config.out_dir), resolve_device(config.device)
+    if config.dtype == "auto":
+        config = replace(config, dtype="bfloat16" if device.type == "cuda" else "float32")
+    use_bf16 = config.dtype == "bfloat16"
+    autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16 else nullcontext()
+
+    # Everything cheap is checked before anything large is loaded.
+    bins = TokenBins(config.data_dir, config.block_size)
+    names = bins.names
+    windows = {name: torch.from_numpy(bins.val_windows(name, config.val_samples)) for name in names}
+    mixture = parse_mixture(config.mixture)
+    if mixture and set(mixture) != set(names):
+        raise UserError(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(names)}")
+    if config.student.startswith("scratch:"):
+        layers, width = map(int, config.student.removeprefix("scratch:").split("x"))
+        student_config = GPTConfig.scratch(layers, width, bins.vocab_size, config.block_size)
+    else:
+        student_config = read_config(Path(config.student))
+    check_fits("student", config.student, student_config, bins)
+    content = {"data_dir": bins.content(), "student": config.student}
+    for role, folder in (("teacher", config.teacher), ("student", config.student)):
+        if os.path.isdir(folder):
+            check_fits(role, folder, read_config(Path(folder)), bins)
+            check_tokenizer(role, folder, bins)
+            content[role] = model_content(folder)
+
+    # Resume, in this order: nothing there → start; another experiment → refuse; finished → say so; else go on from
+    # the newest whole checkpoint, or from the start if there is none.
+    record = {"config": asdict(config), "content": content}
+    if config.resume == "never" and out_dir.exists():
+        os.replace(out_dir, free_name(out_dir))
+    check_same_experiment(out_dir, record)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    write_text(out_dir / "config.json", json.dumps(record, indent=1))
+    resumed = newest_checkpoint(out_dir)
+    state = read_state(resumed) if resumed else TrainState()
+
+    def is_last() -> bool:
+        ratios = [domain["ratio"] for domain in (state.domains or {}).values()]
+        reached = config.stop_ratio and state.evaluated == state.step and max(ratios) <= config.stop_ratio
+        return bool(reached) or state.step >= config.max_steps
+
+    metrics_path = out_dir / "metrics.jsonl"
+    if resumed and is_last() and state.evaluated == state.step and any(
+            line["kind"] == "end" for line in read_metrics(metrics_path)):
+        print(f"{out_dir}: this run is finished (step {state.step})")
+        return resumed
+    rewind_metrics(metrics_path, state if resumed else TrainState(step=-1))
+
+    # The models, the optimizers, the sampler
+    teacher = None
+    if config.teacher:
+        teacher = GPT.from_pretrained(config.teacher, dtype=torch.bfloat16 if use_bf16 else torch.float32)
+        teacher.requires_grad_(False).to(device)
+    if resumed or not config.student.startswith("scratch:"):
+        student = GPT.from_pretrained(resumed or config.student, dtype=torch.float32)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            student = GPT(student_config)
+    student.to(device)
+    optimizers = make_optimizers(student, config)
+    sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
+    sampler.probs = mixture or sampler.probs
+    base_probs = sampler.probs
+    if resumed:
+        print(f"{out_dir}: going on from {resumed.name}")
+        saved = torch.load(resumed / "optimizer.pt", map_location=device, weights_only=True)
+        for optimizer, optimizer_state in zip(optimizers, saved, strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        sampler.load_state_dict(state.sampler)
+    if config.compile == "true" or config.compile == "auto" and device.type == "cuda":
+        for model in filter(None, (student, teacher)):
+            model.compile()
+
+    micro_batch_size = config.micro_batch_size or config.batch_size
+    tokens_per_step = config.batch_size * config.block_size
+    teacher_ppl = None
+    if teacher is not None:
+        windows_id = digest(content["teacher"], bins.content(), config.block_size, config.val_samples, config.dtype)
+        teacher_ppl = teacher_perplexities(
+            teacher, windows_id, Path(config.data_dir) / "teacher_ppl.json",
+            lambda: perplexities(teacher, windows, bins.vocab_size, micro_batch_size, autocast))
+
+    def measure() -> dict:
+        """The domains of a mixture line. The factor is added where r is updated."""
+        student_ppl = perplexities(student, windows, bins.vocab_size, micro_batch_size, autocast)
+        return {name: {"student_ppl": student_ppl[name], "teacher_ppl": teacher_ppl and teacher_ppl[name],
+                       "ratio": teacher_ppl and student_ppl[name] / teacher_ppl[name],
+                       "factor": state.factor and state.factor[i],
+                       "tokens": int(sampler.drawn[i]) * config.block_size, "epochs": float(sampler.epochs[i])}
+                for i, name in enumerate(names)}
+
+    def log(kind: str, **values):
+        metrics.write(json.dumps({"kind": kind, "step": state.step, **values}) + "\n")
+        metrics.flush()
+
+    with open(metrics_path, "a", encoding="utf-8") as metrics, StopRequest() as stop:
+        if not resumed:
+            log("run", config=asdict(config), versions=environment(), parameters={
+                role: sum(p.numel() for p in model.parameters())
+                for role, model in (("teacher", teacher), ("student", student)) if model is not None})
+        started, first_step = time.perf_counter(), state.step
+        while True:
+            # Evaluate, update r, log. `evaluated` keeps a resumed run from doing it twice.
+            if state.evaluated != state.step and (state.step % config.interval == 0 or is_last()):
+                state.domains = measure()
+                state.evaluated = state.step
+                if state.step % config.interval == 0:
+                    t = state.step // config.interval
+                    if teacher is not None:
+                        factor = next_factor(update_rule(config.method), state.factor,
+                                             *([domain[key] for domain in state.domains.values()]
+                                               for key in ("student_ppl", "teacher_ppl")), config.alpha)
+                        state.factor = factor.tolist()
+                        for domain, value in zip(state.domains.values(), state.factor):
+                            domain["factor"] = value
+                    sampler.probs = interval_probs(config.method, t, state.factor, base_probs)
+                    state.first_domains = state.first_domains or state.domains
+                    log("mixture", t=t, r=dict(zip(names, sampler.probs.tolist())), domains=state.domains)
+            last = is_last()
+
+            # Save
+            folder = out_dir / f"step_{state.step:08d}"
+            due = state.step and config.save_every and state.step % config.save_every == 0
+            if (last or due or stop.received) and folder != resumed:
+                state.sampler = sampler.state_dict()
+                save_checkpoint(folder, student, optimizers, state, bins)
+                for old in checkpoints(out_dir)[:-config.keep or None] if config.keep else []:
+                    shutil.rmtree(old)
+            if last:
+                log("end", domains=state.domains)
+                break
+            if stop.received:
+                print(f"{out_dir}: stopped by {signal.Signals(stop.received).name}, saved as {folder.name}; "
+                      "the same command goes on from there")
+                sys.exit(128 + stop.received)
+
+            # One update
+            lr = learning_rate(state.step, config)
+            step_started = time.perf_counter()
+            domain_ids, window_ids = sampler.next_batch()
+            batch = torch.from_numpy(bins.train_windows(domain_ids, window_ids))
+            sums = torch.zeros(3, dtype=torch.float64)  # loss, ce, kl
+            for rows in batch.split(micro_batch_size):
+                idx, targets = rows[:, :-1].to(device), rows[:, 1:].to(device)
+                with autocast:
+                    teacher_hidden = teacher_head = None
+                    if teacher is not None and config.method != "cpt":
+                        with torch.no_grad():
+                            teacher_hidden, teacher_head = teacher(idx, loss_fn=lambda hidden, head: (hidden, head))
+                    losses = student(idx, loss_fn=lambda hidden, head: distillation_loss(
+                        hidden, head, teacher_hidden, teacher_head, targets, gamma=config.gamma,
+                        temperature=config.temperature, vocab_size=bins.vocab_size, num_tokens=tokens_per_step))
+                losses[0].backward()
+                sums += torch.stack(losses).detach().double().cpu()
+            grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf).item()
+            loss, ce, kl = sums.tolist()
+            if not math.isfinite(loss + grad_norm):
+                drawn = ", ".join(names[i] for i in np.unique(domain_ids))
+                raise UserError(f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the update was not made. "
+                                f"Its windows are of {drawn}. Lower --lr={config.lr} or look for damage in the data "
+                                f"(python data.py --verify={config.data_dir}); the last checkpoint is kept")
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+            state.step += 1
+            now = time.perf_counter()
+            eta = (now - started) / (state.step - first_step) * (config.max_steps - state.step)
+            tokens_per_s = tokens_per_step / (now - step_started)
+            log("train", loss=loss, ce=ce, kl=kl, lr=lr, grad_norm=grad_norm, tokens=state.step * tokens_per_step,
+                tokens_per_s=tokens_per_s, eta_s=eta)
+            if state.step % config.log_every == 0 or state.step == config.max_steps:
+                print(f"step {state.step}/{config.max_steps}  loss {loss:.3f}  ce {ce:.3f}  kl {kl:.3f}  lr {lr:.1e}  "
+                      f"{tokens_per_s:,.0f} tokens/s  ETA {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def report(config: Config, folder: Path):
+    """Print what a run did in each domain, from its first evaluation to its last, from its last checkpoint."""
+    state = read_state(folder)
+    domains, first = state.domains, state.first_domains
+    drawn = sum(domain["tokens"] for domain in domains.values()) or 1
+    if config.teacher:
+        uniform = read_config(Path(config.teacher)).vocab_size / 2
+        for name, domain in first.items():
+            if domain["teacher_ppl"] > uniform:
+                print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} (perplexity {domain['teacher_ppl']:.0f}): "
+                      "IT WAS MADE OR LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
+            elif domain["ratio"] < 1:
+                print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START "
+                      f"({domain['teacher_ppl']:.2f} against {domain['student_ppl']:.2f})")
+    print(f"\n{config.method}, seed {config.seed}, step {state.step}: perplexity by domain\n")
+    print(f"{'':14}{'teacher':>9}{'student':>19}{'student/teacher':>22}{'drawn':>9}{'epochs':>9}")
+
+    def change(key: str, name: str, width: int) -> str:
+        values = [measured[name][key] for measured in (first, domains)]
+        return (f"{values[0]:.2f} → {values[1]:.2f}" if values[0] else "–").rjust(width)
+
+    for name, domain in domains.items():
+        teacher_ppl = f"{domain['teacher_ppl']:.2f}" if domain["teacher_ppl"] else "–"
+        print(f"{name:14}{teacher_ppl:>9}{change('student_ppl', name, 19)}{change('ratio', name, 22)}"
+              f"{domain['tokens'] / drawn:9.1%}{domain['epochs']:9.2f}")
+    if config.teacher:
+        worst = [max(measured.values(), key=lambda domain: domain["ratio"])["ratio"] for measured in (first, domains)]
+        print(f"{'worst ratio':14}{f'{worst[0]:.2f} → {worst[1]:.2f}':>50}")
+
+
+def show_continuations(config: Config, folder: Path):
+    """Print what the student makes of the start of each domain's first validation document."""
+    bins = TokenBins(config.data_dir, config.block_size)
+    tokenizer = model_tokenizer(folder)
+    student = GPT.from_pretrained(folder)
+    prompts = torch.from_numpy(np.concatenate([bins.val_windows(name, 1) for name in bins.names])[:, :64])
+    idx = student.generate(prompts, 96, temperature=0.7, vocab_size=bins.vocab_size,
+                           generator=torch.Generator().manual_seed(config.seed))
+    print("\nThe student goes on from 64 tokens of each domain's validation text (after the |):\n")
+    for name, prompt, row in zip(bins.names, prompts.tolist(), idx.tolist()):
+        print(f"  {name}: {tokenizer.decode(prompt)[-40:]!r} | {tokenizer.decode(row[len(prompt):])!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Quickstart
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Unequal, as the paper's domains are: natural proportions .46 .31 .12 .12.
+QUICKSTART_BYTES = {"python": 6_000_000, "cpp": 4_000_000, "math": 1_500_000, "prose": 1_500_000}
+
+
+def quickstart(config: Config) -> Config:
+    """Make what the quickstart lacks, in `data_dir`: bins, a teacher, a student base. Returns `config` with its models.
+
+    Both models are trained by `train`, with no teacher: the teacher on all domains alike, the base mostly on code, as
+    small models are strong in some domains and weak in others. Every arm and seed then starts from the same two.
+    """
+    data_dir = Path(config.data_dir)
+    if not (data_dir / "meta.json").is_file():
+        print(f"Collecting text into {data_dir} …", flush=True)
+        build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES))
+    folders = {"teacher": config.teacher, "student": config.student}
+    for role, mixture, values in (
+        ("teacher", "python=1,cpp=1,math=1,prose=1", dict(student="scratch:4x128", max_steps=config.pretrain_steps)),
+        ("student", "python=.48,cpp=.48,math=.02,prose=.02",
+         dict(student="scratch:2x96", max_steps=(config.pretrain_steps + 1) // 2)),
+    ):
+        if not folders[role]:
+            out_dir = data_dir / role
+            base = resolve_config(**{**PRESETS["quickstart"], "preset": "custom", "method": "cpt", "optimizer": "muon",
+                                     "lr": 1e-2, "min_lr": 1e-3, "mixture": mixture, "interval": 10**9, "keep": 1,
+                                     "log_every": 50, "data_dir": str(data_dir), "out_dir": str(out_dir), **values})
+            print(f"\nThe {role}: {base.student}, {base.max_steps} steps, kept in {out_dir}", flush=True)
+            folders[role] = str(train(base))
+    return replace(config, **folders)
+
+
+def main():
+    config = parse_config(Config, make=resolve_config)
+    print("\n".join(f"{entry.name} = {getattr(config, entry.name)}" for entry in fields(config)), flush=True)
+    if config.preset == "quickstart":
+        config = quickstart(config)
+    folder = train(config)
+    report(config, folder)
+    if config.preset == "quickstart":
+        show_continuations(config, folder)
+        other = "kd" if config.method != "kd" else "ddk"
+        print(f"\nCompare with another arm on the same models:  python distill.py --method={other}")
+    print(f"The student lies in {folder}\nTo hear more of it:  python model.py --model={folder} --prompt='def main('")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,376 @@
+"""The data mixture of DDK: how much of each domain the student sees next, and which windows those are.
+
+    discrepancy_factor    Eq. 1   r_0 from the perplexities before training
+    smooth_update         Eq. 2   r_{t+1} from r_t and the perplexities after K more steps
+    next_factor           Alg. 1  which of the two an arm uses
+    interval_probs        Alg. 1  what an arm draws the next K steps by
+    MixtureSampler        Alg. 1  the global batch of every step, each domain walked without replacement and cycled
+
+Only numpy is needed, and nothing here knows of models or ranks. As a program it shows a mixture, replays r from the
+perplexities that a run logged, and draws the paper's Fig. 3:
+
+    python sample_mixture.py --data_dir=data/quickstart
+    python sample_mixture.py --metrics=out/quickstart-ddk-0/metrics.jsonl --alpha=0.8 --plot=mixture.png
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from data import TokenBins, UserError, option, parse_config, run_program, saved_tokenizer
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. 1 and Eq. 2
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _ratios_below_max(student_ppl, teacher_ppl) -> np.ndarray:
+    """ℓ_S/ℓ_T less the largest ℓ_S/ℓ_T, (N,) float64 ≤ 0.
+
+    A softmax needs no more than these differences. They are taken in exact arithmetic: a float64 ratio of 1e6 is
+    already off by 1e-10, and the exp that follows would pass that on.
+    """
+    student, teacher = np.asarray(student_ppl, dtype=np.float64), np.asarray(teacher_ppl, dtype=np.float64)
+    if student.ndim != 1 or student.shape != teacher.shape or not student.size:
+        raise ValueError(f"student_ppl {student.shape} and teacher_ppl {teacher.shape} must be two equally long, "
+                         "non-empty lists: one perplexity a domain")
+    for name, ppl in (("student_ppl", student), ("teacher_ppl", teacher)):
+        if not (np.isfinite(ppl) & (ppl >= 1)).all():
+            raise ValueError(f"{name} {ppl.tolist()} must be finite and at least 1: perplexities, not losses")
+    ratios = [Fraction(s) / Fraction(t) for s, t in zip(student.tolist(), teacher.tolist())]
+    largest = max(ratios)
+    return np.array([float(ratio - largest) for ratio in ratios])
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
+
+
+def discrepancy_factor(student_ppl, teacher_ppl) -> np.ndarray:
+    """Eq. 1: r[i] = softmax_i(ℓ_S[i] / ℓ_T[i]), the domain discrepancy factor.
+
+    Takes two lists of N perplexities (≥ 1) and returns (N,) float64 that sums to 1. ValueError on empty or unequal
+    lists and on a perplexity that is not finite or below 1.
+    """
+    return _softmax(_ratios_below_max(student_ppl, teacher_ppl))
+
+
+def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
+    """Eq. 2: ψ[i] = r_t[i] · exp(ℓ_S[i] / ℓ_T[i]), then r_{t+1}[i] = α · ψ[i]/Σψ + (1 − α)/N.
+
+    `factor` is r_t, (N,) weights; the rest as in `discrepancy_factor`. ValueError also on α outside [0, 1] and on a
+    factor that is negative, not finite, all zero or of another length.
+    """
+    ratios, factor = _ratios_below_max(student_ppl, teacher_ppl), np.asarray(factor, dtype=np.float64)
+    if factor.shape != ratios.shape or not (np.isfinite(factor) & (factor >= 0)).all() or not factor.any():
+        raise ValueError(f"factor {factor.tolist()} must be {len(ratios)} finite weights ≥ 0, not all 0")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha {alpha} must lie in [0, 1]")
+    with np.errstate(divide="ignore"):  # log 0 = −inf: a domain that α = 1 has driven to 0 stays there, as in Eq. 2
+        log_psi = np.log(factor) + ratios
+    return alpha * _softmax(log_psi) + (1 - alpha) / len(ratios)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Alg. 1: the rule of each arm
+# ---------------------------------------------------------------------------------------------------------------------
+
+Rule = Literal["smooth", "softmax"]
+
+
+def update_rule(method: str) -> Rule:
+    """Eq. 2 (`smooth`) for every arm but DDK without factor smoothing, which applies Eq. 1 (`softmax`) every time."""
+    return "softmax" if method == "ddk_no_fs" else "smooth"
+
+
+def next_factor(rule: Rule, factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
+    """r_t, (N,): Eq. 1 at t = 0, where there is no `factor` yet (None), then by `rule` from the last one."""
+    if factor is None or rule == "softmax":
+        return discrepancy_factor(student_ppl, teacher_ppl)
+    return smooth_update(factor, student_ppl, teacher_ppl, alpha)
+
+
+def interval_probs(method: str, t: int, factor, base_probs: np.ndarray) -> np.ndarray:
+    """What `method` draws the K steps after evaluation t by, (N,): r_t, all alike, or the base proportions.
+
+    Alg. 1 draws the first interval (t = 0) from the data as it is, although r_0 is known by then.
+    """
+    if method == "ddk_es":
+        return np.full(len(base_probs), 1 / len(base_probs))
+    if method in ("ddk", "ddk_no_fs") and t > 0:
+        return factor
+    return base_probs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Alg. 1: drawing from the domains
+# ---------------------------------------------------------------------------------------------------------------------
+
+_MASK = 2**64 - 1
+_WALK, _START, _PLACES = 1, 2, 3  # what a hash is for, so that no two uses share random numbers
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Bijective 64-bit mixer (the finaliser of splitmix64): every input bit moves every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _hash(*words) -> np.ndarray:
+    """A pseudo-random uint64 for each row of `words` (integers or uint64 arrays that broadcast), at least 1-d."""
+    state = np.zeros(1, dtype=np.uint64)
+    for word in words:
+        word = np.atleast_1d(np.asarray(word & _MASK if isinstance(word, int) else word, dtype=np.uint64))
+        state = _mix((state ^ word) + np.uint64(0x9E3779B97F4A7C15))
+    return state
+
+
+def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray, rounds: int = 8) -> np.ndarray:
+    """The element at `index` of a pseudo-random permutation of 0 … n−1 that `key` selects. All (B,), uint64.
+
+    Nothing is stored, so a domain of 1e9 windows costs no more than one of ten. A Feistel network permutes an a × b
+    grid that just covers n: each round shifts one coordinate by a hash of the other, which is undone by shifting
+    back, so the whole is a bijection. A result past n (fewer than one in √n) is permuted again until it falls inside.
+    """
+    index, n, key = (np.array(x, dtype=np.uint64) for x in np.broadcast_arrays(index, n, key))
+    a = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
+    b = (n + a - np.uint64(1)) // a
+    walking = np.arange(index.size)
+    while walking.size:
+        rows, columns, keys = a[walking], b[walking], key[walking]
+        left, right = index[walking] // columns, index[walking] % columns
+        for turn in range(rounds):
+            if turn % 2:
+                right = (right + _hash(keys, turn, left) % columns) % columns
+            else:
+                left = (left + _hash(keys, turn, right) % rows) % rows
+        index[walking] = left * columns + right
+        walking = walking[index[walking] >= n[walking]]
+    return index
+
+
+class MixtureSampler:
+    """Draws the global batch of each step: which domains, by `probs`, and which of their windows.
+
+    A pure function of (seed, step, what was drawn before): neither the number of ranks nor the micro-batch is known
+    here, so they cannot change the order. Evaluation draws nothing.
+
+    Args:
+        n_windows: train windows of each domain, at least 1; its order is the order of `probs` and of domain ids.
+        batch_size: windows a batch, over all ranks.
+        seed: selects the order of everything.
+    """
+
+    def __init__(self, n_windows: dict[str, int], batch_size: int, seed: int):
+        if not n_windows or min(n_windows.values()) < 1:
+            raise ValueError(f"n_windows {dict(n_windows)}: at least one domain, and one window in each, are needed")
+        if batch_size < 1:
+            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        self.names = list(n_windows)
+        self.n_windows = np.array(list(n_windows.values()), dtype=np.int64)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.step = 0  # batches drawn
+        self.drawn = np.zeros(len(self.names), dtype=np.int64)  # windows drawn a domain; epoch = drawn // n_windows
+        # By name, so that a domain's order does not depend on which others are there.
+        self._domain_keys = np.array([int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
+                                      for name in self.names], dtype=np.uint64)
+        self.probs = self.n_windows  # the natural proportions
+
+    @property
+    def probs(self) -> np.ndarray:
+        """Probability of each domain, (N,) float64, read-only. Set it whole, to N weights or name → weight."""
+        return self._probs
+
+    @probs.setter
+    def probs(self, weights: Mapping[str, float] | np.ndarray):
+        if isinstance(weights, Mapping):
+            if set(weights) != set(self.names):
+                raise ValueError(f"probs name {sorted(weights)}, but the domains are {sorted(self.names)}")
+            weights = [weights[name] for name in self.names]
+        weights = np.array(weights, dtype=np.float64)
+        if weights.shape != (len(self.names),) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+            raise ValueError(f"probs {weights.tolist()} must be {len(self.names)} finite weights ≥ 0, not all 0")
+        self._probs = weights / weights.sum()
+        self._probs.setflags(write=False)
+
+    @property
+    def epochs(self) -> np.ndarray:
+        """Passes over each domain so far, (N,) float64."""
+        return self.drawn / self.n_windows
+
+    def next_batch(self) -> tuple[np.ndarray, np.ndarray]:
+        """(domain_ids, window_ids), both (B,) int64, of the next step.
+
+        Systematic sampling: B evenly spaced points with one random start, over the domains laid end to end. A
+        domain gets B · probs windows to within one, so the share drawn follows probs at every step, not just in the
+        long run as with independent draws.
+        """
+        start = int(_hash(self.seed, _START, self.step)[0] >> np.uint64(32)) / 2**32  # in [0, 1), exact
+        edges = np.append(0, np.cumsum(self.probs))
+        edges /= edges[-1]  # ends on 1 exactly, and a last domain of probability 0 stays empty
+        counts = np.diff(np.ceil(self.batch_size * edges - start)).astype(np.int64)
+
+        # Shuffle the places among the domains. The k-th place that falls to a domain gets its k-th window from here.
+        in_order = np.repeat(np.arange(len(counts)), counts)
+        places = keyed_permutation(np.arange(self.batch_size), self.batch_size, _hash(self.seed, _PLACES, self.step))
+        domain_ids = in_order[places.astype(np.int64)]
+        by_domain = np.argsort(domain_ids, kind="stable")
+        first_place = np.cumsum(counts) - counts
+        position = np.empty(self.batch_size, dtype=np.int64)
+        position[by_domain] = self.drawn[in_order] + np.arange(self.batch_size) - first_place[in_order]
+
+        n = self.n_windows[domain_ids]
+        key = _hash(self.seed, _WALK, self._domain_keys[domain_ids], position // n)  # a new order every epoch
+        window_ids = keyed_permutation(position % n, n, key).astype(np.int64)
+        self.drawn += counts
+        self.step += 1
+        return domain_ids, window_ids
+
+    def state_dict(self) -> dict:
+        """All that the next batches depend on besides the constructor's arguments: JSON-able, a few numbers a domain."""
+        return {"step": self.step, "probs": dict(zip(self.names, self.probs.tolist())),
+                "drawn": dict(zip(self.names, self.drawn.tolist()))}
+
+    def load_state_dict(self, state: dict):
+        """Go on from `state`. ValueError if it is of other domains."""
+        if set(state["drawn"]) != set(self.names):
+            raise ValueError(f"sampler state is of {sorted(state['drawn'])}, the domains are {sorted(self.names)}")
+        self.probs = state["probs"]  # checks; then the very bits, which a second normalisation could move
+        self._probs = np.array([state["probs"][name] for name in self.names])
+        self._probs.setflags(write=False)
+        self.step = state["step"]
+        self.drawn = np.array([state["drawn"][name] for name in self.names], dtype=np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The program
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl; a torn last line, left by a run that was killed, is not one."""
+    if not path.is_file():
+        raise UserError(f"--metrics={path}: no such file; a run writes it to its out_dir")
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+    except json.JSONDecodeError as error:
+        raise UserError(f"--metrics={path}: not a run's metrics.jsonl ({error})") from None
+
+
+def replay(lines: list[dict], method: str, rule: Rule, alpha: float) -> list[dict[str, float]]:
+    """The r that each `mixture` line would have had by `rule` and `alpha`, from the perplexities logged there."""
+    factor, replayed = None, []
+    for line in lines:
+        domains = line["domains"]
+        factor = next_factor(rule, factor, *([domain[key] for domain in domains.values()]
+                                             for key in ("student_ppl", "teacher_ppl")), alpha)
+        base_probs = np.array([lines[0]["r"][name] for name in domains])
+        replayed.append(dict(zip(domains, interval_probs(method, line["t"], factor, base_probs).tolist())))
+    return replayed
+
+
+def print_replay(lines: list[dict], replayed: list[dict[str, float]]):
+    names = list(replayed[0])
+    print(f"{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in names))
+    for line, r in zip(lines, replayed):
+        print(f"{line['step']:8}  " + "".join(f"{r[name]:13.4f}" for name in names))
+    difference = max(abs(line["r"][name] - r[name]) for line, r in zip(lines, replayed) for name in names)
+    print(f"largest difference to the run's own r: {difference:.1e}\n")
+
+
+def plot(lines: list[dict], replayed: list[dict[str, float]], path: str):
+    """The paper's Fig. 3: each domain's share of the data, and its perplexity ratio, over the steps."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError(f"--plot={path}: drawing needs the package matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (shares, ratios) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    steps = [line["step"] for line in lines]
+    for name in replayed[0]:
+        shares.step(steps, [r[name] for r in replayed], where="post", label=name)
+        ratios.plot(steps, [line["domains"][name]["ratio"] for line in lines], label=name)
+    shares.set(xlabel="step", ylabel="share of the next interval's data (r)", ylim=(0, None))
+    ratios.set(xlabel="step", ylabel="student perplexity / teacher perplexity")
+    ratios.legend()
+    figure.savefig(path, dpi=150)
+    print(f"wrote {path}")
+
+
+@dataclass
+class MixtureConfig:
+    """Keys of `python sample_mixture.py`."""
+
+    data_dir: str = option("", "bins: show how a run would draw from them, and a window of each domain")
+    metrics: str = option("", "a run's metrics.jsonl: replay r from the perplexities in it")
+    alpha: float | None = option(None, "replay with this α; none: the run's")
+    rule: Literal["", "smooth", "softmax"] = option("", "replay by Eq. 2 (smooth) or Eq. 1 alone (softmax); '': the run's")
+    plot: str = option("", "draw the replayed shares, and the ratios, to this .png")
+    block_size: int = option(256, "tokens a window")
+    batch_size: int = option(64, "windows a step")
+    steps: int = option(100, "steps to draw")
+    seed: int = option(0, "order of the data")
+
+    def problems(self) -> list[str]:
+        return [message for wrong, message in (
+            (not self.data_dir and not self.metrics, "--data_dir or --metrics: name at least one"),
+            (self.plot and not self.metrics, f"--plot={self.plot}: there is something to draw only with --metrics"),
+            (self.alpha is not None and not 0 <= self.alpha <= 1, f"--alpha={self.alpha}: must be from 0 to 1"),
+            (self.seed < 0, f"--seed={self.seed}: must be 0 or more"),
+            *((getattr(self, key) < 1, f"--{key}={getattr(self, key)}: must be at least 1")
+              for key in ("block_size", "batch_size", "steps")),
+        ) if wrong]
+
+
+def main():
+    config = parse_config(MixtureConfig)
+    wanted = None
+    if config.metrics:
+        lines = read_metrics(Path(config.metrics))
+        run = next((line["config"] for line in lines if line["kind"] == "run"), {})
+        lines = [line for line in lines if line["kind"] == "mixture"]
+        if not lines or any(domain["ratio"] is None for domain in lines[0]["domains"].values()):
+            raise UserError(f"--metrics={config.metrics}: no perplexities of a teacher in it, so no r to replay")
+        method, alpha = run.get("method", "ddk"), run.get("alpha", 0.5) if config.alpha is None else config.alpha
+        rule = config.rule or update_rule(method)
+        print(f"r of the {method} run, replayed with the {rule} rule" + f" and α = {alpha}" * (rule == "smooth"))
+        replayed = replay(lines, method, rule, alpha)
+        wanted = replayed[-1]
+        print_replay(lines, replayed)
+        if config.plot:
+            plot(lines, replayed, config.plot)
+    if config.data_dir:
+        bins = TokenBins(config.data_dir, config.block_size)
+        sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
+        if wanted:
+            sampler.probs = wanted
+        firsts: dict[str, int] = {}
+        for _ in range(config.steps):
+            for domain, window in zip(*sampler.next_batch()):
+                firsts.setdefault(bins.names[domain], int(window))
+        print(f"{config.steps} steps of {config.batch_size} windows of {config.block_size} tokens:\n\n"
+              f"{'domain':16}{'windows':>12}{'wanted':>9}{'drawn':>9}{'tokens':>14}{'epochs':>9}")
+        for i, name in enumerate(bins.names):
+            print(f"{name:16}{bins.n_windows[name]:12,}{sampler.probs[i]:9.2%}"
+                  f"{sampler.drawn[i] / sampler.drawn.sum():9.2%}{sampler.drawn[i] * config.block_size:14,}"
+                  f"{sampler.epochs[i]:9.3f}")
+        tokenizer = saved_tokenizer(bins.dir, bins.meta["tokenizer"])
+        for name, window in firsts.items():
+            ids = bins.train_windows(np.array([bins.names.index(name)]), np.array([window]))[0]
+            print(f"\n--- {name}, window {window}\n{tokenizer.decode(ids.tolist())}")
+
+
+if __name__ == "__main__":
+    run_program(main)
