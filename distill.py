@@ -45,11 +45,9 @@ from torch.utils.checkpoint import checkpoint
 from data import (TokenBins, UserError, build_bins, digest, file_sha256, load_tokenizer, model_tokenizer, option,
                   parse_config, quickstart_domains, run_program, save_tokenizer, write_text)
 from model import GPT, GPTConfig, read_config
-from sample_mixture import MixtureSampler, interval_probs, next_factor, read_metrics, update_rule
+from sample_mixture import MixtureSampler, interval_probs, next_factor, read_metrics
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Configuration
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- Configuration --------------------------------------------------------
 
 
 @dataclass
@@ -173,9 +171,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 3
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- Eq. 3 ----------------------------------------------------------------
 
 IGNORED = -100  # a target that counts for nothing
 
@@ -242,9 +238,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     return tuple(sum(parts) for parts in zip(*sums))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Optimisation
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- Optimisation ---------------------------------------------------------
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -269,9 +263,7 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
                                     adjust_lr_fn="match_rms_adamw")]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation: ℓ_S and ℓ_T
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- Evaluation: ℓ_S and ℓ_T ----------------------------------------------
 
 
 @torch.no_grad()
@@ -310,9 +302,7 @@ def teacher_perplexities(teacher: GPT, content: str, cache: Path, measure: Calla
     return known[content]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- Checkpoints ----------------------------------------------------------
 
 
 @dataclass
@@ -407,9 +397,7 @@ def model_content(folder: str) -> str:
     return digest(*((path.name, file_sha256(path)) for path in files))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Starting, resuming, and what is written
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- Starting, resuming, and what is written ------------------------------
 
 # Keys that do not change the experiment. Folders are compared by content.
 FREE_KEYS = {"preset", "out_dir", "data_dir", "teacher", "student", "micro_batch_size", "compile", "device", "parallel",
@@ -463,7 +451,7 @@ def check_tokenizer(role: str, folder: str, bins: TokenBins):
     tokenizer = model_tokenizer(Path(folder))
     if tokenizer is None:
         print(f"WARNING: --{role}={folder} has no tokenizer files; its vocabulary covers the bins' ids, so it is taken")
-    elif tokenizer.fingerprint != bins.meta["tokenizer"]["fingerprint"]:
+    elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:
         raise UserError(f"--{role}={folder}: its tokenizer ({tokenizer.name}, {tokenizer.vocab_size} ids) is not the "
                         f"bins' ({bins.meta['tokenizer']['name']}, {bins.vocab_size} ids); make the bins anew with "
                         f"data.py --tokenizer={folder}")
@@ -490,9 +478,7 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Alg. 1
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- Alg. 1 ---------------------------------------------------------------
 
 
 def train(config: Config) -> Path:
@@ -612,7 +598,7 @@ def train(config: Config) -> Path:
                 if state.step % config.interval == 0:
                     t = state.step // config.interval
                     if teacher is not None:
-                        factor = next_factor(update_rule(config.method), state.factor,
+                        factor = next_factor(config.method, state.factor,
                                              *([domain[key] for domain in state.domains.values()]
                                                for key in ("student_ppl", "teacher_ppl")), config.alpha)
                         state.factor = factor.tolist()
@@ -682,9 +668,7 @@ def train(config: Config) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- The report -----------------------------------------------------------
 
 
 def report(config: Config, folder: Path):
@@ -730,9 +714,7 @@ def show_continuations(config: Config, folder: Path):
         print(f"  {name}: {tokenizer.decode(prompt)[-40:]!r} | {tokenizer.decode(row[len(prompt):])!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Quickstart
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- Quickstart -----------------------------------------------------------
 
 # Unequal, as the paper's domains are: natural proportions .46 .31 .12 .12.
 QUICKSTART_BYTES = {"python": 6_000_000, "cpp": 4_000_000, "math": 1_500_000, "prose": 1_500_000}

@@ -73,9 +73,7 @@ class GPTConfig:
                 "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The network. Shapes: B sequences, T tokens, d hidden_size, H query heads, G key-value heads, hd head_dim, V vocab_size
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- The network. Shapes: B sequences, T tokens, d hidden_size, H query heads, G key-value heads, hd head_dim, V vocab_size ---
 
 
 def rotary_tables(config: GPTConfig, T: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,9 +278,7 @@ def read_config(folder: Path) -> GPTConfig:
         raise UserError(f"{path}: not a model's config.json ({type(error).__name__}: {error})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- The program ----------------------------------------------------------
 
 
 @dataclass

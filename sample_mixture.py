@@ -25,9 +25,7 @@ import numpy as np
 
 from data import TokenBins, UserError, option, parse_config, run_program, saved_tokenizer
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Eq. 1 and Eq. 2
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- Eq. 1 and Eq. 2 ------------------------------------------------------
 
 
 def _ratios_below_max(student_ppl, teacher_ppl) -> np.ndarray:
@@ -78,40 +76,27 @@ def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.nd
     return alpha * _softmax(log_psi) + (1 - alpha) / len(ratios)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Alg. 1: the rule of each arm
-# ---------------------------------------------------------------------------------------------------------------------
-
-Rule = Literal["smooth", "softmax"]
+# ----------------------------------------------- Alg. 1: the rule of each arm --------------------------------------
 
 
-def update_rule(method: str) -> Rule:
-    """Eq. 2 (`smooth`) for every arm but DDK without factor smoothing, which applies Eq. 1 (`softmax`) every time."""
-    return "softmax" if method == "ddk_no_fs" else "smooth"
-
-
-def next_factor(rule: Rule, factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
-    """r_t, (N,): Eq. 1 at t = 0, where there is no `factor` yet (None), then by `rule` from the last one."""
-    if factor is None or rule == "softmax":
+def next_factor(method: str, factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
+    """r_t, (N,), from the last one (None at t = 0): Eq. 1, then Eq. 2, but always Eq. 1 without factor smoothing."""
+    if factor is None or method == "ddk_no_fs":
         return discrepancy_factor(student_ppl, teacher_ppl)
     return smooth_update(factor, student_ppl, teacher_ppl, alpha)
 
 
 def interval_probs(method: str, t: int, factor, base_probs: np.ndarray) -> np.ndarray:
-    """What `method` draws the K steps after evaluation t by, (N,): r_t, all alike, or the base proportions.
+    """What `method` draws the K steps after evaluation t by, (N,): r_t, all alike, or `base_probs`.
 
     Alg. 1 draws the first interval (t = 0) from the data as it is, although r_0 is known by then.
     """
     if method == "ddk_es":
         return np.full(len(base_probs), 1 / len(base_probs))
-    if method in ("ddk", "ddk_no_fs") and t > 0:
-        return factor
-    return base_probs
+    return factor if method in ("ddk", "ddk_no_fs") and t > 0 else base_probs
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Alg. 1: drawing from the domains
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- Alg. 1: drawing from the domains -------------------------------------
 
 _MASK = 2**64 - 1
 _WALK, _START, _PLACES = 1, 2, 3  # what a hash is for, so that no two uses share random numbers
@@ -251,9 +236,7 @@ class MixtureSampler:
         self.drawn = np.array([state["drawn"][name] for name in self.names], dtype=np.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The program
-# ---------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------- The program ----------------------------------------------------------
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -267,25 +250,14 @@ def read_metrics(path: Path) -> list[dict]:
         raise UserError(f"--metrics={path}: not a run's metrics.jsonl ({error})") from None
 
 
-def replay(lines: list[dict], method: str, rule: Rule, alpha: float) -> list[dict[str, float]]:
-    """The r that each `mixture` line would have had by `rule` and `alpha`, from the perplexities logged there."""
-    factor, replayed = None, []
+def replay(lines: list[dict], method: str, alpha: float) -> list[dict[str, float]]:
+    """The r of each `mixture` line as `method` and `alpha` make it from the perplexities logged there."""
+    factor, replayed, base_probs = None, [], np.array(list(lines[0]["r"].values()))
     for line in lines:
-        domains = line["domains"]
-        factor = next_factor(rule, factor, *([domain[key] for domain in domains.values()]
-                                             for key in ("student_ppl", "teacher_ppl")), alpha)
-        base_probs = np.array([lines[0]["r"][name] for name in domains])
-        replayed.append(dict(zip(domains, interval_probs(method, line["t"], factor, base_probs).tolist())))
+        measured = [[domain[key] for domain in line["domains"].values()] for key in ("student_ppl", "teacher_ppl")]
+        factor = next_factor(method, factor, *measured, alpha)
+        replayed.append(dict(zip(line["r"], interval_probs(method, line["t"], factor, base_probs).tolist())))
     return replayed
-
-
-def print_replay(lines: list[dict], replayed: list[dict[str, float]]):
-    names = list(replayed[0])
-    print(f"{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in names))
-    for line, r in zip(lines, replayed):
-        print(f"{line['step']:8}  " + "".join(f"{r[name]:13.4f}" for name in names))
-    difference = max(abs(line["r"][name] - r[name]) for line, r in zip(lines, replayed) for name in names)
-    print(f"largest difference to the run's own r: {difference:.1e}\n")
 
 
 def plot(lines: list[dict], replayed: list[dict[str, float]], path: str):
@@ -309,6 +281,23 @@ def plot(lines: list[dict], replayed: list[dict[str, float]], path: str):
     print(f"wrote {path}")
 
 
+def show_draws(bins: TokenBins, sampler: MixtureSampler, steps: int):
+    """Print what `steps` batches draw from each domain, and the first window of each as text."""
+    tokenizer, firsts = saved_tokenizer(bins.dir, bins.tokenizer), {}
+    for _ in range(steps):
+        for domain, window in zip(*sampler.next_batch()):
+            firsts.setdefault(domain, window)
+    print(f"{steps} steps of {sampler.batch_size} windows of {bins.block_size} tokens:\n\n"
+          f"{'domain':16}{'windows':>12}{'wanted':>9}{'drawn':>9}{'tokens':>14}{'epochs':>9}")
+    for name, windows, wanted, drawn, epochs in zip(sampler.names, sampler.n_windows, sampler.probs, sampler.drawn,
+                                                    sampler.epochs):
+        print(f"{name:16}{windows:12,}{wanted:9.2%}{drawn / sampler.drawn.sum():9.2%}{drawn * bins.block_size:14,}"
+              f"{epochs:9.3f}")
+    for domain, window in sorted(firsts.items()):
+        ids = bins.train_windows(np.array([domain]), np.array([window]))[0]
+        print(f"\n--- {bins.names[domain]}, window {window}\n{tokenizer.decode(ids.tolist())}")
+
+
 @dataclass
 class MixtureConfig:
     """Keys of `python sample_mixture.py`."""
@@ -316,8 +305,8 @@ class MixtureConfig:
     data_dir: str = option("", "bins: show how a run would draw from them, and a window of each domain")
     metrics: str = option("", "a run's metrics.jsonl: replay r from the perplexities in it")
     alpha: float | None = option(None, "replay with this α; none: the run's")
-    rule: Literal["", "smooth", "softmax"] = option("", "replay by Eq. 2 (smooth) or Eq. 1 alone (softmax); '': the run's")
-    plot: str = option("", "draw the replayed shares, and the ratios, to this .png")
+    method: Literal["", "ddk", "ddk_no_fs", "ddk_es", "kd"] = option("", "replay this arm's rule; empty: the run's")
+    plot: str = option("", "draw the shares and the ratios of --metrics to this .png")
     block_size: int = option(256, "tokens a window")
     batch_size: int = option(64, "windows a step")
     steps: int = option(100, "steps to draw")
@@ -326,8 +315,8 @@ class MixtureConfig:
     def problems(self) -> list[str]:
         return [message for wrong, message in (
             (not self.data_dir and not self.metrics, "--data_dir or --metrics: name at least one"),
-            (self.plot and not self.metrics, f"--plot={self.plot}: there is something to draw only with --metrics"),
-            (self.alpha is not None and not 0 <= self.alpha <= 1, f"--alpha={self.alpha}: must be from 0 to 1"),
+            (self.plot and not self.metrics, f"--plot={self.plot}: needs --metrics"),
+            (not 0 <= (self.alpha or 0) <= 1, f"--alpha={self.alpha}: must be from 0 to 1"),
             (self.seed < 0, f"--seed={self.seed}: must be 0 or more"),
             *((getattr(self, key) < 1, f"--{key}={getattr(self, key)}: must be at least 1")
               for key in ("block_size", "batch_size", "steps")),
@@ -335,41 +324,28 @@ class MixtureConfig:
 
 
 def main():
-    config = parse_config(MixtureConfig)
-    wanted = None
+    config, r = parse_config(MixtureConfig), None
     if config.metrics:
-        lines = read_metrics(Path(config.metrics))
-        run = next((line["config"] for line in lines if line["kind"] == "run"), {})
-        lines = [line for line in lines if line["kind"] == "mixture"]
+        metrics = read_metrics(Path(config.metrics))
+        run = next((line["config"] for line in metrics if line["kind"] == "run"), {})
+        lines = [line for line in metrics if line["kind"] == "mixture"]
         if not lines or any(domain["ratio"] is None for domain in lines[0]["domains"].values()):
-            raise UserError(f"--metrics={config.metrics}: no perplexities of a teacher in it, so no r to replay")
-        method, alpha = run.get("method", "ddk"), run.get("alpha", 0.5) if config.alpha is None else config.alpha
-        rule = config.rule or update_rule(method)
-        print(f"r of the {method} run, replayed with the {rule} rule" + f" and α = {alpha}" * (rule == "smooth"))
-        replayed = replay(lines, method, rule, alpha)
-        wanted = replayed[-1]
-        print_replay(lines, replayed)
+            raise UserError(f"--metrics={config.metrics}: no perplexities of a student and a teacher in it")
+        method = config.method or run.get("method", "ddk")
+        alpha = run.get("alpha", 0.5) if config.alpha is None else config.alpha
+        replayed = replay(lines, method, alpha)
+        print(f"r by {method}, α = {alpha}\n{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in replayed[0]))
+        for line, r in zip(lines, replayed):
+            print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r.values()))
+        difference = max(abs(line["r"][name] - r[name]) for line, r in zip(lines, replayed) for name in r)
+        print(f"largest difference to the r of the run: {difference:.1e}\n")
         if config.plot:
             plot(lines, replayed, config.plot)
     if config.data_dir:
         bins = TokenBins(config.data_dir, config.block_size)
         sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
-        if wanted:
-            sampler.probs = wanted
-        firsts: dict[str, int] = {}
-        for _ in range(config.steps):
-            for domain, window in zip(*sampler.next_batch()):
-                firsts.setdefault(bins.names[domain], int(window))
-        print(f"{config.steps} steps of {config.batch_size} windows of {config.block_size} tokens:\n\n"
-              f"{'domain':16}{'windows':>12}{'wanted':>9}{'drawn':>9}{'tokens':>14}{'epochs':>9}")
-        for i, name in enumerate(bins.names):
-            print(f"{name:16}{bins.n_windows[name]:12,}{sampler.probs[i]:9.2%}"
-                  f"{sampler.drawn[i] / sampler.drawn.sum():9.2%}{sampler.drawn[i] * config.block_size:14,}"
-                  f"{sampler.epochs[i]:9.3f}")
-        tokenizer = saved_tokenizer(bins.dir, bins.meta["tokenizer"])
-        for name, window in firsts.items():
-            ids = bins.train_windows(np.array([bins.names.index(name)]), np.array([window]))[0]
-            print(f"\n--- {name}, window {window}\n{tokenizer.decode(ids.tolist())}")
+        sampler.probs = r or sampler.probs
+        show_draws(bins, sampler, config.steps)
 
 
 if __name__ == "__main__":
