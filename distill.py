@@ -32,7 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
@@ -135,8 +135,8 @@ class Config:
 
 PRESETS = {
     "custom": {},
-    # About four minutes on two cores: 1 for the teacher, … See README, "Quickstart".
-    "quickstart": dict(interval=25, val_samples=48, block_size=256, batch_size=16, max_steps=300, lr=1e-3, min_lr=1e-4,
+    # A few minutes on two cores, the teacher's training included.
+    "quickstart": dict(interval=25, val_samples=64, block_size=256, batch_size=16, max_steps=400, lr=1e-3, min_lr=1e-4,
                        warmup_steps=20, save_every=100),
 }
 
@@ -436,45 +436,38 @@ def environment() -> dict:
             "git": git.stdout.strip() or None if git else None}
 
 
-def check_fits(role: str, name: str, config: GPTConfig, bins: TokenBins):
-    """UserError if a model cannot read the bins' windows."""
+def check_model(role: str, folder: str, bins: TokenBins):
+    """UserError if the model in `folder` cannot read the bins' windows, or has another tokenizer than they."""
+    config, tokenizer = read_config(Path(folder)), model_tokenizer(Path(folder))
     if config.vocab_size < bins.vocab_size:
-        raise UserError(f"--{role}={name}: has {config.vocab_size} ids, but the bins' tokenizer has {bins.vocab_size}; "
-                        "make the bins with this model's tokenizer")
+        raise UserError(f"--{role}={folder}: has {config.vocab_size} ids, but the bins' tokenizer has "
+                        f"{bins.vocab_size}; make the bins anew with this model's tokenizer")
     if config.max_position_embeddings < bins.block_size:
-        raise UserError(f"--block_size={bins.block_size}: {role} {name} reads {config.max_position_embeddings} tokens "
-                        "at most")
-
-
-def check_tokenizer(role: str, folder: str, bins: TokenBins):
-    """UserError if a model's folder has another tokenizer than the bins; a note if it has none."""
-    tokenizer = model_tokenizer(Path(folder))
+        raise UserError(f"--block_size={bins.block_size}: the {role} in {folder} reads {config.max_position_embeddings} "
+                        "tokens at most")
     if tokenizer is None:
         print(f"WARNING: --{role}={folder} has no tokenizer files; its vocabulary covers the bins' ids, so it is taken")
     elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:
         raise UserError(f"--{role}={folder}: its tokenizer ({tokenizer.name}, {tokenizer.vocab_size} ids) is not the "
-                        f"bins' ({bins.meta['tokenizer']['name']}, {bins.vocab_size} ids); make the bins anew with "
-                        f"data.py --tokenizer={folder}")
+                        f"bins' ({bins.tokenizer['name']}, {bins.vocab_size} ids); make the bins anew with data.py "
+                        f"--tokenizer={folder}")
 
 
-class StopRequest:
-    """Set by SIGTERM, SIGUSR1 or Ctrl-C while used as a context; the loop then saves and exits. A second Ctrl-C
-    exits at once."""
+@contextmanager
+def stop_requests():
+    """A list that SIGTERM, SIGUSR1 and Ctrl-C are added to while the context lasts; a second Ctrl-C exits at once."""
+    received = []
 
-    signals = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    received = 0
-
-    def __enter__(self):
-        self.before = [signal.signal(number, self.receive) for number in self.signals]
-        return self
-
-    def receive(self, number, frame):
-        if number == self.received == signal.SIGINT:
+    def receive(number, frame):
+        if number == signal.SIGINT in received:
             raise KeyboardInterrupt
-        self.received = number
+        received.append(number)
 
-    def __exit__(self, *error):
-        for number, handler in zip(self.signals, self.before):
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
 
 
@@ -500,18 +493,11 @@ def train(config: Config) -> Path:
     mixture = parse_mixture(config.mixture)
     if mixture and set(mixture) != set(names):
         raise UserError(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(names)}")
-    if config.student.startswith("scratch:"):
-        layers, width = map(int, config.student.removeprefix("scratch:").split("x"))
-        student_config = GPTConfig.scratch(layers, width, bins.vocab_size, config.block_size)
-    else:
-        student_config = read_config(Path(config.student))
-    check_fits("student", config.student, student_config, bins)
-    content = {"data_dir": bins.content(), "student": config.student}
-    for role, folder in (("teacher", config.teacher), ("student", config.student)):
-        if os.path.isdir(folder):
-            check_fits(role, folder, read_config(Path(folder)), bins)
-            check_tokenizer(role, folder, bins)
-            content[role] = model_content(folder)
+    content = {"data_dir": bins.content()}
+    for role, name in (("teacher", config.teacher), ("student", config.student)):
+        if os.path.isdir(name):
+            check_model(role, name, bins)
+        content[role] = model_content(name) if os.path.isdir(name) else name
 
     # Resume, in this order: nothing there → start; another experiment → refuse; finished → say so; else go on from
     # the newest whole checkpoint, or from the start if there is none.
@@ -546,7 +532,8 @@ def train(config: Config) -> Path:
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            student = GPT(student_config)
+            layers, width = map(int, config.student.removeprefix("scratch:").split("x"))
+            student = GPT(GPTConfig.scratch(layers, width, bins.vocab_size, config.block_size))
     student.to(device)
     optimizers = make_optimizers(student, config)
     sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
@@ -559,8 +546,8 @@ def train(config: Config) -> Path:
             optimizer.load_state_dict(optimizer_state)
         sampler.load_state_dict(state.sampler)
     if config.compile == "true" or config.compile == "auto" and device.type == "cuda":
-        for model in filter(None, (student, teacher)):
-            model.compile()
+        for layer in [*student.layers, *(teacher.layers if teacher else [])]:
+            layer.compile()  # in place: names, saving and loading stay as they are
 
     micro_batch_size = config.micro_batch_size or config.batch_size
     tokens_per_step = config.batch_size * config.block_size
@@ -584,7 +571,7 @@ def train(config: Config) -> Path:
         metrics.write(json.dumps({"kind": kind, "step": state.step, **values}) + "\n")
         metrics.flush()
 
-    with open(metrics_path, "a", encoding="utf-8") as metrics, StopRequest() as stop:
+    with open(metrics_path, "a", encoding="utf-8") as metrics, stop_requests() as stop:
         if not resumed:
             log("run", config=asdict(config), versions=environment(), parameters={
                 role: sum(p.numel() for p in model.parameters())
@@ -612,7 +599,7 @@ def train(config: Config) -> Path:
             # Save
             folder = out_dir / f"step_{state.step:08d}"
             due = state.step and config.save_every and state.step % config.save_every == 0
-            if (last or due or stop.received) and folder != resumed:
+            if (last or due or stop) and folder != resumed:
                 state.sampler = sampler.state_dict()
                 save_checkpoint(folder, student, optimizers, state, bins)
                 for old in checkpoints(out_dir)[:-config.keep or None] if config.keep else []:
@@ -620,10 +607,10 @@ def train(config: Config) -> Path:
             if last:
                 log("end", domains=state.domains)
                 break
-            if stop.received:
-                print(f"{out_dir}: stopped by {signal.Signals(stop.received).name}, saved as {folder.name}; "
+            if stop:
+                print(f"{out_dir}: stopped by {signal.Signals(stop[0]).name}, saved as {folder.name}; "
                       "the same command goes on from there")
-                sys.exit(128 + stop.received)
+                sys.exit(128 + stop[0])
 
             # One update
             lr = learning_rate(state.step, config)
@@ -716,8 +703,8 @@ def show_continuations(config: Config, folder: Path):
 
 # ----------------------------------------------- Quickstart -----------------------------------------------------------
 
-# Unequal, as the paper's domains are: natural proportions .46 .31 .12 .12.
-QUICKSTART_BYTES = {"python": 6_000_000, "cpp": 4_000_000, "math": 1_500_000, "prose": 1_500_000}
+# As unequal as the domains of a real corpus: the natural mixture is nine tenths code.
+QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 5_000_000, "math": 800_000, "prose": 600_000}
 
 
 def quickstart(config: Config) -> Config:
@@ -729,11 +716,11 @@ def quickstart(config: Config) -> Config:
     data_dir = Path(config.data_dir)
     if not (data_dir / "meta.json").is_file():
         print(f"Collecting text into {data_dir} …", flush=True)
-        build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES))
+        build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES), val_fraction=0.1)
     folders = {"teacher": config.teacher, "student": config.student}
     for role, mixture, values in (
         ("teacher", "python=1,cpp=1,math=1,prose=1", dict(student="scratch:4x128", max_steps=config.pretrain_steps)),
-        ("student", "python=.48,cpp=.48,math=.02,prose=.02",
+        ("student", "python=.495,cpp=.495,math=.005,prose=.005",
          dict(student="scratch:2x96", max_steps=(config.pretrain_steps + 1) // 2)),
     ):
         if not folders[role]:

@@ -1,0 +1,433 @@
+"""The loop: Alg. 1 and its arms, what is written, resuming, and what is refused."""
+
+import json
+import os
+import shutil
+import signal
+from decimal import Decimal, getcontext
+
+import pytest
+import torch
+from conftest import read_lines
+from safetensors.torch import load_file, save_file
+
+import distill
+from data import TokenBins, UserError
+from distill import checkpoints, read_state, resolve_config, train
+from model import GPT
+from sample_mixture import MixtureSampler
+
+NAMES = ["letters", "digits", "signs"]
+
+
+@pytest.fixture
+def config(data_dir, teacher, tmp_path):
+    """A function that makes a tiny run's configuration; each of its own out_dir unless named."""
+    def make(**given):
+        values = dict(data_dir=str(data_dir), teacher=str(teacher), student="scratch:1x32", block_size=16, batch_size=8,
+                      val_samples=5, interval=2, max_steps=8, lr=3e-3, min_lr=3e-4, warmup_steps=2, save_every=4,
+                      out_dir=str(tmp_path / "run"), device="cpu")
+        config = resolve_config(**{**values, **given})
+        assert config.problems() == []
+        return config
+    return make
+
+
+def natural(data_dir):
+    windows = TokenBins(data_dir, 16).n_windows
+    return [windows[name] / sum(windows.values()) for name in NAMES]
+
+
+def exact_update(factor, ratios, alpha):
+    """Eq. 1 where factor is None, else Eq. 2, in 50 digits."""
+    getcontext().prec = 50
+    n, weights = len(ratios), [(Decimal(1) if factor is None else f) * r.exp() for f, r in zip(factor or ratios, ratios)]
+    if factor is None:
+        return [r.exp() / sum(r.exp() for r in ratios) for r in ratios]
+    return [Decimal(alpha) * w / sum(weights) + (1 - Decimal(alpha)) / n for w in weights]
+
+
+# ----------------------------------------------- Alg. 1 ------------------------------------------------------------
+
+
+def test_a_whole_run_follows_alg_1(config, data_dir, tmp_path):
+    train(config(alpha=0.7))
+    lines, factor = read_lines(tmp_path / "run", "mixture"), None
+    assert [(line["t"], line["step"]) for line in lines] == [(0, 0), (1, 2), (2, 4), (3, 6), (4, 8)]
+    for line in lines:
+        domains = line["domains"]
+        assert list(domains) == NAMES
+        for domain in domains.values():
+            assert domain["ratio"] == domain["student_ppl"] / domain["teacher_ppl"]
+        ratios = [Decimal(d["student_ppl"]) / Decimal(d["teacher_ppl"]) for d in domains.values()]
+        factor = exact_update(factor, ratios, "0.7")
+        assert [d["factor"] for d in domains.values()] == pytest.approx([float(f) for f in factor], abs=1e-12)
+        expected_r = natural(data_dir) if line["t"] == 0 else [float(f) for f in factor]
+        assert list(line["r"].values()) == pytest.approx(expected_r, abs=1e-12)
+    # What was drawn in each interval of 2 steps follows the r that stood at its start, to within one window a step.
+    for before, after in zip(lines, lines[1:]):
+        for name in NAMES:
+            drawn = (after["domains"][name]["tokens"] - before["domains"][name]["tokens"]) / 16
+            assert abs(drawn - 2 * 8 * before["r"][name]) < 2
+    # The student was trained: it is not measured once and copied.
+    assert len({line["domains"]["digits"]["student_ppl"] for line in lines}) == 5
+    assert len({line["domains"]["digits"]["teacher_ppl"] for line in lines}) == 1
+
+
+@pytest.mark.parametrize("method", ["ddk_no_fs", "ddk_es", "kd", "cpt"])
+def test_each_arm_draws_by_its_own_rule(config, data_dir, tmp_path, method):
+    train(config(method=method, max_steps=4))
+    factor = None
+    for line in read_lines(tmp_path / "run", "mixture"):
+        ratios = [Decimal(d["ratio"]) for d in line["domains"].values()]
+        factor = exact_update(None if method == "ddk_no_fs" else factor, ratios, "0.5")
+        assert [d["factor"] for d in line["domains"].values()] == pytest.approx([float(f) for f in factor], abs=1e-12)
+        expected = {"ddk_no_fs": [float(f) for f in factor] if line["t"] else natural(data_dir),
+                    "ddk_es": [1 / 3] * 3}.get(method, natural(data_dir))
+        assert list(line["r"].values()) == pytest.approx(expected, abs=1e-12)
+    kl = [line["kl"] for line in read_lines(tmp_path / "run", "train")]
+    assert all(value == 0 for value in kl) if method == "cpt" else all(value > 0 for value in kl)
+
+
+def test_arms_of_one_mixture_see_the_same_windows(config, tmp_path, monkeypatch):
+    drawn = {}
+    for method in ("kd", "cpt"):
+        batches = drawn[method] = []
+        original = TokenBins.train_windows
+        monkeypatch.setattr(TokenBins, "train_windows", lambda self, *ids: (
+            batches.append([part.tolist() for part in ids]), original(self, *ids))[1])
+        train(config(method=method, out_dir=str(tmp_path / method)))
+        monkeypatch.undo()
+    assert drawn["kd"] == drawn["cpt"] and len(drawn["kd"]) == 8
+
+
+def test_the_loss_is_ce_plus_gamma_kl(config, tmp_path):
+    train(config(gamma=0.3, max_steps=2))
+    for line in read_lines(tmp_path / "run", "train"):
+        assert line["loss"] == pytest.approx(line["ce"] + 0.3 * line["kl"], rel=1e-5)
+
+
+def test_evaluation_changes_nothing_in_training(config, tmp_path):
+    losses = []
+    for interval in (1, 100):
+        train(config(method="kd", interval=interval, out_dir=str(tmp_path / str(interval))))
+        losses.append([line["loss"] for line in read_lines(tmp_path / str(interval), "train")])
+    assert losses[0] == losses[1]
+
+
+def test_the_teacher_is_measured_once_for_the_same_windows(config, data_dir, tmp_path, monkeypatch):
+    (data_dir / "teacher_ppl.json").unlink(missing_ok=True)
+    measured, original = [], distill.perplexities
+    monkeypatch.setattr(distill, "perplexities", lambda model, *rest: (
+        measured.append(len(model.layers)), original(model, *rest))[1])
+    for run, val_samples in (("a", 5), ("b", 5), ("c", 4)):
+        train(config(out_dir=str(tmp_path / run), max_steps=2, val_samples=val_samples))
+    assert measured.count(2) == 2  # the teacher has two layers: once for 5 windows, once for 4
+    assert measured.count(1) == 6  # the student one: before and after, three times
+
+
+def test_stop_ratio_ends_a_run_early(config, tmp_path):
+    train(config(out_dir=str(tmp_path / "whole"), max_steps=6))
+    worst = [max(d["ratio"] for d in line["domains"].values()) for line in read_lines(tmp_path / "whole", "mixture")]
+    assert worst == sorted(worst, reverse=True)
+    folder = train(config(stop_ratio=worst[2], max_steps=6))
+    assert folder.name == "step_00000004"
+    assert read_lines(tmp_path / "run", "end")[0]["step"] == 4
+
+
+def test_the_last_step_is_evaluated_and_saved_whatever_k(config, tmp_path):
+    folder = train(config(max_steps=3, save_every=0))
+    assert folder.name == "step_00000003" and checkpoints(tmp_path / "run") == [folder]
+    assert [line["step"] for line in read_lines(tmp_path / "run", "mixture")] == [0, 2]
+    (end,) = read_lines(tmp_path / "run", "end")
+    assert end["step"] == 3 and set(end["domains"]) == set(NAMES)
+
+
+def test_max_steps_0_only_evaluates(config, tmp_path):
+    folder = train(config(max_steps=0))
+    assert [line["kind"] for line in read_lines(tmp_path / "run")] == ["run", "mixture", "end"]
+    assert folder.name == "step_00000000"
+
+
+def test_cpt_goes_without_a_teacher(config, tmp_path):
+    train(config(method="cpt", teacher="", max_steps=2))
+    for line in read_lines(tmp_path / "run", "mixture"):
+        assert all(d["teacher_ppl"] is d["ratio"] is d["factor"] is None for d in line["domains"].values())
+
+
+def test_a_fixed_mixture_replaces_the_natural_one(config, tmp_path):
+    train(config(method="kd", mixture="digits=1,letters=0,signs=3", max_steps=4))
+    for line in read_lines(tmp_path / "run", "mixture"):
+        assert line["r"] == {"letters": 0, "digits": 0.25, "signs": 0.75}
+    tokens = {name: d["tokens"] for name, d in line["domains"].items()}
+    assert tokens == {"letters": 0, "digits": 4 * 2 * 16, "signs": 4 * 6 * 16}
+
+
+def test_micro_batches_change_neither_order_nor_result(config, tmp_path):
+    runs = []
+    for size in (0, 2, 4):
+        train(config(micro_batch_size=size, out_dir=str(tmp_path / str(size))))
+        runs.append(read_lines(tmp_path / str(size)))
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            if a["kind"] == "train":
+                assert [b[key] for key in ("loss", "ce", "kl", "grad_norm")] == pytest.approx(
+                    [a[key] for key in ("loss", "ce", "kl", "grad_norm")], rel=1e-4)
+            if a["kind"] == "mixture":
+                assert list(b["r"].values()) == pytest.approx(list(a["r"].values()), abs=1e-5)
+
+
+# ----------------------------------------------- What is written ---------------------------------------------------
+
+
+def test_metrics_have_the_promised_keys(config, tmp_path):
+    train(config())
+    lines = read_lines(tmp_path / "run")
+    assert [line["kind"] for line in lines] == (
+        ["run", "mixture"] + ["train", "train", "mixture"] * 4 + ["end"])
+    run, mixture, step, end = lines[0], lines[1], lines[2], lines[-1]
+    assert {"config", "versions", "parameters"} <= set(run) and "git" in run["versions"]
+    assert {"t", "step", "r", "domains"} <= set(mixture)
+    assert {"student_ppl", "teacher_ppl", "ratio", "factor", "tokens", "epochs"} == set(mixture["domains"]["signs"])
+    raw = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "loss", "ce", "kl", "lr", "grad_norm", "tokens", "tokens_per_s", "eta_s"} <= set(raw[2])
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 9))
+    assert step["tokens"] == 8 * 16 and end["domains"] == lines[-2]["domains"]
+    assert run["parameters"]["student"] == sum(p.numel() for p in GPT.from_pretrained(
+        tmp_path / "run" / "step_00000008").parameters())
+
+
+def test_a_checkpoint_opens_in_transformers_with_equal_logits(config):
+    transformers = pytest.importorskip("transformers")
+    folder = train(config())
+    other, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
+    idx = torch.arange(48).view(3, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(GPT.from_pretrained(folder)(idx), other(idx).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
+    train(config(save_every=1, keep=3))
+    assert [folder.name[-1] for folder in checkpoints(tmp_path / "run")] == ["6", "7", "8"]
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_a_failed_save_leaves_no_half_checkpoint(config, tmp_path, monkeypatch):
+    train(config(max_steps=8, save_every=4, keep=0))
+    shutil.rmtree(tmp_path / "run" / "step_00000008")
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        train(config(max_steps=8, save_every=4, keep=0))
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step_00000004"]
+
+
+# ----------------------------------------------- Resuming ----------------------------------------------------------
+
+
+def stop_at(monkeypatch, step, action):
+    """Do `action` while the update after `step` finished ones is made."""
+    original = distill.learning_rate
+    monkeypatch.setattr(distill, "learning_rate", lambda s, config: (action() if s == step else None,
+                                                                     original(s, config))[1])
+
+
+def assert_same_run(one, other):
+    assert read_lines(one)[1:] == read_lines(other)[1:]  # all but the configuration's out_dir
+    last_one, last_other = checkpoints(one)[-1], checkpoints(other)[-1]
+    for name in ("model.safetensors", "optimizer.pt", "train_state.json"):
+        assert (last_one / name).read_bytes() == (last_other / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("method", ["ddk", "kd"])
+def test_stopped_by_a_signal_and_resumed_equals_straight_to_the_bit(config, tmp_path, monkeypatch, method):
+    train(config(method=method, out_dir=str(tmp_path / "straight")))
+    stop_at(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stopped:
+        train(config(method=method))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert checkpoints(tmp_path / "run")[-1].name == "step_00000005"
+    monkeypatch.undo()
+    train(config(method=method))
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 6])
+def test_killed_anywhere_and_resumed_equals_straight_to_the_bit(config, tmp_path, monkeypatch, step):
+    train(config(out_dir=str(tmp_path / "straight")))
+
+    def die():
+        raise RuntimeError("killed")
+    stop_at(monkeypatch, step, die)
+    with pytest.raises(RuntimeError):
+        train(config())
+    monkeypatch.undo()
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step"')  # a torn line
+    train(config())
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_muon_resumes_to_the_bit_too(config, tmp_path, monkeypatch):
+    train(config(optimizer="muon", out_dir=str(tmp_path / "straight")))
+    stop_at(monkeypatch, 3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(config(optimizer="muon"))
+    monkeypatch.undo()
+    train(config(optimizer="muon"))
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(config, tmp_path, capsys, damage):
+    train(config(out_dir=str(tmp_path / "straight")))
+    train(config())
+    weights = tmp_path / "run" / "step_00000008" / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-3] ^= 1
+    if damage == "manifest":
+        (weights.parent / "manifest.json").write_text("{}")
+    elif damage == "remove":
+        weights.unlink()
+    else:
+        weights.write_bytes(raw if damage == "flip" else raw[:-8])
+    train(config())
+    printed = capsys.readouterr().out
+    assert "step_00000008" in printed and "step_00000004" in printed
+    assert (tmp_path / "run" / "corrupt_step_00000008").is_dir()
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
+def test_a_finished_run_says_so_and_does_nothing(config, tmp_path, capsys, monkeypatch):
+    folder = train(config())
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(GPT, "from_pretrained", None)  # nothing is loaded
+    assert train(config()) == folder
+    assert "finished" in capsys.readouterr().out
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("key, value", [("lr", 1e-3), ("max_steps", 10), ("gamma", 0.5), ("method", "kd"), ("seed", 1),
+                                        ("interval", 4), ("batch_size", 4), ("student", "scratch:1x64"),
+                                        ("alpha", 0.9), ("dtype", "bfloat16"), ("mixture", "letters=1,digits=1,signs=1")])
+def test_another_experiment_in_the_same_out_dir_is_refused_by_key(config, key, value):
+    train(config())
+    with pytest.raises(UserError, match=f"--{key}="):
+        train(config(**{key: value}))
+
+
+@pytest.mark.parametrize("given", [dict(save_every=2), dict(keep=5), dict(micro_batch_size=4), dict(log_every=1)])
+def test_keys_that_change_no_experiment_are_accepted(config, tmp_path, monkeypatch, given):
+    stop_at(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        train(config())
+    monkeypatch.undo()
+    assert train(config(**given)).name == "step_00000008"
+
+
+def test_models_and_data_are_compared_by_content_not_by_path(config, data_dir, teacher, tmp_path):
+    folder = train(config())
+    shutil.copytree(data_dir, tmp_path / "moved_bins")
+    shutil.copytree(teacher, tmp_path / "moved_teacher")
+    assert train(config(data_dir=str(tmp_path / "moved_bins"), teacher=str(tmp_path / "moved_teacher"))) == folder
+    weights = tmp_path / "moved_teacher" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="--teacher="):
+        train(config(teacher=str(tmp_path / "moved_teacher")))
+
+
+def test_resume_never_starts_anew_and_loses_nothing(config, tmp_path):
+    train(config())
+    train(config(resume="never", lr=1e-3))
+    assert read_state(checkpoints(tmp_path / "run.1")[-1]).step == 8
+    assert read_lines(tmp_path / "run", "run")[0]["config"]["lr"] == 1e-3
+
+
+# ----------------------------------------------- What is refused ---------------------------------------------------
+
+
+@pytest.mark.parametrize("given, message", [
+    (dict(val_samples=10**6), "val_samples=1000000: domain letters"),
+    (dict(mixture="letters=1,numbers=2"), "--mixture"),
+    (dict(block_size=4096, val_samples=1), "block_size=4096"),
+])
+def test_what_the_data_rule_out_is_refused_before_any_model_is_loaded(config, monkeypatch, tmp_path, given, message):
+    monkeypatch.setattr(GPT, "from_pretrained", None)
+    with pytest.raises(UserError, match=message):
+        train(config(**given))
+    assert not (tmp_path / "run").exists()
+
+
+def test_bins_of_another_tokenizer_than_the_teachers_are_refused(config, teacher, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    meta = json.loads((other / "tokenizer_meta.json").read_text())
+    (other / "tokenizer_meta.json").write_text(json.dumps({**meta, "name": "gpt2", "fingerprint": "0" * 64}))
+    with pytest.raises(UserError, match="tokenizer"):
+        train(config(teacher=str(other)))
+
+
+def test_a_folder_without_tokenizer_files_is_taken_with_a_warning(config, teacher, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    (other / "tokenizer_meta.json").unlink()
+    train(config(teacher=str(other), max_steps=0))
+    assert "WARNING: --teacher" in capsys.readouterr().out
+
+
+def test_ids_beyond_the_vocabulary_are_refused(config, data_dir, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(data_dir, bad)
+    raw = bytearray((bad / "digits.train.bin").read_bytes())
+    raw[1::2] = b"\x7f" * (len(raw) // 2)
+    (bad / "digits.train.bin").write_bytes(raw)
+    with pytest.raises(UserError, match="domain digits holds the id"):
+        train(config(data_dir=str(bad)))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(config, tmp_path, monkeypatch):
+    original = distill.distillation_loss
+
+    def broken(hidden, *arguments, **keywords):
+        loss, ce, kl = original(hidden, *arguments, **keywords)
+        return (loss * float("nan"), ce, kl) if loss.requires_grad else (loss, ce, kl)
+    stop_at(monkeypatch, 5, lambda: monkeypatch.setattr(distill, "distillation_loss", broken))
+    with pytest.raises(UserError, match="step 5: loss nan.*letters"):
+        train(config())
+    assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step_00000004"]
+    assert read_lines(tmp_path / "run", "train")[-1]["step"] == 5
+
+
+@pytest.mark.parametrize("arguments, messages", [
+    (["--learning_rate=1"], ["--learning_rate=1: unknown key"]),
+    (["--lr=fast", "--gamma=-1", "--max_step=3"], ["--lr=fast: must be a number", "did you mean --max_steps"]),
+    (["--alpha=2", "--temperature=0", "--interval=0", "--min_lr=1"],
+     ["--alpha=2.0", "--temperature=0.0", "--interval=0", "--min_lr=1.0"]),
+    (["--method=dkd"], ["--method=dkd: must be one of ddk"]),
+    (["--teacher=nowhere", "--student=scratch:4by4"], ["--teacher=nowhere: no such folder", "--student=scratch:4by4",
+                                                     "--data_dir=data/custom: no such folder"]),
+    (["--student=scratch:1x32"], ["--teacher: method=ddk needs one"]),
+    (["--batch_size=10", "--micro_batch_size=4"], ["--batch_size=10: must be a multiple of micro_batch_size=4"]),
+    (["--device=abacus"], ["--device=abacus"]),
+    (["--mixture=a"], ["--mixture=a"]),
+    (["--lr"], ["--lr: needs a value"]),
+    (["lr=3"], ["lr=3: not a key"]),
+    (["--lr=nan"], ["--lr=nan"]),
+])
+def test_mistakes_on_the_command_line_are_named_all_at_once(arguments, messages, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as refused:
+        distill.parse_config(distill.Config, arguments, make=resolve_config)
+    for message in messages:
+        assert message in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_of_a_key_given_twice_the_last_wins():
+    config = distill.parse_config(distill.Config, ["--seed=1", "--seed=2"], make=resolve_config)
+    assert config.seed == 2 and config.out_dir == "out/quickstart-ddk-2"
