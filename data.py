@@ -24,6 +24,8 @@ import gzip
 import hashlib
 import heapq
 import importlib.util
+import io
+import itertools
 import json
 import os
 import pydoc_data.topics
@@ -55,17 +57,21 @@ def option(default, help: str):
 
 def convert(text: str, kind):
     """The value that `text` stands for as a `kind`: str, int, float, bool, a Literal, or one of them | None."""
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is types.UnionType:
-        return None if text.lower() == "none" else convert(text, arguments[0])
-    if kind is bool:
-        kind, arguments, text = {"true": True, "false": False}.get, ("true", "false"), text.lower()
-    if arguments and text not in arguments:
-        raise ValueError(f"must be one of {' '.join(argument or repr('') for argument in arguments)}")
+    if isinstance(kind, types.UnionType):
+        return None if text.lower() == "none" else convert(text, typing.get_args(kind)[0])
+    text = text.lower() if kind is bool else text
+    if allowed := choices(kind):
+        if text not in allowed:
+            raise ValueError(f"must be one of {' '.join(word or repr(word) for word in allowed)}")
+        return text == "true" if kind is bool else text
     try:
-        return text if typing.get_origin(kind) is typing.Literal else kind(text)
+        return kind(text)
     except ValueError:
         raise ValueError("must be a whole number" if kind is int else "must be a number") from None
+
+
+def choices(kind) -> tuple[str, ...]:
+    return ("true", "false") if kind is bool else typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
 
 
 def parse_config(cls, argv: list[str] | None = None, make: Callable | None = None):
@@ -79,17 +85,18 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for entry in (entry for entry in fields(cls) if entry.name in kinds):
-        choices = typing.get_args(kinds[entry.name])
-        help = f"{entry.metadata['help']} [{'|'.join(map(str, choices))}]" if choices else entry.metadata["help"]
-        parser.add_argument(f"--{entry.name}", nargs="?", default=argparse.SUPPRESS, metavar="VALUE",
-                            help=f"{help} (default: {entry.default!r})".replace("%", "%%"))
+        parser.add_argument(f"--{entry.name}", nargs="?", default=argparse.SUPPRESS,
+                            metavar="|".join(filter(None, choices(kinds[entry.name]))) or "VALUE",
+                            help=f"{entry.metadata['help']} (default: {entry.default!r})".replace("%", "%%"))
     known, rest = parser.parse_known_args(argv)
     problems, given = [], {}
     for key, text in vars(known).items():
         try:
-            given[key] = convert(text, kinds[key]) if text is not None else problems.append(f"--{key}: needs a value")
+            if text is None:
+                raise ValueError("needs a value")
+            given[key] = convert(text, kinds[key])
         except ValueError as error:
-            problems.append(f"--{key}={text}: {error}")
+            problems.append(f"--{key}={'' if text is None else text}: {error}")
     for word in rest:
         if word.startswith("-"):
             near = difflib.get_close_matches(word.lstrip("-").partition("=")[0], kinds, n=1)
@@ -98,8 +105,8 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
             problems.append(f"{word}: not a key; arguments are written --key=value")
     if takes_words:
         given["sources"] = [word for word in rest if not word.startswith("-")]
-    config = None if problems else (make or cls)(**given)
-    problems = problems or config.problems()
+    config = (make or cls)(**given)
+    problems += config.problems()
     if problems:
         raise UserError("\n".join(problems))
     return config
@@ -114,6 +121,8 @@ def run_program(main: Callable):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output, such as head, has had enough
+        os._exit(0)
 
 
 # ----------------------------------------------- Tokenizers --------------------------------------------------------
@@ -151,7 +160,7 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
     UserError if there is no such tokenizer or token, or it would have to be downloaded and cannot.
     """
     path = Path(source)
-    if path.is_dir() or path.suffix == ".json":
+    if source != "bytes" and (path.is_dir() or path.suffix == ".json"):
         return _huggingface_tokenizer(path / "tokenizer.json" if path.is_dir() else path, eot)
     import tiktoken
 
@@ -263,45 +272,60 @@ def read_documents(paths: Iterable[Path], text_key: str = "text", left_out: Coun
     `left_out` counts, by reason, what is not a document or had to be mended. UserError on a line that is not JSON.
     """
     left_out = Counter() if left_out is None else left_out
-    for path in paths:
-        for text in _read_file(path, text_key):
-            if isinstance(text, bytes):
-                try:
-                    text = text.decode()
-                except UnicodeDecodeError:
-                    left_out["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
-                    text = text.decode(errors="replace")
-            if not isinstance(text, str):
-                left_out[f"records without a text under the key {text_key}"] += 1
-            elif "\0" in text[:65536]:
-                left_out["binary files"] += 1
-            elif not text.strip():
-                left_out["empty documents"] += 1
-            else:
-                yield text
+    for text in (text for path in paths for text in _read_file(path, text_key)):
+        if isinstance(text, bytes):
+            try:
+                text = text.decode()
+            except UnicodeDecodeError:
+                left_out["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
+                text = text.decode(errors="replace")
+        if not isinstance(text, str):
+            left_out[f"records without a text under the key {text_key}"] += 1
+        elif "\0" in text[:65536]:
+            left_out["binary files"] += 1
+        elif not text.strip():
+            left_out["empty documents"] += 1
+        else:
+            yield text
 
 
 def _read_file(path: Path, text_key: str) -> Iterator[bytes | str | None]:
     name = path.name.removesuffix(".gz").removesuffix(".zst")
-    if name.endswith(".parquet"):
-        parquet = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
-        if text_key not in parquet.schema_arrow.names:
-            raise UserError(f"{path}: no column {text_key}; --text_key={'|'.join(parquet.schema_arrow.names)}")
-        for rows in parquet.iter_batches(columns=[text_key], batch_size=1024):
-            yield from rows.column(0).to_pylist()
-    elif name.endswith(".jsonl"):
-        opener = {".gz": gzip.open, ".zst": lambda path, mode: import_optional("zstandard", str(path)).open(path, mode)}
-        with opener.get(path.suffix, open)(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = json.loads(line.decode(errors="replace")) if line.strip() else {text_key: ""}
-                except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number}: not JSON ({error})") from None
-                text = record.get(text_key) if isinstance(record, dict) else None
-                # JSON can hold half a surrogate pair, which UTF-8 cannot: as bytes, it is counted and replaced above.
-                yield text.encode(errors="surrogatepass") if isinstance(text, str) else None
-    else:
-        yield path.read_bytes()
+    try:
+        if name.endswith(".parquet"):
+            parquet = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
+            if text_key not in parquet.schema_arrow.names:
+                raise UserError(f"{path}: no column {text_key}; --text_key={'|'.join(parquet.schema_arrow.names)}")
+            for rows in parquet.iter_batches(columns=[text_key], batch_size=1024):
+                yield from rows.column(0).to_pylist()
+        elif name.endswith(".jsonl"):
+            with _open(path) as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield _record_text(line, text_key, f"{path}, line {number}")
+        else:
+            yield path.read_bytes()
+    except UserError:
+        raise
+    except Exception as error:  # each format's library has its own kinds
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); copy it again or leave it out") from None
+
+
+def _open(path: Path):
+    if path.suffix == ".zst":
+        return io.BufferedReader(import_optional("zstandard", str(path)).open(path, "rb"))
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def _record_text(line: bytes, text_key: str, place: str) -> bytes | None:
+    """The text of one line of .jsonl as bytes, so that what is not UTF-8 in it, also half a surrogate pair, is counted
+    by the caller; None if it has none."""
+    try:
+        record = json.loads(line.decode(errors="surrogateescape"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: not JSON ({error})") from None
+    text = record.get(text_key) if isinstance(record, dict) else None
+    return text.encode(errors="surrogatepass") if isinstance(text, str) else None
 
 
 # ----------------------------------------------- Documents to bins -------------------------------------------------
@@ -319,7 +343,7 @@ class Split:
 
     threshold: int  # a document is validation if its content_hash is no larger
     bytes: int
-    content: int  # sum of the content hashes: the same documents, in any order
+    content: str  # identity of the documents and their order
 
 
 def validation_split(documents: Iterable[str], val_fraction: float, val_bytes: int) -> Split:
@@ -331,11 +355,12 @@ def validation_split(documents: Iterable[str], val_fraction: float, val_bytes: i
     """
     smallest: dict[int, int] = {}  # hash → bytes of all its copies
     heap: list[int] = []  # the same hashes, negated: the largest comes first
-    kept = total = content = 0
-    dropped = False
+    kept = total = 0
+    dropped, content = False, hashlib.sha256()
     for text in documents:
         key, size = content_hash(text), len(text.encode())
-        total, content, kept = total + size, content + key, kept + size
+        total, kept = total + size, kept + size
+        content.update(key.to_bytes(16, "big"))
         if key not in smallest:
             heapq.heappush(heap, -key)
         smallest[key] = smallest.get(key, 0) + size
@@ -351,87 +376,72 @@ def validation_split(documents: Iterable[str], val_fraction: float, val_bytes: i
         if used > min(val_fraction * total, val_bytes):
             break
         threshold = key
-    return Split(threshold, total, content)
+    return Split(threshold, total, content.hexdigest())
 
 
-class _BinWriter:
-    """One bin, under a temporary name until `finish` makes it durable and names it."""
-
-    def __init__(self, path: Path, dtype: str):
-        self.path, self.dtype, self.sha256 = path, np.dtype(dtype).newbyteorder("<"), hashlib.sha256()
-        self.file = open(path.with_name(path.name + ".tmp"), "wb")
-        self.counts = Counter(tokens=0, documents=0, bytes=0)
-
-    def append(self, ids: np.ndarray, n_bytes: int):
-        raw = ids.astype(self.dtype).tobytes()
-        self.file.write(raw)
-        self.sha256.update(raw)
-        self.counts.update(tokens=len(ids), documents=1, bytes=n_bytes)
-
-    def finish(self) -> dict:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-        os.replace(self.file.name, self.path)
-        return {"file": self.path.name, **self.counts, "sha256": self.sha256.hexdigest()}
+def _write_bin(path: Path, dtype: str, documents: Iterable[str], tokenizer: Tokenizer) -> dict:
+    """Write one bin under a temporary name, make it durable, name it; returns its entry of meta.json."""
+    temporary, sha256 = path.with_name(path.name + ".tmp"), hashlib.sha256()
+    counts = Counter(tokens=0, documents=0, bytes=0)
+    with open(temporary, "wb") as file:
+        for texts in _batches(documents):
+            for text, ids in zip(texts, tokenizer.encode_batch(texts)):
+                raw = np.append(ids, tokenizer.eot).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+                file.write(raw)
+                sha256.update(raw)
+                counts.update(tokens=len(ids) + 1, documents=1, bytes=len(text.encode()))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return {"file": path.name, **counts, "sha256": sha256.hexdigest()}
 
 
-def _batches(items: Iterable[tuple], n_bytes: int = 1_000_000) -> Iterator[list[tuple]]:
-    """`items` (…, bytes) in lists of about `n_bytes`: enough to keep all cores busy, too little to matter for memory."""
+def _batches(documents: Iterable[str], n_chars: int = 1_000_000) -> Iterator[list[str]]:
+    """Lists of documents: enough to keep all cores busy, too little to matter for memory."""
     batch, size = [], 0
-    for item in items:
-        batch.append(item)
-        size += item[-1]
-        if size >= n_bytes:
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= n_chars:
             yield batch
             batch, size = [], 0
-    yield batch
+    if batch:
+        yield batch
 
 
-def _write_domain(out_dir: Path, name: str, documents: Iterable[str], tokenizer: Tokenizer, split: Split, shards: int,
-                  dtype: str, finished: dict[str, dict], record: Callable[[], None]) -> dict:
-    """Write the bins of one domain that are not in `finished`; returns its entry of meta.json.
+def _with_progress(documents: Iterable[str], name: str, n_bytes: int) -> Iterator[tuple[int, str]]:
+    """(bytes before it, document), with a line of progress every few seconds."""
+    position, started, said = 0, time.monotonic(), time.monotonic()
+    for text in documents:
+        yield position, text
+        position += len(text.encode())
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            speed = position / (said - started)
+            print(f"{name}: {position / 1e6:,.0f} of {n_bytes / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s, "
+                  f"ETA {(n_bytes - position) / speed:,.0f} s", flush=True)
+
+
+def _write_domain(name: str, documents: Iterable[str], split: Split, shards: int,
+                  write: Callable[[str, Iterable[str]], dict | None]) -> tuple[list[dict], dict]:
+    """(entries of the train bins, entry of the validation bin), as `write` returns them for a file and its documents.
 
     Shard k holds the documents that start in the k-th part of the domain's bytes, so shards are finished one by one.
     """
-    val_file = f"{name}.val.bin"
-    train_files = [f"{name}.train.{k:03d}.bin" for k in range(shards)] if shards > 1 else [f"{name}.train.bin"]
-    writers = {file: _BinWriter(out_dir / file, dtype) for file in [*train_files, val_file] if file not in finished}
-    validation = []  # at most val_bytes of text; written last, in the order of the hashes
+    files = [f"{name}.train.{k:03d}.bin" for k in range(shards)] if shards > 1 else [f"{name}.train.bin"]
+    validation = []  # at most val_bytes of text
 
-    def finish(file: str):
-        if file in writers:
-            finished[file] = writers.pop(file).finish()
-            record()
+    def train() -> Iterator[tuple[str, str]]:
+        for position, text in _with_progress(documents, name, split.bytes):
+            if content_hash(text) <= split.threshold:
+                validation.append(text)
+            else:
+                yield files[position * shards // split.bytes], text
 
-    def unwritten() -> Iterator[tuple]:
-        position, started, said = 0, time.monotonic(), time.monotonic()
-        for text in documents:
-            key, size = content_hash(text), len(text.encode())
-            file = val_file if key <= split.threshold else train_files[position * shards // split.bytes]
-            position += size
-            if file in writers:
-                yield file, key, text, size
-            if time.monotonic() - said > 5:
-                said = time.monotonic()
-                speed = position / (said - started)
-                print(f"{name}: {position / 1e6:,.0f} of {split.bytes / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s, "
-                      f"ETA {(split.bytes - position) / speed:,.0f} s", flush=True)
-
-    for batch in _batches(unwritten()):
-        for (file, key, _, size), ids in zip(batch, tokenizer.encode_batch([text for _, _, text, _ in batch])):
-            ids = np.append(ids, tokenizer.eot)
-            if file == val_file:
-                validation.append((key, ids, size))
-                continue
-            for earlier in train_files[:train_files.index(file)]:
-                finish(earlier)
-            writers[file].append(ids, size)
-    for _, ids, size in sorted(validation, key=lambda document: document[0]):
-        writers[val_file].append(ids, size)
-    for file in [*train_files, val_file]:
-        finish(file)
-    return {"dtype": dtype, "train": [finished[file] for file in train_files], "val": finished[val_file]}
+    written = {file: write(file, (text for _, text in group))
+               for file, group in itertools.groupby(train(), key=lambda document: document[0])}
+    entries = [written[file] if file in written else write(file, []) for file in files]
+    return entries, write(f"{name}.val.bin", sorted(validation, key=content_hash))
 
 
 def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Callable[[], Iterable[str]]], *,
@@ -458,9 +468,16 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
             raise
         except ValueError as error:
             raise UserError(f"domain {name}: {error}") from None
-        finished = plans.setdefault(digest(name, entry, split.threshold, split.bytes, split.content, shards), {})
-        meta["domains"][name] = _write_domain(out_dir, name, documents(), tokenizer, split, shards, dtype, finished,
-                                              lambda: write_text(partial, json.dumps(plans)))
+        finished = plans.setdefault(digest(name, entry, split.threshold, split.content, shards), {})
+
+        def write(file: str, texts: Iterable[str]) -> dict:
+            if file not in finished or not _unchanged(out_dir / file, finished[file]["sha256"]):
+                finished[file] = _write_bin(out_dir / file, dtype, texts, tokenizer)
+                write_text(partial, json.dumps(plans))
+            return finished[file]
+
+        train, val = _write_domain(name, documents(), split, shards, write)
+        meta["domains"][name] = {"dtype": dtype, "train": train, "val": val}
     for path in tokenizer.files:
         shutil.copyfile(path, out_dir / path.name)
     write_text(out_dir / "meta.json", json.dumps(meta, indent=1))
@@ -484,6 +501,10 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             sha256.update(block)
     return sha256.hexdigest()
+
+
+def _unchanged(path: Path, sha256: str) -> bool:
+    return path.is_file() and file_sha256(path) == sha256
 
 
 # ----------------------------------------------- Bins to windows ---------------------------------------------------
@@ -521,9 +542,9 @@ class TokenBins:
             tokens = np.memmap(self.dir / entry["file"], mode="r",
                                dtype=np.dtype(self.domains[name]["dtype"]).newbyteorder("<"))
             windows[rows] = tokens[starts[:, None] + np.arange(self.block_size + 1)]
-        if windows.size and windows.max() >= self.vocab_size:
-            raise UserError(f"{self.dir}: domain {name} holds the id {windows.max()}, and its tokenizer has only "
-                            f"{self.vocab_size}; see python data.py --verify={self.dir}, or make the bins anew")
+            if windows[rows].max() >= self.vocab_size:
+                raise UserError(f"{self.dir / entry['file']}: holds the id {windows[rows].max()}, but the tokenizer has "
+                                f"{self.vocab_size} ids; see data.py --verify={self.dir}, or make the bins anew")
         return windows
 
     def train_windows(self, domain_ids: np.ndarray, window_ids: np.ndarray) -> np.ndarray:
@@ -556,15 +577,20 @@ def read_meta(data_dir: Path) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise UserError(f"{path}: format version {meta['format_version']}, this program reads {FORMAT_VERSION}; {anew}")
-        for name, domain in meta["domains"].items():
+        sizes = dict.fromkeys(meta["tokenizer"]["files"])
+        for domain in meta["domains"].values():
             for entry in [*domain["train"], domain["val"]]:
-                file, size = data_dir / entry["file"], entry["tokens"] * np.dtype(domain["dtype"]).itemsize
-                if file.parent != data_dir or not file.is_file():
-                    raise UserError(f"{file}: a bin of domain {name} in meta.json, but not in its folder; {anew}")
-                if file.stat().st_size != size:
-                    raise UserError(f"{file}: {file.stat().st_size} bytes, but {size} in meta.json; {anew}")
-        assert {"name", "vocab_size", "eot_token", "fingerprint", "files"} <= set(meta["tokenizer"]), "tokenizer"
-    except (AssertionError, AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+                sizes[entry["file"]] = entry["tokens"] * np.dtype(domain["dtype"]).itemsize
+        for name, size in sizes.items():
+            file = data_dir / name
+            if file.parent != data_dir or not file.is_file():
+                raise UserError(f"{file}: named in meta.json, but not in its folder; {anew}")
+            if size is not None and file.stat().st_size != size:
+                raise UserError(f"{file}: {file.stat().st_size} bytes, but {size} by meta.json; {anew}")
+        [meta["tokenizer"][key] for key in ("name", "vocab_size", "eot_token", "fingerprint")]
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not as data.py writes it ({type(error).__name__}: {error}); {anew}") from None
     return meta
 
@@ -574,7 +600,7 @@ def verify(data_dir: Path):
     changed = []
     for domain in read_meta(data_dir)["domains"].values():
         for entry in [*domain["train"], domain["val"]]:
-            same = file_sha256(data_dir / entry["file"]) == entry["sha256"]
+            same = _unchanged(data_dir / entry["file"], entry["sha256"])
             print(f"{entry['file']:32} {'ok' if same else 'CHANGED'}")
             changed += [] if same else [entry["file"]]
     if changed:

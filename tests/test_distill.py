@@ -386,7 +386,7 @@ def test_ids_beyond_the_vocabulary_are_refused(config, data_dir, tmp_path):
     raw = bytearray((bad / "digits.train.bin").read_bytes())
     raw[1::2] = b"\x7f" * (len(raw) // 2)
     (bad / "digits.train.bin").write_bytes(raw)
-    with pytest.raises(UserError, match="domain digits holds the id"):
+    with pytest.raises(UserError, match="digits.train.bin: holds the id"):
         train(config(data_dir=str(bad)))
 
 
