@@ -5,13 +5,8 @@
 
 A bins folder holds for each domain `NAME.train.bin` (or NAME.train.000.bin, …) and `NAME.val.bin`: headerless
 little-endian ids, uint16 where every id fits, else uint32, each document ended by the end-of-text id. `meta.json` says
-which tokenizer made them, and the size and sha256 of each.
-
-    load_tokenizer       "bytes", a tiktoken name or a tokenizer.json → Tokenizer
-    read_documents       files → documents
-    build_bins           documents → bins
-    TokenBins            bins → windows
-    quickstart_domains   text that is on every machine that can run this
+which tokenizer made them, and the size and sha256 of each. Top to bottom: load_tokenizer, read_documents (from files),
+build_bins (from documents), TokenBins (windows from bins), quickstart_domains (text that is on every machine).
 
 The four files' imports rest on this one, so the command-line handling that they share is here too.
 """
@@ -27,6 +22,7 @@ import importlib.util
 import io
 import itertools
 import json
+import math
 import os
 import pydoc_data.topics
 import re
@@ -50,9 +46,9 @@ class UserError(ValueError):
     """Something the user can mend: programs print its message without a traceback and exit with status 2."""
 
 
-def option(default, help: str):
-    """A dataclass field that is a command-line key."""
-    return field(default=default, metadata={"help": help})
+def option(default, help: str, least: float = -math.inf, most: float = math.inf):
+    """A dataclass field that is a command-line key; a number must be finite and from `least` to `most`."""
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 def convert(text: str, kind):
@@ -71,7 +67,8 @@ def convert(text: str, kind):
 
 
 def choices(kind) -> tuple[str, ...]:
-    return ("true", "false") if kind is bool else typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+    is_literal = typing.get_origin(kind) is typing.Literal
+    return ("true", "false") if kind is bool else typing.get_args(kind) if is_literal else ()
 
 
 def parse_config(cls, argv: list[str] | None = None, make: Callable | None = None):
@@ -96,7 +93,7 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
                 raise ValueError("needs a value")
             given[key] = convert(text, kinds[key])
         except ValueError as error:
-            problems.append(f"--{key}={'' if text is None else text}: {error}")
+            problems.append(f"--{key}: {error}" if text is None else f"--{key}={text}: {error}")
     for word in rest:
         if word.startswith("-"):
             near = difflib.get_close_matches(word.lstrip("-").partition("=")[0], kinds, n=1)
@@ -106,6 +103,11 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
     if takes_words:
         given["sources"] = [word for word in rest if not word.startswith("-")]
     config = (make or cls)(**given)
+    for entry in fields(cls):
+        value, least, most = getattr(config, entry.name), entry.metadata.get("least"), entry.metadata.get("most")
+        if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):
+            problems.append(f"--{entry.name}={value}: must be " + (
+                f"from {least} to {most}" if most < math.inf else f"a finite number, {least} or more"))
     problems += config.problems()
     if problems:
         raise UserError("\n".join(problems))
@@ -188,7 +190,7 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
 
 def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
     if not path.is_file():
-        raise UserError(f"--tokenizer={path}: no such file; transformers' AutoTokenizer writes one with save_pretrained")
+        raise UserError(f"--tokenizer={path}: no such file; transformers' AutoTokenizer.save_pretrained writes one")
     tokenizers = import_optional("tokenizers", f"--tokenizer={path}")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
@@ -290,6 +292,7 @@ def read_documents(paths: Iterable[Path], text_key: str = "text", left_out: Coun
 
 
 def _read_file(path: Path, text_key: str) -> Iterator[bytes | str | None]:
+    """Texts as they stand; as bytes where they may not be UTF-8; None for a record without one."""
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     try:
         if name.endswith(".parquet"):
@@ -299,33 +302,23 @@ def _read_file(path: Path, text_key: str) -> Iterator[bytes | str | None]:
             for rows in parquet.iter_batches(columns=[text_key], batch_size=1024):
                 yield from rows.column(0).to_pylist()
         elif name.endswith(".jsonl"):
-            with _open(path) as lines:
+            with (gzip.open(path) if path.suffix == ".gz" else open(path, "rb") if path.suffix != ".zst" else
+                  io.BufferedReader(import_optional("zstandard", str(path)).open(path, "rb"))) as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
-                        yield _record_text(line, text_key, f"{path}, line {number}")
+                        try:
+                            record = json.loads(line.decode(errors="surrogateescape"))
+                        except json.JSONDecodeError as error:
+                            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
+                        text = record.get(text_key) if isinstance(record, dict) else None
+                        # JSON can hold half a surrogate pair, which UTF-8 cannot.
+                        yield text.encode(errors="surrogatepass") if isinstance(text, str) else None
         else:
             yield path.read_bytes()
     except UserError:
         raise
     except Exception as error:  # each format's library has its own kinds
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); copy it again or leave it out") from None
-
-
-def _open(path: Path):
-    if path.suffix == ".zst":
-        return io.BufferedReader(import_optional("zstandard", str(path)).open(path, "rb"))
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-
-
-def _record_text(line: bytes, text_key: str, place: str) -> bytes | None:
-    """The text of one line of .jsonl as bytes, so that what is not UTF-8 in it, also half a surrogate pair, is counted
-    by the caller; None if it has none."""
-    try:
-        record = json.loads(line.decode(errors="surrogateescape"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error})") from None
-    text = record.get(text_key) if isinstance(record, dict) else None
-    return text.encode(errors="surrogatepass") if isinstance(text, str) else None
+        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); copy it again") from None
 
 
 # ----------------------------------------------- Documents to bins -------------------------------------------------
@@ -390,8 +383,7 @@ def _write_bin(path: Path, dtype: str, documents: Iterable[str], tokenizer: Toke
                 file.write(raw)
                 sha256.update(raw)
                 counts.update(tokens=len(ids) + 1, documents=1, bytes=len(text.encode()))
-        file.flush()
-        os.fsync(file.fileno())
+    fsync(temporary)
     os.replace(temporary, path)
     return {"file": path.name, **counts, "sha256": sha256.hexdigest()}
 
@@ -485,13 +477,20 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
     return meta
 
 
+def fsync(path: Path):
+    """Make a file's content, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_text(path: Path, text: str):
     """Write a small file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(text, encoding="utf-8")
+    fsync(temporary)
     os.replace(temporary, path)
 
 
@@ -543,7 +542,7 @@ class TokenBins:
                                dtype=np.dtype(self.domains[name]["dtype"]).newbyteorder("<"))
             windows[rows] = tokens[starts[:, None] + np.arange(self.block_size + 1)]
             if windows[rows].max() >= self.vocab_size:
-                raise UserError(f"{self.dir / entry['file']}: holds the id {windows[rows].max()}, but the tokenizer has "
+                raise UserError(f"{self.dir / entry['file']}: holds the id {windows[rows].max()}; the tokenizer has "
                                 f"{self.vocab_size} ids; see data.py --verify={self.dir}, or make the bins anew")
         return windows
 
@@ -556,7 +555,7 @@ class TokenBins:
         return windows
 
     def val_windows(self, name: str, count: int) -> np.ndarray:
-        """Windows 0 … count−1 of a domain's validation: (count, block_size + 1) int64. UserError if there are fewer."""
+        """Windows 0 … count−1 of a domain's validation, (count, block_size + 1) int64. UserError if there are fewer."""
         entry = self.domains[name]["val"]
         if self._count(entry) < count:
             raise UserError(f"--val_samples={count}: domain {name} of {self.dir} has {self._count(entry)} validation "
@@ -576,7 +575,7 @@ def read_meta(data_dir: Path) -> dict:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{path}: format version {meta['format_version']}, this program reads {FORMAT_VERSION}; {anew}")
+            raise UserError(f"{path}: format version {meta['format_version']}, but {FORMAT_VERSION} is read; {anew}")
         sizes = dict.fromkeys(meta["tokenizer"]["files"])
         for domain in meta["domains"].values():
             for entry in [*domain["train"], domain["val"]]:
@@ -634,10 +633,6 @@ def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterab
             nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
             yield "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
-    def prose() -> Iterator[str]:
-        yield from pydoc_data.topics.topics.values()
-        yield from docstrings(files("numpy", ".py", r"tests/|_pyinstaller/"))
-
     def first(documents: Iterable[str], n_bytes: int) -> Iterator[str]:
         for text in documents:
             # Tables, of characters or of constants, are mostly digits and signs.
@@ -649,7 +644,8 @@ def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterab
         "python": lambda: source(files("stdlib", ".py", r"(^|/)(site-packages|tests?|idlelib|encodings|pydoc_data)/")),
         "cpp": lambda: source(files("torch", ".h", r"^(?!include/)|ATen/(ops|[^/]*$)|google/|sleef")),
         "math": lambda: docstrings(files("sympy", ".py", r"tests/|parsing/")),
-        "prose": prose,
+        "prose": lambda: itertools.chain(pydoc_data.topics.topics.values(),
+                                         docstrings(files("numpy", ".py", r"tests/|_pyinstaller/"))),
     }
     return {name: lambda name=name: first(documents[name](), n_bytes[name]) for name in n_bytes}
 
@@ -665,9 +661,9 @@ class DataConfig:
     tokenizer: str = option("bytes", "bytes, a tiktoken encoding, or a folder or file with a tokenizer.json")
     eot: str = option("", "the token that ends a document; empty: the tokenizer's own")
     text_key: str = option("text", "where the text is in a record of .jsonl and .parquet")
-    val_fraction: float = option(0.05, "share of a domain's bytes for validation, at most")
-    val_bytes: int = option(32_000_000, "validation bytes a domain, at most")
-    shards: int = option(1, "train bins a domain")
+    val_fraction: float = option(0.05, "share of a domain's bytes for validation, at most", least=0, most=0.9)
+    val_bytes: int = option(32_000_000, "validation bytes a domain, at most", least=1)
+    shards: int = option(1, "train bins a domain", least=1, most=1000)
     verify: str = option("", "only re-hash the bins of this folder")
     sources: list[str] = field(default_factory=list)
 
@@ -675,9 +671,6 @@ class DataConfig:
         return [] if self.verify else [message for wrong, message in (
             (not self.out_dir, "--out_dir: name the folder to write to"),
             (not self.sources, "no sources: write NAME=GLOB for each domain"),
-            (not 0 < self.val_fraction < 1, f"--val_fraction={self.val_fraction}: must be above 0 and below 1"),
-            (self.val_bytes < 1, f"--val_bytes={self.val_bytes}: must be at least 1"),
-            (not 1 <= self.shards <= 1000, f"--shards={self.shards}: must be from 1 to 1000"),
         ) if wrong]
 
 
@@ -696,9 +689,9 @@ def main():
                       val_fraction=config.val_fraction, val_bytes=config.val_bytes)
     print(f"{'domain':16}{'documents':>12}{'MB':>10}{'train tokens':>16}{'validation':>14}")
     for name, domain in meta["domains"].items():
-        documents, size = (sum(entry[key] for entry in [*domain["train"], domain["val"]]) for key in ("documents", "bytes"))
-        print(f"{name:16}{documents:12,}{size / 1e6:10.1f}{sum(entry['tokens'] for entry in domain['train']):16,}"
-              f"{domain['val']['tokens']:14,}")
+        n, size, tokens = (sum(entry[key] for entry in domain["train"]) for key in ("documents", "bytes", "tokens"))
+        val = domain["val"]
+        print(f"{name:16}{n + val['documents']:12,}{(size + val['bytes']) / 1e6:10.1f}{tokens:16,}{val['tokens']:14,}")
     for reason, count in left_out.items():
         print(f"note: {count} {reason}")
     print(f"wrote {config.out_dir}")

@@ -6,25 +6,17 @@
 
 The method is Alg. 1 of arXiv 2407.16154. Every K steps (`interval`) the student's perplexity is measured in each
 domain and set against the teacher's; the domains where it is furthest behind get more of the next K steps' data. The
-loss of each step is cross-entropy plus γ times the divergence from the teacher's predictions (Eq. 3).
-
-    Config, PRESETS                    what can be set; `--help` lists it
-    dense_distillation_loss            Eq. 3 on logits, in a few lines
-    distillation_loss                  the same from hidden states, without holding all logits
-    learning_rate, make_optimizers     warm-up and cosine; AdamW, decay on matrices only
-    perplexities                       the ℓ_S and ℓ_T of Eq. 1 and 2
-    save_checkpoint, newest_checkpoint written whole, then renamed; found damaged, the one before is used
-    train                              Alg. 1, from first evaluation to last checkpoint
-    quickstart                         bins and models for a first run
+loss of each step is cross-entropy plus γ times the divergence from the teacher's predictions (Eq. 3). Top to bottom:
+configuration, Eq. 3, optimisation, evaluation, checkpoints, resuming, the loop (`train`), the report, the quickstart.
 
 A run's `out_dir` holds `config.json`, `metrics.jsonl` (one JSON object a line) and `step_00000400/` folders, which
 open in transformers as they are. The same command again resumes from the newest whole one.
 """
 
+import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -42,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from data import (TokenBins, UserError, build_bins, digest, file_sha256, load_tokenizer, model_tokenizer, option,
+from data import (TokenBins, UserError, build_bins, digest, file_sha256, fsync, load_tokenizer, model_tokenizer, option,
                   parse_config, quickstart_domains, run_program, save_tokenizer, write_text)
 from model import GPT, GPTConfig, read_config
 from sample_mixture import MixtureSampler, interval_probs, next_factor, read_metrics
@@ -64,72 +56,63 @@ class Config:
         "ddk", "ddk; without factor smoothing (Eq. 1 every time); with equal sampling; kd: natural mixture; "
                "cpt: natural mixture, no teacher in the loss")
     # Eq. 3
-    gamma: float = option(0.2, "γ, weight of the divergence from the teacher")
-    temperature: float = option(1.0, "T, divides both models' logits in the divergence")
+    gamma: float = option(0.2, "γ, weight of the divergence from the teacher", least=0)
+    temperature: float = option(1.0, "T, divides both models' logits in the divergence", least=1e-3)
     # Eq. 1, Eq. 2, Alg. 1
-    alpha: float = option(0.5, "α, how much of r follows the discrepancies; the rest is uniform")
-    interval: int = option(1000, "K, steps between two updates of r")
-    val_samples: int = option(500, "validation windows a domain")
-    stop_ratio: float = option(0.0, "end once no domain's student/teacher perplexity ratio is above this; 0: never")
+    alpha: float = option(0.5, "α, how much of r follows the discrepancies; the rest is uniform", least=0, most=1)
+    interval: int = option(1000, "K, steps between two updates of r", least=1)
+    val_samples: int = option(500, "validation windows a domain", least=1)
+    stop_ratio: float = option(0.0, "end once no domain's perplexity ratio is above this; 0: never", least=0)
     mixture: str = option("", "base proportions name=weight,… instead of the natural ones")
     # Training
-    block_size: int = option(2048, "tokens a window")
-    batch_size: int = option(256, "windows a step, over all ranks and micro-batches")
-    micro_batch_size: int = option(0, "windows a forward pass; 0: a rank's whole share")
-    max_steps: int = option(30_000, "updates; 0 only evaluates")
+    block_size: int = option(2048, "tokens a window", least=1)
+    batch_size: int = option(256, "windows a step, over all ranks and micro-batches", least=1)
+    micro_batch_size: int = option(0, "windows a forward pass; 0: a rank's whole share", least=0)
+    max_steps: int = option(30_000, "updates; 0 only evaluates", least=0)
     optimizer: Literal["adamw", "muon"] = option("adamw", "muon: for the hidden matrices, AdamW for the rest")
-    lr: float = option(3e-5, "learning rate after warm-up")
-    min_lr: float = option(3e-6, "learning rate at the last step")
-    warmup_steps: int = option(1000, "steps from 0 to lr")
-    weight_decay: float = option(0.1, "on matrices only")
-    grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping")
-    seed: int = option(0, "order of the data, and initial weights from scratch")
+    lr: float = option(3e-5, "learning rate after warm-up", least=0)
+    min_lr: float = option(3e-6, "learning rate at the last step", least=0)
+    warmup_steps: int = option(1000, "steps from 0 to lr", least=0)
+    weight_decay: float = option(0.1, "on matrices only", least=0)
+    grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping", least=0)
+    seed: int = option(0, "order of the data, and initial weights from scratch", least=0)
     # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the products; auto: bfloat16 on cuda")
     compile: Literal["auto", "true", "false"] = option("auto", "torch.compile; auto: on cuda")
     device: str = option("auto", "auto: cuda, then mps, then cpu")
     parallel: Literal["auto", "none"] = option("auto", "none: one process")
     # Records
-    save_every: int = option(1000, "steps between two checkpoints; 0: the last step only")
-    keep: int = option(2, "newest checkpoints to keep; 0: all")
-    resume: Literal["auto", "never"] = option("auto", "auto: from out_dir's newest whole checkpoint; never: set the "
-                                                      "old run aside and start anew")
-    log_every: int = option(10, "steps between two lines of progress")
-    pretrain_steps: int = option(600, "quickstart: steps of its teacher; its student base trains half as many")
+    save_every: int = option(1000, "steps between two checkpoints; 0: the last step only", least=0)
+    keep: int = option(2, "newest checkpoints to keep; 0: all", least=0)
+    resume: Literal["auto", "never"] = option("auto", "never: set the run in out_dir aside and start anew")
+    log_every: int = option(10, "steps between two lines of progress", least=1)
+    pretrain_steps: int = option(600, "quickstart: steps of its teacher; its student base trains half as many", least=1)
 
     def problems(self) -> list[str]:
         """Everything wrong with these values that can be told without loading anything, a line each."""
-        at_least = {"gamma": 0, "stop_ratio": 0, "interval": 1, "val_samples": 1, "block_size": 1, "batch_size": 1,
-                    "micro_batch_size": 0, "max_steps": 0, "lr": 0, "min_lr": 0, "warmup_steps": 0, "weight_decay": 0,
-                    "grad_clip": 0, "seed": 0, "save_every": 0, "keep": 0, "log_every": 1, "pretrain_steps": 1}
-        problems = [f"--{key}={getattr(self, key)}: must be a finite number, {least} or more"
-                    for key, least in at_least.items() if not least <= getattr(self, key) < math.inf]
-        makes_models = self.preset == "quickstart"
-        named = [("teacher", self.teacher)] + [("student", self.student)] * (not self.student.startswith("scratch:"))
-        problems += [f"--{key}={folder}: no such folder" for key, folder in named if folder and not os.path.isdir(folder)]
-        for wrong, message in (
-            (not 0 <= self.alpha <= 1, f"--alpha={self.alpha}: must be from 0 to 1"),
-            (not 0 < self.temperature < math.inf, f"--temperature={self.temperature}: must be above 0"),
-            (self.min_lr > self.lr, f"--min_lr={self.min_lr}: must not be above lr={self.lr}"),
-            (self.batch_size % max(1, self.micro_batch_size),
-             f"--batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size}"),
+        makes_models, scratch = self.preset == "quickstart", self.student.startswith("scratch:")
+        problems = [message for wrong, message in (
+            (self.teacher and not os.path.isdir(self.teacher), f"--teacher={self.teacher}: no such folder"),
+            (self.student and not scratch and not os.path.isdir(self.student),
+             f"--student={self.student}: no such folder"),
+            (scratch and not re.fullmatch(r"scratch:[1-9]\d*x[1-9]\d*", self.student),
+             f"--student={self.student}: write scratch:LxD, as in scratch:4x128"),
+            (not self.student and not makes_models, "--student: name its folder, or scratch:LxD"),
+            (not makes_models and not os.path.isdir(self.data_dir),
+             f"--data_dir={self.data_dir}: no such folder; make bins there with data.py"),
             (self.method != "cpt" and not self.teacher and not makes_models,
              f"--teacher: method={self.method} needs one; name its folder (only cpt goes without)"),
             (self.stop_ratio and not self.teacher and not makes_models,
              f"--stop_ratio={self.stop_ratio}: a ratio needs a teacher; name its folder with --teacher"),
-            (not self.student and not makes_models, "--student: name its folder, or scratch:LxD"),
-            (self.student.startswith("scratch:") and not re.fullmatch(r"scratch:[1-9]\d*x[1-9]\d*", self.student),
-             f"--student={self.student}: write scratch:LxD, as in scratch:4x128"),
-            (not makes_models and not os.path.isdir(self.data_dir),
-             f"--data_dir={self.data_dir}: no such folder; make bins there with data.py"),
-        ):
-            if wrong:
-                problems.append(message)
-        try:
-            parse_mixture(self.mixture)
-            resolve_device(self.device)
-        except UserError as error:
-            problems.append(str(error))
+            (self.min_lr > self.lr, f"--min_lr={self.min_lr}: must not be above lr={self.lr}"),
+            (self.batch_size % max(1, self.micro_batch_size),
+             f"--batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size}"),
+        ) if wrong]
+        for check, text in ((parse_mixture, self.mixture), (resolve_device, self.device)):
+            try:
+                check(text)
+            except UserError as error:
+                problems.append(str(error))
         return problems
 
 
@@ -228,11 +211,9 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
                                        num_tokens=num_tokens)
 
     chunk_size = chunk_size or max(1, 2**24 // len(student_head))
-    starts = range(0, len(targets), chunk_size)
-    recompute = len(starts) > 1 and torch.is_grad_enabled()
+    recompute = chunk_size < len(targets) and torch.is_grad_enabled()
     sums = []
-    for start in starts:
-        rows = slice(start, start + chunk_size)
+    for rows in (slice(start, start + chunk_size) for start in range(0, len(targets), chunk_size)):
         chunk = (hidden[rows], student_head, None if teacher_hidden is None else teacher_hidden[rows], targets[rows])
         sums.append(checkpoint(chunk_loss, *chunk, use_reentrant=False) if recompute else chunk_loss(*chunk))
     return tuple(sum(parts) for parts in zip(*sums))
@@ -317,21 +298,10 @@ class TrainState:
     domains: dict | None = None  # … and last
 
 
-def sync(path: Path):
-    """Make a file's content, or a folder's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optimizer], state: TrainState,
                     bins: TokenBins):
-    """Write a model's folder with optimizer.pt, train_state.json and manifest.json, so that it is whole or not there.
-
-    All files are written and synced under a temporary name first; the rename is what makes the checkpoint.
-    """
+    """Write a model's folder with optimizer.pt, train_state.json and manifest.json under a temporary name, sync all of
+    it to disk, then rename: it is whole or not there."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     model.save_pretrained(temporary)
@@ -339,34 +309,29 @@ def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optim
     torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
     write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
     names = sorted(path.name for path in temporary.iterdir())
-    write_text(temporary / "manifest.json", json.dumps({name: file_sha256(temporary / name) for name in names}, indent=1))
+    manifest = {name: file_sha256(temporary / name) for name in names}
+    write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
     for path in [*temporary.iterdir(), temporary]:
-        sync(path)
-    if folder.exists():
-        shutil.rmtree(folder)
+        fsync(path)
     os.replace(temporary, folder)
-    sync(folder.parent)
+    fsync(folder.parent)
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
     """Checkpoint folders, the newest last."""
-    return sorted(path for path in out_dir.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir())
+    return sorted(path for path in out_dir.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name) and path.is_dir())
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files against its manifest; None if nothing."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            if Path(name).name != name:
-                return f"manifest.json names {name}, outside the folder"
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-            if file_sha256(folder / name) != expected:
-                return f"{name} changed since it was written"
-        return None if {"model.safetensors", "optimizer.pt", "train_state.json"} <= set(manifest) else "manifest.json is not whole"
-    except (OSError, json.JSONDecodeError, AttributeError, TypeError) as error:
-        return f"manifest.json is not readable ({type(error).__name__})"
+        wrong = [name for name, expected in manifest.items() if (folder / name).parent != folder
+                 or not (folder / name).is_file() or file_sha256(folder / name) != expected]
+        whole = {"config.json", "model.safetensors", "optimizer.pt", "train_state.json"} <= set(manifest)
+    except (OSError, ValueError, AttributeError, TypeError):
+        whole, wrong = False, []
+    return f"{', '.join(wrong)} missing or changed" if wrong else None if whole else "manifest.json missing or changed"
 
 
 def newest_checkpoint(out_dir: Path) -> Path | None:
@@ -383,8 +348,8 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
 
 def free_name(path: Path) -> Path:
     """`path`, or with .1, .2, … behind it if that exists."""
-    numbers = (path.with_name(f"{path.name}.{n}") for n in range(1, 10**6))
-    return path if not path.exists() else next(candidate for candidate in numbers if not candidate.exists())
+    names = (path.with_name(f"{path.name}.{n}" if n else path.name) for n in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def read_state(folder: Path) -> TrainState:
@@ -393,7 +358,7 @@ def read_state(folder: Path) -> TrainState:
 
 def model_content(folder: str) -> str:
     """Identity of a model: from its config.json and weights, whatever the folder is called."""
-    files = sorted(path for path in Path(folder).iterdir() if path.name == "config.json" or path.suffix == ".safetensors")
+    files = [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]
     return digest(*((path.name, file_sha256(path)) for path in files))
 
 
@@ -409,15 +374,18 @@ def check_same_experiment(out_dir: Path, record: dict):
     path = out_dir / "config.json"
     if not path.is_file():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [f"--{key}={record['config'][key]}: the run in {out_dir} has {key}={before['config'].get(key)}"
-               for key in record["config"] if key not in FREE_KEYS and record["config"][key] != before["config"].get(key)]
-    changed += [f"--{key}={record['config'][key]}: another content than the run in {out_dir} began with "
-                f"({before['config'].get(key)})"
-                for key, content in record["content"].items() if content != before["content"].get(key)]
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        config, content = before["config"], before["content"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not as a run writes it ({error}); name another --out_dir") from None
+    changed = [f"--{key}={value}: the run in {out_dir} has {key}={config.get(key)}"
+               for key, value in record["config"].items() if key not in FREE_KEYS and value != config.get(key)]
+    changed += [f"--{key}={record['config'][key]}: another content than the run in {out_dir} has with "
+                f"{key}={config.get(key)}" for key, value in record["content"].items() if value != content.get(key)]
     if changed:
-        raise UserError("\n".join(changed + [f"--out_dir={out_dir}: take the values above, name another folder, or set "
-                                             "the old run aside with --resume=never"]))
+        raise UserError("\n".join([*changed, f"--out_dir={out_dir}: keep its run's values, name another folder, or set "
+                                             "the run aside with --resume=never"]))
 
 
 def rewind_metrics(path: Path, state: TrainState):
@@ -430,10 +398,9 @@ def rewind_metrics(path: Path, state: TrainState):
 
 def environment() -> dict:
     """Versions that a result may depend on, and the git revision of this file if it has one."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True) \
-        if shutil.which("git") else None
-    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-            "git": git.stdout.strip() or None if git else None}
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__, "git": git or None}
 
 
 def check_model(role: str, folder: str, bins: TokenBins):
@@ -443,8 +410,8 @@ def check_model(role: str, folder: str, bins: TokenBins):
         raise UserError(f"--{role}={folder}: has {config.vocab_size} ids, but the bins' tokenizer has "
                         f"{bins.vocab_size}; make the bins anew with this model's tokenizer")
     if config.max_position_embeddings < bins.block_size:
-        raise UserError(f"--block_size={bins.block_size}: the {role} in {folder} reads {config.max_position_embeddings} "
-                        "tokens at most")
+        raise UserError(f"--block_size={bins.block_size}: the {role} in {folder} reads at most "
+                        f"{config.max_position_embeddings} tokens")
     if tokenizer is None:
         print(f"WARNING: --{role}={folder} has no tokenizer files; its vocabulary covers the bins' ids, so it is taken")
     elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:
@@ -675,16 +642,15 @@ def report(config: Config, folder: Path):
     print(f"\n{config.method}, seed {config.seed}, step {state.step}: perplexity by domain\n")
     print(f"{'':14}{'teacher':>9}{'student':>19}{'student/teacher':>22}{'drawn':>9}{'epochs':>9}")
 
-    def change(key: str, name: str, width: int) -> str:
-        values = [measured[name][key] for measured in (first, domains)]
-        return (f"{values[0]:.2f} → {values[1]:.2f}" if values[0] else "–").rjust(width)
+    def change(key: str, name: str) -> str:
+        return f"{first[name][key]:.2f} → {domains[name][key]:.2f}" if domains[name][key] else "–"
 
     for name, domain in domains.items():
         teacher_ppl = f"{domain['teacher_ppl']:.2f}" if domain["teacher_ppl"] else "–"
-        print(f"{name:14}{teacher_ppl:>9}{change('student_ppl', name, 19)}{change('ratio', name, 22)}"
+        print(f"{name:14}{teacher_ppl:>9}{change('student_ppl', name):>19}{change('ratio', name):>22}"
               f"{domain['tokens'] / drawn:9.1%}{domain['epochs']:9.2f}")
     if config.teacher:
-        worst = [max(measured.values(), key=lambda domain: domain["ratio"])["ratio"] for measured in (first, domains)]
+        worst = [max(domain["ratio"] for domain in measured.values()) for measured in (first, domains)]
         print(f"{'worst ratio':14}{f'{worst[0]:.2f} → {worst[1]:.2f}':>50}")
 
 

@@ -32,7 +32,7 @@ class GPTConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -44,7 +44,8 @@ class GPTConfig:
         heads = max(1, width // max(32, min(128, width // 16)))
         return cls(vocab_size=vocab_size, hidden_size=width, intermediate_size=-(-8 * width // 3 // 32) * 32,
                    num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-                   head_dim=width // heads, max_position_embeddings=max(block_size, 2048), tie_word_embeddings=True)
+                   head_dim=width // heads, max_position_embeddings=max(block_size, 2048), rms_norm_eps=1e-5,
+                   tie_word_embeddings=True)
 
     @classmethod
     def from_dict(cls, settings: dict) -> "GPTConfig":
@@ -73,7 +74,8 @@ class GPTConfig:
                 "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}}
 
 
-# ----------------------------------------------- The network. Shapes: B sequences, T tokens, d hidden_size, H query heads, G key-value heads, hd head_dim, V vocab_size ---
+# ----------------------------------------------- The network ----------------------------------------------------------
+# B sequences, T tokens, d hidden_size, H query heads, G key-value heads, hd head_dim, V vocab_size
 
 
 def rotary_tables(config: GPTConfig, T: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -150,7 +152,8 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.embed_tokens.weight.is_meta:
             self.init_weights()
 
@@ -195,7 +198,8 @@ class GPT(nn.Module):
             window = idx[:, -self.config.max_position_embeddings:]
             last_logits = self(window, loss_fn=lambda hidden, head: hidden[:, -1] @ head[:vocab_size].T).float()
             if top_k is not None:
-                last_logits[last_logits < last_logits.topk(min(top_k, last_logits.shape[-1])).values[:, -1:]] = -math.inf
+                kept = last_logits.topk(min(top_k, last_logits.shape[-1])).values
+                last_logits[last_logits < kept[:, -1:]] = -math.inf
             if temperature == 0:
                 new = last_logits.argmax(dim=-1, keepdim=True)
             else:
@@ -206,15 +210,11 @@ class GPT(nn.Module):
                 break
         return idx
 
-    # -----------------------------------------------------------------------------------------------------------------
-    # Folders
-    # -----------------------------------------------------------------------------------------------------------------
-
     def save_pretrained(self, folder: str | Path):
         """Write `config.json` and `model.safetensors` in Hugging Face's llama format; a tied head is left out."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {checkpoint_name(name): tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        state = {checkpoint_name(name): tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
         settings = {**self.config.to_dict(), "dtype": dtype, "torch_dtype": dtype}
@@ -245,7 +245,7 @@ class GPT(nn.Module):
                     found.remove("lm_head.weight")
                 if found != set(shapes):
                     raise UserError(f"{path}: missing {sorted(set(shapes) - found)}, unexpected "
-                                    f"{sorted(found - set(shapes))}; config.json and the weights do not belong together")
+                                    f"{sorted(found - set(shapes))}; not the weights of this config.json")
                 for key, (name, shape) in shapes.items():
                     tensor = tensors.get_tensor(key)
                     if tensor.shape != shape:
@@ -288,19 +288,16 @@ class GenerateConfig:
     model: str = option("", "the model's folder")
     prompt: str = option("", "the text to continue")
     tokenizer: str = option("", "bytes, a tiktoken encoding or a tokenizer.json, if not in the model's folder")
-    max_new_tokens: int = option(200, "tokens to add at most")
-    temperature: float = option(0.8, "0 takes the likeliest token each time")
-    top_k: int | None = option(None, "draw from the k likeliest only")
-    seed: int = option(0, "selects what is drawn")
+    max_new_tokens: int = option(200, "tokens to add at most", least=1)
+    temperature: float = option(0.8, "0 takes the likeliest token each time", least=0)
+    top_k: int | None = option(None, "draw from the k likeliest only", least=1)
+    seed: int = option(0, "selects what is drawn", least=0)
     device: str = option("cpu", "cpu, cuda or mps")
 
     def problems(self) -> list[str]:
         return [message for wrong, message in (
             (not self.model, "--model: name the model's folder"),
             (not self.prompt, "--prompt: give the text to continue"),
-            (self.max_new_tokens < 1, f"--max_new_tokens={self.max_new_tokens}: must be at least 1"),
-            (self.temperature < 0, f"--temperature={self.temperature}: must be 0 or more"),
-            (self.top_k is not None and self.top_k < 1, f"--top_k={self.top_k}: must be at least 1"),
         ) if wrong]
 
 

@@ -1,10 +1,7 @@
 """The data mixture of DDK: how much of each domain the student sees next, and which windows those are.
 
-    discrepancy_factor    Eq. 1   r_0 from the perplexities before training
-    smooth_update         Eq. 2   r_{t+1} from r_t and the perplexities after K more steps
-    next_factor           Alg. 1  which of the two an arm uses
-    interval_probs        Alg. 1  what an arm draws the next K steps by
-    MixtureSampler        Alg. 1  the global batch of every step, each domain walked without replacement and cycled
+`discrepancy_factor` is Eq. 1, `smooth_update` Eq. 2; `next_factor` and `interval_probs` say which of them an arm draws
+by, and `MixtureSampler` draws: the global batch of every step, each domain walked without replacement and cycled.
 
 Only numpy is needed, and nothing here knows of models or ranks. As a program it shows a mixture, replays r from the
 perplexities that a run logged, and draws the paper's Fig. 3:
@@ -51,6 +48,13 @@ def _softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
+def _weights(name: str, weights, n: int) -> np.ndarray:
+    weights = np.array(weights, dtype=np.float64)
+    if weights.shape != (n,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise ValueError(f"{name} {weights.tolist()} must be {n} finite weights ≥ 0, not all 0")
+    return weights
+
+
 def discrepancy_factor(student_ppl, teacher_ppl) -> np.ndarray:
     """Eq. 1: r[i] = softmax_i(ℓ_S[i] / ℓ_T[i]), the domain discrepancy factor.
 
@@ -66,9 +70,8 @@ def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.nd
     `factor` is r_t, (N,) weights; the rest as in `discrepancy_factor`. ValueError also on α outside [0, 1] and on a
     factor that is negative, not finite, all zero or of another length.
     """
-    ratios, factor = _ratios_below_max(student_ppl, teacher_ppl), np.asarray(factor, dtype=np.float64)
-    if factor.shape != ratios.shape or not (np.isfinite(factor) & (factor >= 0)).all() or not factor.any():
-        raise ValueError(f"factor {factor.tolist()} must be {len(ratios)} finite weights ≥ 0, not all 0")
+    ratios = _ratios_below_max(student_ppl, teacher_ppl)
+    factor = _weights("factor", factor, len(ratios))
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha} must lie in [0, 1]")
     with np.errstate(divide="ignore"):  # log 0 = −inf: a domain that α = 1 has driven to 0 stays there, as in Eq. 2
@@ -181,9 +184,7 @@ class MixtureSampler:
             if set(weights) != set(self.names):
                 raise ValueError(f"probs name {sorted(weights)}, but the domains are {sorted(self.names)}")
             weights = [weights[name] for name in self.names]
-        weights = np.array(weights, dtype=np.float64)
-        if weights.shape != (len(self.names),) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
-            raise ValueError(f"probs {weights.tolist()} must be {len(self.names)} finite weights ≥ 0, not all 0")
+        weights = _weights("probs", weights, len(self.names))
         self._probs = weights / weights.sum()
         self._probs.setflags(write=False)
 
@@ -221,7 +222,7 @@ class MixtureSampler:
         return domain_ids, window_ids
 
     def state_dict(self) -> dict:
-        """All that the next batches depend on besides the constructor's arguments: JSON-able, a few numbers a domain."""
+        """All that the next batches depend on besides the constructor's arguments: JSON-able, a few numbers."""
         return {"step": self.step, "probs": dict(zip(self.names, self.probs.tolist())),
                 "drawn": dict(zip(self.names, self.drawn.tolist()))}
 
@@ -304,22 +305,18 @@ class MixtureConfig:
 
     data_dir: str = option("", "bins: show how a run would draw from them, and a window of each domain")
     metrics: str = option("", "a run's metrics.jsonl: replay r from the perplexities in it")
-    alpha: float | None = option(None, "replay with this α; none: the run's")
+    alpha: float | None = option(None, "replay with this α; none: the run's", least=0, most=1)
     method: Literal["", "ddk", "ddk_no_fs", "ddk_es", "kd"] = option("", "replay this arm's rule; empty: the run's")
     plot: str = option("", "draw the shares and the ratios of --metrics to this .png")
-    block_size: int = option(256, "tokens a window")
-    batch_size: int = option(64, "windows a step")
-    steps: int = option(100, "steps to draw")
-    seed: int = option(0, "order of the data")
+    block_size: int = option(256, "tokens a window", least=1)
+    batch_size: int = option(64, "windows a step", least=1)
+    steps: int = option(100, "steps to draw", least=1)
+    seed: int = option(0, "order of the data", least=0)
 
     def problems(self) -> list[str]:
         return [message for wrong, message in (
             (not self.data_dir and not self.metrics, "--data_dir or --metrics: name at least one"),
             (self.plot and not self.metrics, f"--plot={self.plot}: needs --metrics"),
-            (not 0 <= (self.alpha or 0) <= 1, f"--alpha={self.alpha}: must be from 0 to 1"),
-            (self.seed < 0, f"--seed={self.seed}: must be 0 or more"),
-            *((getattr(self, key) < 1, f"--{key}={getattr(self, key)}: must be at least 1")
-              for key in ("block_size", "batch_size", "steps")),
         ) if wrong]
 
 

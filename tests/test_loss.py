@@ -13,6 +13,15 @@ from model import GPT, GPTConfig
 IGNORED = -100
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and wait for it for long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def eq3(student_logits, teacher_logits, targets, gamma, T, direction, vocab_size, num_tokens):
     """Eq. 3 in plain loops over Python numbers, as the paper writes it → (loss, ce, kl)."""
     ce = kl = 0.0
@@ -364,6 +373,19 @@ def test_chunks_never_hold_the_logits_of_all_tokens(direction):
     with LargestTensor() as seen:
         on_logits(*inputs, direction=direction)[0].backward()
     assert seen.elements >= 64 * 200
+
+
+def test_chunks_keep_no_logits_for_the_backward_pass():
+    def kept(loss_fn, **settings):
+        """Elements that the graph holds on to."""
+        storages = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: storages.update({tensor.data_ptr(): tensor.numel()}) or tensor, lambda tensor: tensor):
+            loss = loss_fn(*example((200, 210), shape=(64,)), **settings)[0]
+        assert loss.requires_grad
+        return sum(storages.values())
+
+    assert kept(distillation_loss, chunk_size=8) < 64 * 200 / 3 < kept(on_logits)
 
 
 def test_a_large_batch_is_cut_into_chunks_by_default():
