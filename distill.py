@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import (TokenBins, UserError, build_bins, digest, file_sha256, fsync, load_tokenizer, model_tokenizer, option,
                   parse_config, quickstart_domains, run_program, save_tokenizer, write_text)
-from model import GPT, GPTConfig, read_config
+from model import GPT, GPTConfig, read_config, resolve_device
 from sample_mixture import MixtureSampler, interval_probs, next_factor, read_metrics
 
 # ----------------------------------------------- Configuration --------------------------------------------------------
@@ -95,8 +95,8 @@ class Config:
             (self.teacher and not os.path.isdir(self.teacher), f"--teacher={self.teacher}: no such folder"),
             (self.student and not scratch and not os.path.isdir(self.student),
              f"--student={self.student}: no such folder"),
-            (scratch and not re.fullmatch(r"scratch:[1-9]\d*x[1-9]\d*", self.student),
-             f"--student={self.student}: write scratch:LxD, as in scratch:4x128"),
+            (scratch and not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]", self.student),
+             f"--student={self.student}: write scratch:LxD with D even, as in scratch:4x128"),
             (not self.student and not makes_models, "--student: name its folder, or scratch:LxD"),
             (not makes_models and not os.path.isdir(self.data_dir),
              f"--data_dir={self.data_dir}: no such folder; make bins there with data.py"),
@@ -144,16 +144,6 @@ def parse_mixture(text: str) -> dict[str, float]:
         raise UserError(f"--mixture={text}: write name=weight,… with weights ≥ 0, not all 0") from None
 
 
-def resolve_device(name: str) -> torch.device:
-    available = [kind for kind, there in (("cuda", torch.cuda.is_available()),
-                                          ("mps", torch.backends.mps.is_available()), ("cpu", True)) if there]
-    if name == "auto":
-        return torch.device(available[0])
-    if name.partition(":")[0] not in available:
-        raise UserError(f"--device={name}: not on this machine, which has {' '.join(available)}")
-    return torch.device(name)
-
-
 # ----------------------------------------------- Eq. 3 ----------------------------------------------------------------
 
 IGNORED = -100  # a target that counts for nothing
@@ -169,6 +159,8 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
     `direction` forward puts the teacher first, as Eq. 3 does; reverse the student, as MiniLLM does. Sums are divided
     by `num_tokens` (default: the targets that count). ce and kl are detached.
     """
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction {direction!r} must be forward or reverse")
     counted = targets != IGNORED
     num_tokens = counted.sum().clamp(min=1) if num_tokens is None else num_tokens
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
@@ -177,9 +169,12 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
     ce = ce / num_tokens
     if teacher_logits is None:
         return ce, ce.detach(), torch.zeros_like(ce).detach()
-    vocab_size = vocab_size or min(student_logits.shape[-1], teacher_logits.shape[-1])
+    fewest_rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    vocab_size = vocab_size or fewest_rows
+    if vocab_size > fewest_rows:
+        raise ValueError(f"vocab_size {vocab_size} is more than the {fewest_rows} rows of a head")
     log_q = F.log_softmax(student_logits[..., :vocab_size] / temperature, dim=-1)
-    log_p = F.log_softmax(teacher_logits[..., :vocab_size].to(dtype) / temperature, dim=-1)
+    log_p = F.log_softmax(teacher_logits.detach()[..., :vocab_size].to(dtype) / temperature, dim=-1)
     if direction == "reverse":
         log_p, log_q = log_q, log_p
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1).where(counted, 0).sum() / num_tokens
@@ -195,14 +190,11 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     time (default: about 16 million of them) and made again in the backward pass. Gradients reach student_hidden and
     student_head; the teacher's arguments may be None.
     """
-    if direction not in ("forward", "reverse"):
-        raise ValueError(f"direction {direction!r} must be forward or reverse")
     hidden, targets = student_hidden.flatten(0, -2), targets.flatten()
     if num_tokens is None:
         num_tokens = (targets != IGNORED).sum().clamp(min=1)
     if teacher_hidden is not None:
         teacher_hidden = teacher_hidden.detach().flatten(0, -2)
-        vocab_size = vocab_size or min(len(student_head), len(teacher_head))
 
     def chunk_loss(hidden, student_head, teacher_hidden, targets):
         teacher_logits = None if teacher_hidden is None else F.linear(teacher_hidden, teacher_head.detach())
@@ -213,7 +205,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     chunk_size = chunk_size or max(1, 2**24 // len(student_head))
     recompute = chunk_size < len(targets) and torch.is_grad_enabled()
     sums = []
-    for rows in (slice(start, start + chunk_size) for start in range(0, len(targets), chunk_size)):
+    for rows in (slice(start, start + chunk_size) for start in range(0, max(1, len(targets)), chunk_size)):
         chunk = (hidden[rows], student_head, None if teacher_hidden is None else teacher_hidden[rows], targets[rows])
         sums.append(checkpoint(chunk_loss, *chunk, use_reentrant=False) if recompute else chunk_loss(*chunk))
     return tuple(sum(parts) for parts in zip(*sums))
@@ -226,8 +218,9 @@ def learning_rate(step: int, config: Config) -> float:
     """Of the update after `step` finished ones: linear up to lr in warmup_steps, then cosine to min_lr at the last."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.max_steps - 1 - config.warmup_steps)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    last = config.max_steps - 1
+    progress = (step - config.warmup_steps) / (last - config.warmup_steps) if last > config.warmup_steps else 1.0
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:

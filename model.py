@@ -40,12 +40,14 @@ class GPTConfig:
 
     @classmethod
     def scratch(cls, layers: int, width: int, vocab_size: int, block_size: int) -> "GPTConfig":
-        """A llama-style model of heads 32 wide at least, head tied: for `--student=scratch:LxD`."""
-        heads = max(1, width // max(32, min(128, width // 16)))
+        """A llama-style model, head tied, for `--student=scratch:LxD`: heads of an even width, about 32 to 128."""
+        most = max(1, width // max(32, min(128, width // 16)))
+        heads = max((n for n in range(1, most + 1) if width % (2 * n) == 0), default=0)
+        if not heads:
+            raise UserError(f"--student=scratch:{layers}x{width}: an even width is needed")
         return cls(vocab_size=vocab_size, hidden_size=width, intermediate_size=-(-8 * width // 3 // 32) * 32,
-                   num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads,
-                   head_dim=width // heads, max_position_embeddings=max(block_size, 2048), rms_norm_eps=1e-5,
-                   tie_word_embeddings=True)
+                   num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, rms_norm_eps=1e-5,
+                   head_dim=width // heads, max_position_embeddings=max(block_size, 2048), tie_word_embeddings=True)
 
     @classmethod
     def from_dict(cls, settings: dict) -> "GPTConfig":
@@ -274,8 +276,18 @@ def read_config(folder: Path) -> GPTConfig:
         return GPTConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a model's config.json ({type(error).__name__}: {error})") from None
+
+
+def resolve_device(name: str) -> torch.device:
+    available = [kind for kind, there in (("cuda", torch.cuda.is_available()),
+                                          ("mps", torch.backends.mps.is_available()), ("cpu", True)) if there]
+    if name == "auto":
+        return torch.device(available[0])
+    if name.partition(":")[0] not in available:
+        raise UserError(f"--device={name}: not on this machine, which has {' '.join(available)}")
+    return torch.device(name)
 
 
 # ----------------------------------------------- The program ----------------------------------------------------------
@@ -292,11 +304,11 @@ class GenerateConfig:
     temperature: float = option(0.8, "0 takes the likeliest token each time", least=0)
     top_k: int | None = option(None, "draw from the k likeliest only", least=1)
     seed: int = option(0, "selects what is drawn", least=0)
-    device: str = option("cpu", "cpu, cuda or mps")
+    device: str = option("auto", "auto: cuda, then mps, then cpu")
 
     def problems(self) -> list[str]:
         return [message for wrong, message in (
-            (not self.model, "--model: name the model's folder"),
+            (not Path(self.model).is_dir() or not self.model, f"--model={self.model}: no such folder"),
             (not self.prompt, "--prompt: give the text to continue"),
         ) if wrong]
 
@@ -307,10 +319,13 @@ def main():
     tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else model_tokenizer(folder)
     if tokenizer is None:
         raise UserError(f"--tokenizer: {folder} has no tokenizer files; name its tokenizer")
-    model = GPT.from_pretrained(folder).to(config.device)
+    device, rows = resolve_device(config.device), read_config(folder).vocab_size
+    if tokenizer.vocab_size > rows:
+        raise UserError(f"--tokenizer={config.tokenizer}: {tokenizer.vocab_size} ids, but the model has {rows}")
+    model = GPT.from_pretrained(folder).to(device)
     ids = tokenizer.encode_batch([config.prompt])[0].tolist()
-    generator = torch.Generator(config.device).manual_seed(config.seed)
-    idx = model.generate(torch.tensor([ids], device=config.device), config.max_new_tokens, generator=generator,
+    generator = torch.Generator(device).manual_seed(config.seed)
+    idx = model.generate(torch.tensor([ids], device=device), config.max_new_tokens, generator=generator,
                          temperature=config.temperature, top_k=config.top_k, eot=tokenizer.eot,
                          vocab_size=tokenizer.vocab_size)
     print(tokenizer.decode(idx[0].tolist()))

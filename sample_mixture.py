@@ -25,8 +25,8 @@ from data import TokenBins, UserError, option, parse_config, run_program, saved_
 # ----------------------------------------------- Eq. 1 and Eq. 2 ------------------------------------------------------
 
 
-def _ratios_below_max(student_ppl, teacher_ppl) -> np.ndarray:
-    """ℓ_S/ℓ_T less the largest ℓ_S/ℓ_T, (N,) float64 ≤ 0.
+def _ratios_below_max(student_ppl, teacher_ppl, factor=None) -> np.ndarray:
+    """ℓ_S/ℓ_T less the largest of them (of those with a factor above 0), (N,) float64.
 
     A softmax needs no more than these differences. They are taken in exact arithmetic: a float64 ratio of 1e6 is
     already off by 1e-10, and the exp that follows would pass that on.
@@ -39,7 +39,8 @@ def _ratios_below_max(student_ppl, teacher_ppl) -> np.ndarray:
         if not (np.isfinite(ppl) & (ppl >= 1)).all():
             raise ValueError(f"{name} {ppl.tolist()} must be finite and at least 1: perplexities, not losses")
     ratios = [Fraction(s) / Fraction(t) for s, t in zip(student.tolist(), teacher.tolist())]
-    largest = max(ratios)
+    counted = np.ones(len(ratios)) if factor is None else _weights("factor", factor, len(ratios))
+    largest = max(ratio for ratio, weight in zip(ratios, counted) if weight > 0)
     return np.array([float(ratio - largest) for ratio in ratios])
 
 
@@ -70,12 +71,11 @@ def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.nd
     `factor` is r_t, (N,) weights; the rest as in `discrepancy_factor`. ValueError also on α outside [0, 1] and on a
     factor that is negative, not finite, all zero or of another length.
     """
-    ratios = _ratios_below_max(student_ppl, teacher_ppl)
-    factor = _weights("factor", factor, len(ratios))
+    ratios = _ratios_below_max(student_ppl, teacher_ppl, factor)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha} must lie in [0, 1]")
     with np.errstate(divide="ignore"):  # log 0 = −inf: a domain that α = 1 has driven to 0 stays there, as in Eq. 2
-        log_psi = np.log(factor) + ratios
+        log_psi = np.log(np.asarray(factor, dtype=np.float64)) + ratios
     return alpha * _softmax(log_psi) + (1 - alpha) / len(ratios)
 
 
@@ -244,10 +244,12 @@ def read_metrics(path: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; a torn last line, left by a run that was killed, is not one."""
     if not path.is_file():
         raise UserError(f"--metrics={path}: no such file; a run writes it to its out_dir")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except json.JSONDecodeError as error:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
+        [(line["kind"], line["step"]) for line in metrics]
+        return metrics
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"--metrics={path}: not a run's metrics.jsonl ({error})") from None
 
 
@@ -278,7 +280,10 @@ def plot(lines: list[dict], replayed: list[dict[str, float]], path: str):
     shares.set(xlabel="step", ylabel="share of the next interval's data (r)", ylim=(0, None))
     ratios.set(xlabel="step", ylabel="student perplexity / teacher perplexity")
     ratios.legend()
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot={path}: cannot be written ({error})") from None
     print(f"wrote {path}")
 
 
@@ -341,6 +346,8 @@ def main():
     if config.data_dir:
         bins = TokenBins(config.data_dir, config.block_size)
         sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
+        if r and set(r) != set(bins.names):
+            raise UserError(f"--metrics={config.metrics}: a run on {' '.join(r)}; the bins are {' '.join(bins.names)}")
         sampler.probs = r or sampler.probs
         show_draws(bins, sampler, config.steps)
 

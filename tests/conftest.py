@@ -10,6 +10,8 @@ import torch
 from data import TokenBins, build_bins, load_tokenizer, save_tokenizer
 from model import GPT, GPTConfig
 
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
 WORDS = {"letters": "abcdefgh ", "digits": "0123456789+-=", "signs": "(){}[]<>;,. \n"}
 DOCUMENTS = {"letters": 60, "digits": 30, "signs": 15}  # natural proportions of about 4 : 2 : 1
 
