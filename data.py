@@ -39,8 +39,7 @@ from pathlib import Path
 
 import numpy as np
 
-# ----------------------------------------------- Command lines: a dataclass a program ------------------------------
-
+# ------------ Command lines: a dataclass a program --------------------------------------------------------------------
 
 class UserError(ValueError):
     """Something the user can mend: programs print its message without a traceback and exit with status 2."""
@@ -114,6 +113,10 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
     return config
 
 
+def print_config(config):
+    print("\n".join(f"{entry.name} = {getattr(config, entry.name)}" for entry in fields(config)), flush=True)
+
+
 def run_program(main: Callable):
     """Run `main` as a program: a UserError is one message and status 2, Ctrl-C status 130; neither a traceback."""
     try:
@@ -127,7 +130,7 @@ def run_program(main: Callable):
         os._exit(0)
 
 
-# ----------------------------------------------- Tokenizers --------------------------------------------------------
+# ------------ Tokenizers ----------------------------------------------------------------------------------------------
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_META = "tokenizer_meta.json"  # the entry `tokenizer` of meta.json, in a model's folder
@@ -189,20 +192,19 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
 
 
 def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
-    if not path.is_file():
-        raise UserError(f"--tokenizer={path}: no such file; transformers' AutoTokenizer.save_pretrained writes one")
+    if not path.is_file() or path.name != "tokenizer.json":
+        raise UserError(f"--tokenizer={path}: no tokenizer.json; transformers' save_pretrained writes one")
     tokenizers = import_optional("tokenizers", f"--tokenizer={path}")
+    config_path = path.with_name("tokenizer_config.json")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        eos = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token") if config_path.is_file() else None
+        eot = eot or (eos["content"] if isinstance(eos, dict) else eos) or ""
     except Exception as error:  # the library raises no narrower kind
-        raise UserError(f"--tokenizer={path}: not a readable tokenizer.json: {error}") from None
+        raise UserError(f"--tokenizer={path}: it or tokenizer_config.json cannot be read: {error}") from None
     tokenizer.encode_special_tokens = True  # … as plain text
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config_path = path.with_name("tokenizer_config.json")
-    if not eot and config_path.is_file():
-        eos = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token") or ""
-        eot = eos if isinstance(eos, str) else eos["content"]
     if tokenizer.token_to_id(eot) is None:
         raise UserError(f"--eot={eot}: {path.parent} names no such end-of-text token; give it as --eot=TOKEN")
     settings = json.loads(tokenizer.to_str())
@@ -237,8 +239,7 @@ def model_tokenizer(folder: Path) -> Tokenizer | None:
     return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
 
 
-# ----------------------------------------------- Documents ---------------------------------------------------------
-
+# ------------ Documents -----------------------------------------------------------------------------------------------
 
 def import_optional(module: str, wanted_by: str):
     """A package that only some formats need. UserError says how to get it."""
@@ -250,8 +251,7 @@ def import_optional(module: str, wanted_by: str):
 
 
 def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
-    """NAME=GLOB words → domain → files, sorted; a folder stands for all files below it. UserError lists all that match
-    nothing."""
+    """NAME=GLOB words → domain → files, sorted; a folder stands for all files below it."""
     domains, problems = {}, []
     for word in sources:
         name, _, pattern = word.partition("=")
@@ -321,7 +321,7 @@ def _read_file(path: Path, text_key: str) -> Iterator[bytes | str | None]:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); copy it again") from None
 
 
-# ----------------------------------------------- Documents to bins -------------------------------------------------
+# ------------ Documents to bins ---------------------------------------------------------------------------------------
 
 FORMAT_VERSION = 1
 
@@ -330,21 +330,12 @@ def content_hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
 
 
-@dataclass(frozen=True)
-class Split:
-    """What one pass over a domain's documents finds."""
-
-    threshold: int  # a document is validation if its content_hash is no larger
-    bytes: int
-    content: str  # identity of the documents and their order
-
-
-def validation_split(documents: Iterable[str], val_fraction: float, val_bytes: int) -> Split:
+def validation_split(documents: Iterable[str], val_fraction: float, val_bytes: int) -> tuple[int, int, str]:
     """Validation is the documents with the smallest hashes: up to `val_fraction` of all bytes and `val_bytes`.
 
-    At least one distinct document is on each side (ValueError if there are not two). The split depends on the set of
-    documents alone, and equal documents fall on one side. Memory grows with `val_bytes`, not with the input: only the
-    smallest hashes that fill it are kept.
+    Returns (the largest hash that is validation, bytes of all documents, identity of the documents in their order).
+    It depends on the set of documents alone, equal documents fall on one side, and there is one at least on each
+    (ValueError if there are not two). Memory grows with `val_bytes`, not with the input.
     """
     smallest: dict[int, int] = {}  # hash → bytes of all its copies
     heap: list[int] = []  # the same hashes, negated: the largest comes first
@@ -369,7 +360,7 @@ def validation_split(documents: Iterable[str], val_fraction: float, val_bytes: i
         if used > min(val_fraction * total, val_bytes):
             break
         threshold = key
-    return Split(threshold, total, content.hexdigest())
+    return threshold, total, content.hexdigest()
 
 
 def _write_bin(path: Path, dtype: str, documents: Iterable[str], tokenizer: Tokenizer) -> dict:
@@ -401,21 +392,8 @@ def _batches(documents: Iterable[str], n_chars: int = 1_000_000) -> Iterator[lis
         yield batch
 
 
-def _with_progress(documents: Iterable[str], name: str, n_bytes: int) -> Iterator[tuple[int, str]]:
-    """(bytes before it, document), with a line of progress every few seconds."""
-    position, started, said = 0, time.monotonic(), time.monotonic()
-    for text in documents:
-        yield position, text
-        position += len(text.encode())
-        if time.monotonic() - said > 5:
-            said = time.monotonic()
-            speed = position / (said - started)
-            print(f"{name}: {position / 1e6:,.0f} of {n_bytes / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s, "
-                  f"ETA {(n_bytes - position) / speed:,.0f} s", flush=True)
-
-
-def _write_domain(name: str, documents: Iterable[str], split: Split, shards: int,
-                  write: Callable[[str, Iterable[str]], dict | None]) -> tuple[list[dict], dict]:
+def _write_domain(name: str, documents: Iterable[str], threshold: int, n_bytes: int, shards: int,
+                  write: Callable[[str, Iterable[str]], dict]) -> tuple[list[dict], dict]:
     """(entries of the train bins, entry of the validation bin), as `write` returns them for a file and its documents.
 
     Shard k holds the documents that start in the k-th part of the domain's bytes, so shards are finished one by one.
@@ -424,11 +402,18 @@ def _write_domain(name: str, documents: Iterable[str], split: Split, shards: int
     validation = []  # at most val_bytes of text
 
     def train() -> Iterator[tuple[str, str]]:
-        for position, text in _with_progress(documents, name, split.bytes):
-            if content_hash(text) <= split.threshold:
+        position, started, said = 0, time.monotonic(), time.monotonic()
+        for text in documents:
+            if content_hash(text) <= threshold:
                 validation.append(text)
             else:
-                yield files[position * shards // split.bytes], text
+                yield files[position * shards // n_bytes], text
+            position += len(text.encode())
+            if time.monotonic() - said > 5:
+                said = time.monotonic()
+                speed = position / (said - started)
+                print(f"{name}: {position / 1e6:,.0f} of {n_bytes / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s, "
+                      f"ETA {(n_bytes - position) / speed:,.0f} s", flush=True)
 
     written = {file: write(file, (text for _, text in group))
                for file, group in itertools.groupby(train(), key=lambda document: document[0])}
@@ -445,8 +430,8 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
     """
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    if (out_dir / "meta.json").exists():
-        raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder, or delete it first")
+    if (out_dir / "meta.json").exists() or any(path.parent.samefile(out_dir) for path in tokenizer.files):
+        raise UserError(f"--out_dir={out_dir}: holds bins, or the tokenizer, already; name another folder")
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     entry = {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "eot", "eot_token", "fingerprint")}
     meta = {"format_version": FORMAT_VERSION, "tokenizer": {**entry, "files": [path.name for path in tokenizer.files]},
@@ -455,20 +440,21 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
     plans = json.loads(partial.read_text(encoding="utf-8")) if partial.is_file() else {}
     for name, documents in domains.items():
         try:
-            split = validation_split(documents(), val_fraction, val_bytes)
+            threshold, n_bytes, content = validation_split(documents(), val_fraction, val_bytes)
         except UserError:
             raise
         except ValueError as error:
             raise UserError(f"domain {name}: {error}") from None
-        finished = plans.setdefault(digest(name, entry, split.threshold, split.content, shards), {})
+        finished = plans.setdefault(digest(name, entry, threshold, content, shards), {})
 
         def write(file: str, texts: Iterable[str]) -> dict:
-            if file not in finished or not _unchanged(out_dir / file, finished[file]["sha256"]):
+            # A finished bin is made anew if another build wrote over it.
+            if file not in finished or file_sha256(out_dir / file) != finished[file]["sha256"]:
                 finished[file] = _write_bin(out_dir / file, dtype, texts, tokenizer)
                 write_text(partial, json.dumps(plans))
             return finished[file]
 
-        train, val = _write_domain(name, documents(), split, shards, write)
+        train, val = _write_domain(name, documents(), threshold, n_bytes, shards, write)
         meta["domains"][name] = {"dtype": dtype, "train": train, "val": val}
     for path in tokenizer.files:
         shutil.copyfile(path, out_dir / path.name)
@@ -480,10 +466,8 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
 def fsync(path: Path):
     """Make a file's content, or a folder's names, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def write_text(path: Path, text: str):
@@ -494,7 +478,10 @@ def write_text(path: Path, text: str):
     os.replace(temporary, path)
 
 
-def file_sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str | None:
+    """None if there is no such file."""
+    if not path.is_file():
+        return None
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -502,12 +489,7 @@ def file_sha256(path: Path) -> str:
     return sha256.hexdigest()
 
 
-def _unchanged(path: Path, sha256: str) -> bool:
-    return path.is_file() and file_sha256(path) == sha256
-
-
-# ----------------------------------------------- Bins to windows ---------------------------------------------------
-
+# ------------ Bins to windows -----------------------------------------------------------------------------------------
 
 class TokenBins:
     """The bins of a folder, cut into windows of block_size + 1 tokens: inputs, and targets one further on.
@@ -599,15 +581,14 @@ def verify(data_dir: Path):
     changed = []
     for domain in read_meta(data_dir)["domains"].values():
         for entry in [*domain["train"], domain["val"]]:
-            same = _unchanged(data_dir / entry["file"], entry["sha256"])
+            same = file_sha256(data_dir / entry["file"]) == entry["sha256"]
             print(f"{entry['file']:32} {'ok' if same else 'CHANGED'}")
             changed += [] if same else [entry["file"]]
     if changed:
         raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins anew")
 
 
-# ----------------------------------------------- Text for the quickstart -------------------------------------------
-
+# ------------ Text for the quickstart ---------------------------------------------------------------------------------
 
 def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterable[str]]]:
     """Four domains of text that come with Python, torch and what torch needs, each of about `n_bytes` at most.
@@ -650,8 +631,7 @@ def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterab
     return {name: lambda name=name: first(documents[name](), n_bytes[name]) for name in n_bytes}
 
 
-# ----------------------------------------------- The program -------------------------------------------------------
-
+# ------------ The program ---------------------------------------------------------------------------------------------
 
 @dataclass
 class DataConfig:
@@ -685,8 +665,10 @@ def main():
         return lambda: read_documents(files, config.text_key, next(counters))
 
     domains = {name: documents(files) for name, files in expand_sources(config.sources).items()}
-    meta = build_bins(config.out_dir, load_tokenizer(config.tokenizer, config.eot), domains, shards=config.shards,
-                      val_fraction=config.val_fraction, val_bytes=config.val_bytes)
+    tokenizer = load_tokenizer(config.tokenizer, config.eot)
+    print_config(config)
+    meta = build_bins(config.out_dir, tokenizer, domains, shards=config.shards, val_fraction=config.val_fraction,
+                      val_bytes=config.val_bytes)
     print(f"{'domain':16}{'documents':>12}{'MB':>10}{'train tokens':>16}{'validation':>14}")
     for name, domain in meta["domains"].items():
         n, size, tokens = (sum(entry[key] for entry in domain["train"]) for key in ("documents", "bytes", "tokens"))

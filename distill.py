@@ -25,7 +25,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,12 +35,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import (TokenBins, UserError, build_bins, digest, file_sha256, fsync, load_tokenizer, model_tokenizer, option,
-                  parse_config, quickstart_domains, run_program, save_tokenizer, write_text)
+                  parse_config, print_config, quickstart_domains, run_program, save_tokenizer, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device
 from sample_mixture import MixtureSampler, interval_probs, next_factor, read_metrics
 
-# ----------------------------------------------- Configuration --------------------------------------------------------
-
+# ------------ Configuration -------------------------------------------------------------------------------------------
 
 @dataclass
 class Config:
@@ -144,7 +143,7 @@ def parse_mixture(text: str) -> dict[str, float]:
         raise UserError(f"--mixture={text}: write name=weight,… with weights ≥ 0, not all 0") from None
 
 
-# ----------------------------------------------- Eq. 3 ----------------------------------------------------------------
+# ------------ Eq. 3 ---------------------------------------------------------------------------------------------------
 
 IGNORED = -100  # a target that counts for nothing
 
@@ -211,8 +210,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     return tuple(sum(parts) for parts in zip(*sums))
 
 
-# ----------------------------------------------- Optimisation ---------------------------------------------------------
-
+# ------------ Optimisation --------------------------------------------------------------------------------------------
 
 def learning_rate(step: int, config: Config) -> float:
     """Of the update after `step` finished ones: linear up to lr in warmup_steps, then cosine to min_lr at the last."""
@@ -237,8 +235,7 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
                                     adjust_lr_fn="match_rms_adamw")]
 
 
-# ----------------------------------------------- Evaluation: ℓ_S and ℓ_T ----------------------------------------------
-
+# ------------ Evaluation: ℓ_S and ℓ_T ---------------------------------------------------------------------------------
 
 @torch.no_grad()
 def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, batch: int,
@@ -276,8 +273,7 @@ def teacher_perplexities(teacher: GPT, content: str, cache: Path, measure: Calla
     return known[content]
 
 
-# ----------------------------------------------- Checkpoints ----------------------------------------------------------
-
+# ------------ Checkpoints ---------------------------------------------------------------------------------------------
 
 @dataclass
 class TrainState:
@@ -319,8 +315,8 @@ def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files against its manifest; None if nothing."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        wrong = [name for name, expected in manifest.items() if (folder / name).parent != folder
-                 or not (folder / name).is_file() or file_sha256(folder / name) != expected]
+        wrong = [name for name, sha256 in manifest.items()
+                 if (folder / name).parent != folder or file_sha256(folder / name) != sha256]
         whole = {"config.json", "model.safetensors", "optimizer.pt", "train_state.json"} <= set(manifest)
     except (OSError, ValueError, AttributeError, TypeError):
         whole, wrong = False, []
@@ -355,7 +351,7 @@ def model_content(folder: str) -> str:
     return digest(*((path.name, file_sha256(path)) for path in files))
 
 
-# ----------------------------------------------- Starting, resuming, and what is written ------------------------------
+# ------------ Starting, resuming, and what is written -----------------------------------------------------------------
 
 # Keys that do not change the experiment. Folders are compared by content.
 FREE_KEYS = {"preset", "out_dir", "data_dir", "teacher", "student", "micro_batch_size", "compile", "device", "parallel",
@@ -431,8 +427,7 @@ def stop_requests():
             signal.signal(number, handler)
 
 
-# ----------------------------------------------- Alg. 1 ---------------------------------------------------------------
-
+# ------------ Alg. 1 --------------------------------------------------------------------------------------------------
 
 def train(config: Config) -> Path:
     """Run Alg. 1 (or the arm that `method` names) to its end; returns the last checkpoint's folder.
@@ -562,7 +557,7 @@ def train(config: Config) -> Path:
             if (last or due or stop) and folder != resumed:
                 state.sampler = sampler.state_dict()
                 save_checkpoint(folder, student, optimizers, state, bins)
-                for old in checkpoints(out_dir)[:-config.keep or None] if config.keep else []:
+                for old in checkpoints(out_dir)[:-config.keep] if config.keep else []:
                     shutil.rmtree(old)
             if last:
                 log("end", domains=state.domains)
@@ -615,8 +610,7 @@ def train(config: Config) -> Path:
     return folder
 
 
-# ----------------------------------------------- The report -----------------------------------------------------------
-
+# ------------ The report ----------------------------------------------------------------------------------------------
 
 def report(config: Config, folder: Path):
     """Print what a run did in each domain, from its first evaluation to its last, from its last checkpoint."""
@@ -660,7 +654,7 @@ def show_continuations(config: Config, folder: Path):
         print(f"  {name}: {tokenizer.decode(prompt)[-40:]!r} | {tokenizer.decode(row[len(prompt):])!r}")
 
 
-# ----------------------------------------------- Quickstart -----------------------------------------------------------
+# ------------ Quickstart ----------------------------------------------------------------------------------------------
 
 # As unequal as the domains of a real corpus: the natural mixture is nine tenths code.
 QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 5_000_000, "math": 800_000, "prose": 600_000}
@@ -694,7 +688,7 @@ def quickstart(config: Config) -> Config:
 
 def main():
     config = parse_config(Config, make=resolve_config)
-    print("\n".join(f"{entry.name} = {getattr(config, entry.name)}" for entry in fields(config)), flush=True)
+    print_config(config)
     if config.preset == "quickstart":
         config = quickstart(config)
     folder = train(config)

@@ -76,7 +76,7 @@ class GPTConfig:
                 "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}}
 
 
-# ----------------------------------------------- The network ----------------------------------------------------------
+# ------------ The network ---------------------------------------------------------------------------------------------
 # B sequences, T tokens, d hidden_size, H query heads, G key-value heads, hd head_dim, V vocab_size
 
 
@@ -290,8 +290,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-# ----------------------------------------------- The program ----------------------------------------------------------
-
+# ------------ The program ---------------------------------------------------------------------------------------------
 
 @dataclass
 class GenerateConfig:

@@ -22,8 +22,7 @@ import numpy as np
 
 from data import TokenBins, UserError, option, parse_config, run_program, saved_tokenizer
 
-# ----------------------------------------------- Eq. 1 and Eq. 2 ------------------------------------------------------
-
+# ------------ Eq. 1 and Eq. 2 -----------------------------------------------------------------------------------------
 
 def _ratios_below_max(student_ppl, teacher_ppl, factor=None) -> np.ndarray:
     """ℓ_S/ℓ_T less the largest of them (of those with a factor above 0), (N,) float64.
@@ -79,8 +78,7 @@ def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.nd
     return alpha * _softmax(log_psi) + (1 - alpha) / len(ratios)
 
 
-# ----------------------------------------------- Alg. 1: the rule of each arm --------------------------------------
-
+# ------------ Alg. 1: the rule of each arm ----------------------------------------------------------------------------
 
 def next_factor(method: str, factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
     """r_t, (N,), from the last one (None at t = 0): Eq. 1, then Eq. 2, but always Eq. 1 without factor smoothing."""
@@ -99,7 +97,7 @@ def interval_probs(method: str, t: int, factor, base_probs: np.ndarray) -> np.nd
     return factor if method in ("ddk", "ddk_no_fs") and t > 0 else base_probs
 
 
-# ----------------------------------------------- Alg. 1: drawing from the domains -------------------------------------
+# ------------ Alg. 1: drawing from the domains ------------------------------------------------------------------------
 
 _MASK = 2**64 - 1
 _WALK, _START, _PLACES = 1, 2, 3  # what a hash is for, so that no two uses share random numbers
@@ -151,10 +149,8 @@ class MixtureSampler:
     A pure function of (seed, step, what was drawn before): neither the number of ranks nor the micro-batch is known
     here, so they cannot change the order. Evaluation draws nothing.
 
-    Args:
-        n_windows: train windows of each domain, at least 1; its order is the order of `probs` and of domain ids.
-        batch_size: windows a batch, over all ranks.
-        seed: selects the order of everything.
+    `n_windows` gives the train windows of each domain (at least 1), in the order of `probs` and of domain ids;
+    `batch_size` is over all ranks.
     """
 
     def __init__(self, n_windows: dict[str, int], batch_size: int, seed: int):
@@ -228,8 +224,6 @@ class MixtureSampler:
 
     def load_state_dict(self, state: dict):
         """Go on from `state`. ValueError if it is of other domains."""
-        if set(state["drawn"]) != set(self.names):
-            raise ValueError(f"sampler state is of {sorted(state['drawn'])}, the domains are {sorted(self.names)}")
         self.probs = state["probs"]  # checks; then the very bits, which a second normalisation could move
         self._probs = np.array([state["probs"][name] for name in self.names])
         self._probs.setflags(write=False)
@@ -237,8 +231,7 @@ class MixtureSampler:
         self.drawn = np.array([state["drawn"][name] for name in self.names], dtype=np.int64)
 
 
-# ----------------------------------------------- The program ----------------------------------------------------------
-
+# ------------ The program ---------------------------------------------------------------------------------------------
 
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; a torn last line, left by a run that was killed, is not one."""
@@ -255,11 +248,12 @@ def read_metrics(path: Path) -> list[dict]:
 
 def replay(lines: list[dict], method: str, alpha: float) -> list[dict[str, float]]:
     """The r of each `mixture` line as `method` and `alpha` make it from the perplexities logged there."""
-    factor, replayed, base_probs = None, [], np.array(list(lines[0]["r"].values()))
+    factor, replayed = None, []
+    base_probs = np.array([lines[0]["r"][name] for name in lines[0]["domains"]])
     for line in lines:
         measured = [[domain[key] for domain in line["domains"].values()] for key in ("student_ppl", "teacher_ppl")]
         factor = next_factor(method, factor, *measured, alpha)
-        replayed.append(dict(zip(line["r"], interval_probs(method, line["t"], factor, base_probs).tolist())))
+        replayed.append(dict(zip(line["domains"], interval_probs(method, line["t"], factor, base_probs).tolist())))
     return replayed
 
 
@@ -291,7 +285,7 @@ def show_draws(bins: TokenBins, sampler: MixtureSampler, steps: int):
     """Print what `steps` batches draw from each domain, and the first window of each as text."""
     tokenizer, firsts = saved_tokenizer(bins.dir, bins.tokenizer), {}
     for _ in range(steps):
-        for domain, window in zip(*sampler.next_batch()):
+        for domain, window in zip(*(part.tolist() for part in sampler.next_batch())):
             firsts.setdefault(domain, window)
     print(f"{steps} steps of {sampler.batch_size} windows of {bins.block_size} tokens:\n\n"
           f"{'domain':16}{'windows':>12}{'wanted':>9}{'drawn':>9}{'tokens':>14}{'epochs':>9}")
@@ -299,9 +293,10 @@ def show_draws(bins: TokenBins, sampler: MixtureSampler, steps: int):
                                                     sampler.epochs):
         print(f"{name:16}{windows:12,}{wanted:9.2%}{drawn / sampler.drawn.sum():9.2%}{drawn * bins.block_size:14,}"
               f"{epochs:9.3f}")
-    for domain, window in sorted(firsts.items()):
+    for domain, name in enumerate(bins.names):
+        window = firsts.get(domain, 0)
         ids = bins.train_windows(np.array([domain]), np.array([window]))[0]
-        print(f"\n--- {bins.names[domain]}, window {window}\n{tokenizer.decode(ids.tolist())}")
+        print(f"\n--- {name}, window {window}\n{tokenizer.decode(ids.tolist())}")
 
 
 @dataclass
