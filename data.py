@@ -5,10 +5,8 @@
 
 A bins folder holds for each domain `NAME.train.bin` (or NAME.train.000.bin, …) and `NAME.val.bin`: headerless
 little-endian ids, uint16 where every id fits, else uint32, each document ended by the end-of-text id. `meta.json` says
-which tokenizer made them, and the size and sha256 of each. Top to bottom: load_tokenizer, read_documents (from files),
-build_bins (from documents), TokenBins (windows from bins), quickstart_domains (text that is on every machine).
-
-The four files' imports rest on this one, so the command-line handling that they share is here too.
+which tokenizer made them, and the size and sha256 of each. The four files' imports rest on this one, so the
+command-line handling that they share is here too.
 """
 
 import argparse
@@ -38,6 +36,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
+import tiktoken
 
 # ------------ Command lines: a dataclass a program --------------------------------------------------------------------
 
@@ -45,20 +44,21 @@ class UserError(ValueError):
     """Something the user can mend: programs print its message without a traceback and exit with status 2."""
 
 
-def option(default, help: str, least: float = -math.inf, most: float = math.inf):
+def option(default, help: str, least: float = -math.inf, most: float = math.inf, required: bool = False):
     """A dataclass field that is a command-line key; a number must be finite and from `least` to `most`."""
-    return field(default=default, metadata={"help": help, "least": least, "most": most})
+    return field(default=default, metadata={"help": help, "least": least, "most": most, "required": required})
 
 
 def convert(text: str, kind):
     """The value that `text` stands for as a `kind`: str, int, float, bool, a Literal, or one of them | None."""
     if isinstance(kind, types.UnionType):
         return None if text.lower() == "none" else convert(text, typing.get_args(kind)[0])
-    text = text.lower() if kind is bool else text
+    if kind is bool:
+        return convert(text.lower(), typing.Literal["true", "false"]) == "true"
     if allowed := choices(kind):
         if text not in allowed:
             raise ValueError(f"must be one of {' '.join(word or repr(word) for word in allowed)}")
-        return text == "true" if kind is bool else text
+        return text
     try:
         return kind(text)
     except ValueError:
@@ -66,15 +66,14 @@ def convert(text: str, kind):
 
 
 def choices(kind) -> tuple[str, ...]:
-    is_literal = typing.get_origin(kind) is typing.Literal
-    return ("true", "false") if kind is bool else typing.get_args(kind) if is_literal else ()
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
 
 
 def parse_config(cls, argv: list[str] | None = None, make: Callable | None = None):
     """A `cls` from --key=value arguments; of a key given twice the last wins.
 
-    `make(**given)` builds the object (default: cls), and its `problems()` lists what contradicts what. Words without
-    a dash go to the field `sources`, if there is one. UserError lists everything that is wrong at once.
+    `make(**given)` builds it (default: cls); its `problems()` lists what contradicts what. Words without a dash go to
+    its field `sources`, if it has one. UserError lists everything that is wrong at once.
     """
     kinds = typing.get_type_hints(cls)
     takes_words = kinds.pop("sources", None) is not None
@@ -99,15 +98,16 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
             problems.append(f"{word}: unknown key; " + (f"did you mean --{near[0]}?" if near else "--help lists them"))
         elif not takes_words:
             problems.append(f"{word}: not a key; arguments are written --key=value")
-    if takes_words:
-        given["sources"] = [word for word in rest if not word.startswith("-")]
+    given |= {"sources": [word for word in rest if not word.startswith("-")]} if takes_words else {}
     config = (make or cls)(**given)
     for entry in fields(cls):
         value, least, most = getattr(config, entry.name), entry.metadata.get("least"), entry.metadata.get("most")
         if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):
             problems.append(f"--{entry.name}={value}: must be " + (
                 f"from {least} to {most}" if most < math.inf else f"a finite number, {least} or more"))
-    problems += config.problems()
+        if entry.metadata.get("required") and not value:
+            problems.append(f"--{entry.name}: give {entry.metadata['help']}")
+    problems += config.problems() if hasattr(config, "problems") else []
     if problems:
         raise UserError("\n".join(problems))
     return config
@@ -142,7 +142,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 @dataclass(frozen=True)
 class Tokenizer:
     """Text to ids and back. No special token is added or recognised: what looks like one inside text is text."""
-
     name: str
     vocab_size: int  # largest id + 1, added tokens included
     eot: int  # ends each document
@@ -161,15 +160,13 @@ def digest(*parts) -> str:
 def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
     """The tokenizer called `source`: "bytes", a tiktoken encoding, or a tokenizer.json or the folder that holds one.
 
-    `eot` names the token that ends a document, if not the tokenizer's own (`eos_token` in tokenizer_config.json).
+    `eot` is the token that ends a document, if not the tokenizer's own (`eos_token` in tokenizer_config.json).
     UserError if there is no such tokenizer or token, or it would have to be downloaded and cannot.
     """
     path = Path(source)
     if source != "bytes" and (path.is_dir() or path.suffix == ".json"):
         return _huggingface_tokenizer(path / "tokenizer.json" if path.is_dir() else path, eot)
-    import tiktoken
-
-    if source == "bytes":  # no merges, so a piece is as many tokens as bytes; short pieces are merely quick to search
+    if source == "bytes":  # no merges: a piece is as many tokens as bytes, and short pieces are quick to search
         encoding = tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={END_OF_TEXT: 256},
                                      mergeable_ranks={bytes([byte]): byte for byte in range(256)})
     elif source in tiktoken.list_encoding_names():
@@ -441,8 +438,6 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
     for name, documents in domains.items():
         try:
             threshold, n_bytes, content = validation_split(documents(), val_fraction, val_bytes)
-        except UserError:
-            raise
         except ValueError as error:
             raise UserError(f"domain {name}: {error}") from None
         finished = plans.setdefault(digest(name, entry, threshold, content, shards), {})
@@ -504,9 +499,8 @@ class TokenBins:
         self.tokenizer, self.domains = meta["tokenizer"], meta["domains"]
         self.names, self.vocab_size = list(self.domains), self.tokenizer["vocab_size"]
         self.n_windows = {name: sum(map(self._count, domain["train"])) for name, domain in self.domains.items()}
-        for name, n in self.n_windows.items():
-            if not n:
-                raise UserError(f"--block_size={block_size}: domain {name} of {self.dir} has no train text that long")
+        if empty := [name for name, n in self.n_windows.items() if not n]:
+            raise UserError(f"--block_size={block_size}: no train text that long in {' '.join(empty)} of {self.dir}")
 
     def _count(self, entry: dict) -> int:
         return max(entry["tokens"] - 1, 0) // self.block_size
@@ -577,13 +571,13 @@ def read_meta(data_dir: Path) -> dict:
 
 
 def verify(data_dir: Path):
-    """Re-hash every bin of a folder. UserError lists those that changed since they were made."""
+    """Re-hash every bin of a folder. UserError lists those that changed since."""
     changed = []
     for domain in read_meta(data_dir)["domains"].values():
         for entry in [*domain["train"], domain["val"]]:
-            same = file_sha256(data_dir / entry["file"]) == entry["sha256"]
-            print(f"{entry['file']:32} {'ok' if same else 'CHANGED'}")
-            changed += [] if same else [entry["file"]]
+            if file_sha256(data_dir / entry["file"]) != entry["sha256"]:
+                changed.append(entry["file"])
+            print(f"{entry['file']:32} {'CHANGED' if entry['file'] in changed else 'ok'}")
     if changed:
         raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins anew")
 
@@ -593,14 +587,13 @@ def verify(data_dir: Path):
 def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterable[str]]]:
     """Four domains of text that come with Python, torch and what torch needs, each of about `n_bytes` at most.
 
-    python: the standard library; cpp: torch's headers; math: sympy's docstrings, for their formulas and worked
-    examples; prose: Python's reference topics and numpy's docstrings.
+    Math is sympy's docstrings, for their formulas and worked examples; prose is Python's topics and numpy's docstrings.
     """
     def files(root: str, suffix: str, leave_out: str) -> list[Path]:
         folder = Path(importlib.util.find_spec(root).submodule_search_locations[0] if root != "stdlib"
                       else sysconfig.get_path("stdlib"))
         names = (path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}"))
-        # By the hash of their names: the first few megabytes are then a sample of all.
+        # By the hash of their names, so that the first few megabytes are a sample of all.
         return [folder / name for name in sorted(names, key=content_hash) if not re.search(leave_out, name)]
 
     def source(paths: list[Path]) -> Iterator[str]:
@@ -631,12 +624,9 @@ def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterab
     return {name: lambda name=name: first(documents[name](), n_bytes[name]) for name in n_bytes}
 
 
-# ------------ The program ---------------------------------------------------------------------------------------------
-
 @dataclass
 class DataConfig:
     """Keys of `python data.py`. Words without a dash are its sources."""
-
     out_dir: str = option("", "folder to write the bins to")
     tokenizer: str = option("bytes", "bytes, a tiktoken encoding, or a folder or file with a tokenizer.json")
     eot: str = option("", "the token that ends a document; empty: the tokenizer's own")

@@ -6,8 +6,7 @@
 
 The method is Alg. 1 of arXiv 2407.16154. Every K steps (`interval`) the student's perplexity is measured in each
 domain and set against the teacher's; the domains where it is furthest behind get more of the next K steps' data. The
-loss of each step is cross-entropy plus γ times the divergence from the teacher's predictions (Eq. 3). Top to bottom:
-configuration, Eq. 3, optimisation, evaluation, checkpoints, resuming, the loop (`train`), the report, the quickstart.
+loss of each step is cross-entropy plus γ times the divergence from the teacher's predictions (Eq. 3).
 
 A run's `out_dir` holds `config.json`, `metrics.jsonl` (one JSON object a line) and `step_00000400/` folders, which
 open in transformers as they are. The same command again resumes from the newest whole one.
@@ -44,7 +43,6 @@ from sample_mixture import MixtureSampler, interval_probs, next_factor, read_met
 @dataclass
 class Config:
     """Keys of `python distill.py`. Where the paper gives a value, that is the default."""
-
     preset: Literal["", "quickstart", "custom"] = option(
         "", "a set of defaults; quickstart when neither teacher nor student is given, else custom")
     out_dir: str = option("", "the run's folder; out/PRESET-METHOD-SEED if empty")
@@ -134,13 +132,12 @@ def resolve_config(**given) -> Config:
 def parse_mixture(text: str) -> dict[str, float]:
     """`name=weight,…` as a dict; {} if empty."""
     try:
-        weights = {name.strip(): float(weight) for name, weight in
-                   (part.split("=") for part in text.split(",") if part.strip())}
-        if weights and (not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values())):
+        weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(",") if text)}
+        if not all(0 <= weight < math.inf for weight in weights.values()) or text and not any(weights.values()):
             raise ValueError
-        return weights
     except ValueError:
         raise UserError(f"--mixture={text}: write name=weight,… with weights ≥ 0, not all 0") from None
+    return weights
 
 
 # ------------ Eq. 3 ---------------------------------------------------------------------------------------------------
@@ -153,10 +150,10 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
     """Eq. 3: CE(student, next token) + γ · KL(softmax(z_T/T) ‖ softmax(z_S/T)), mean per token → (loss, ce, kl).
 
     student_logits (…, V_S), teacher_logits (…, V_T) or None (kl is 0), targets (…) already shifted, −100 ignored.
-    The divergence is over the first `vocab_size` ids (default: the smaller number of rows), both logits cut before
-    the softmax; CE is over all the student's rows, which keeps padded ids unlikely. There is no T² factor.
-    `direction` forward puts the teacher first, as Eq. 3 does; reverse the student, as MiniLLM does. Sums are divided
-    by `num_tokens` (default: the targets that count). ce and kl are detached.
+    The divergence is over the first `vocab_size` ids (default: the fewer rows), both logits cut before the softmax; CE
+    is over all the student's rows, which keeps padded ids unlikely. No T² factor. `direction` forward puts the teacher
+    first, as Eq. 3 does; reverse the student, as MiniLLM does. Sums are divided by `num_tokens` (default: the targets
+    that count). ce and kl are detached. ValueError on another direction, or a vocab_size beyond a head's rows.
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction {direction!r} must be forward or reverse")
@@ -168,10 +165,9 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
     ce = ce / num_tokens
     if teacher_logits is None:
         return ce, ce.detach(), torch.zeros_like(ce).detach()
-    fewest_rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    vocab_size = vocab_size or fewest_rows
-    if vocab_size > fewest_rows:
-        raise ValueError(f"vocab_size {vocab_size} is more than the {fewest_rows} rows of a head")
+    rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    if (vocab_size := vocab_size or rows) > rows:
+        raise ValueError(f"vocab_size {vocab_size} is more than the {rows} rows of a head")
     log_q = F.log_softmax(student_logits[..., :vocab_size] / temperature, dim=-1)
     log_p = F.log_softmax(teacher_logits.detach()[..., :vocab_size].to(dtype) / temperature, dim=-1)
     if direction == "reverse":
@@ -258,19 +254,19 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
     return ppl
 
 
-def teacher_perplexities(teacher: GPT, content: str, cache: Path, measure: Callable[[], dict[str, float]]):
-    """ℓ_T, measured once: kept in `cache` under `content`, which names teacher, bins, windows and precision."""
+def teacher_perplexities(identity: str, cache: Path, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """ℓ_T, measured once: kept in `cache` under `identity`, which stands for teacher, bins, windows and precision."""
     try:
         known = json.loads(cache.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         known = {}
-    if content not in known:
-        known[content] = measure()
+    if identity not in known:
+        known[identity] = measure()
         try:
             write_text(cache, json.dumps(known, indent=1))
         except OSError as error:
             print(f"note: {cache} cannot be written ({error.strerror}); the teacher will be measured again next time")
-    return known[content]
+    return known[identity]
 
 
 # ------------ Checkpoints ---------------------------------------------------------------------------------------------
@@ -278,7 +274,6 @@ def teacher_perplexities(teacher: GPT, content: str, cache: Path, measure: Calla
 @dataclass
 class TrainState:
     """All that a run goes on from, besides weights and optimizers. JSON-able."""
-
     step: int = 0  # finished updates
     evaluated: int = -1  # the step at which the student was last measured
     factor: list[float] | None = None  # r_t
@@ -433,7 +428,7 @@ def train(config: Config) -> Path:
     """Run Alg. 1 (or the arm that `method` names) to its end; returns the last checkpoint's folder.
 
     Iteration s of the loop finds s finished updates. It evaluates and updates r if s is a multiple of K or the last,
-    saves if that is due, and unless it is the last makes one update; so there is one iteration more than updates.
+    saves if that is due, and makes one update unless it is the last: there is one iteration more than updates.
     """
     out_dir, device = Path(config.out_dir), resolve_device(config.device)
     if config.dtype == "auto":
@@ -468,7 +463,7 @@ def train(config: Config) -> Path:
     def is_last() -> bool:
         ratios = [domain["ratio"] for domain in (state.domains or {}).values()]
         reached = config.stop_ratio and state.evaluated == state.step and max(ratios) <= config.stop_ratio
-        return bool(reached) or state.step >= config.max_steps
+        return bool(reached or state.step >= config.max_steps)
 
     metrics_path = out_dir / "metrics.jsonl"
     if resumed and is_last() and state.evaluated == state.step and any(
@@ -506,21 +501,13 @@ def train(config: Config) -> Path:
 
     micro_batch_size = config.micro_batch_size or config.batch_size
     tokens_per_step = config.batch_size * config.block_size
-    teacher_ppl = None
-    if teacher is not None:
-        windows_id = digest(content["teacher"], bins.content(), config.block_size, config.val_samples, config.dtype)
-        teacher_ppl = teacher_perplexities(
-            teacher, windows_id, Path(config.data_dir) / "teacher_ppl.json",
-            lambda: perplexities(teacher, windows, bins.vocab_size, micro_batch_size, autocast))
 
-    def measure() -> dict:
-        """The domains of a mixture line. The factor is added where r is updated."""
-        student_ppl = perplexities(student, windows, bins.vocab_size, micro_batch_size, autocast)
-        return {name: {"student_ppl": student_ppl[name], "teacher_ppl": teacher_ppl and teacher_ppl[name],
-                       "ratio": teacher_ppl and student_ppl[name] / teacher_ppl[name],
-                       "factor": state.factor and state.factor[i],
-                       "tokens": int(sampler.drawn[i]) * config.block_size, "epochs": float(sampler.epochs[i])}
-                for i, name in enumerate(names)}
+    def measure(model: GPT) -> dict[str, float]:
+        return perplexities(model, windows, bins.vocab_size, micro_batch_size, autocast)
+
+    identity = digest(content["teacher"], bins.content(), config.block_size, config.val_samples, config.dtype)
+    teacher_ppl = dict.fromkeys(names) if teacher is None else teacher_perplexities(
+        identity, Path(config.data_dir) / "teacher_ppl.json", lambda: measure(teacher))
 
     def log(kind: str, **values):
         metrics.write(json.dumps({"kind": kind, "step": state.step, **values}) + "\n")
@@ -535,17 +522,21 @@ def train(config: Config) -> Path:
         while True:
             # Evaluate, update r, log. `evaluated` keeps a resumed run from doing it twice.
             if state.evaluated != state.step and (state.step % config.interval == 0 or is_last()):
-                state.domains = measure()
+                student_ppl = measure(student)
+                state.domains = {name: {
+                    "student_ppl": student_ppl[name], "teacher_ppl": teacher_ppl[name],
+                    "ratio": teacher_ppl[name] and student_ppl[name] / teacher_ppl[name],
+                    "factor": state.factor and state.factor[i],
+                    "tokens": int(sampler.drawn[i]) * config.block_size, "epochs": float(sampler.epochs[i])}
+                    for i, name in enumerate(names)}
                 state.evaluated = state.step
                 if state.step % config.interval == 0:
                     t = state.step // config.interval
                     if teacher is not None:
-                        factor = next_factor(config.method, state.factor,
-                                             *([domain[key] for domain in state.domains.values()]
-                                               for key in ("student_ppl", "teacher_ppl")), config.alpha)
-                        state.factor = factor.tolist()
-                        for domain, value in zip(state.domains.values(), state.factor):
-                            domain["factor"] = value
+                        state.factor = next_factor(config.method, state.factor, list(student_ppl.values()),
+                                                   list(teacher_ppl.values()), config.alpha).tolist()
+                        for domain, factor in zip(state.domains.values(), state.factor):
+                            domain["factor"] = factor
                     sampler.probs = interval_probs(config.method, t, state.factor, base_probs)
                     state.first_domains = state.first_domains or state.domains
                     log("mixture", t=t, r=dict(zip(names, sampler.probs.tolist())), domains=state.domains)
@@ -589,9 +580,9 @@ def train(config: Config) -> Path:
             loss, ce, kl = sums.tolist()
             if not math.isfinite(loss + grad_norm):
                 drawn = ", ".join(names[i] for i in np.unique(domain_ids))
-                raise UserError(f"step {state.step}: loss {loss}, gradient norm {grad_norm}; the update was not made. "
-                                f"Its windows are of {drawn}. Lower --lr={config.lr} or look for damage in the data "
-                                f"(python data.py --verify={config.data_dir}); the last checkpoint is kept")
+                raise UserError(f"step {state.step}: loss {loss}, gradient norm {grad_norm} on windows of {drawn}. The "
+                                f"update was not made, nor a checkpoint. Lower --lr={config.lr}, or check the data: "
+                                f"python data.py --verify={config.data_dir}")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -617,15 +608,12 @@ def report(config: Config, folder: Path):
     state = read_state(folder)
     domains, first = state.domains, state.first_domains
     drawn = sum(domain["tokens"] for domain in domains.values()) or 1
-    if config.teacher:
-        uniform = read_config(Path(config.teacher)).vocab_size / 2
-        for name, domain in first.items():
-            if domain["teacher_ppl"] > uniform:
-                print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} (perplexity {domain['teacher_ppl']:.0f}): "
-                      "IT WAS MADE OR LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
-            elif domain["ratio"] < 1:
-                print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START "
-                      f"({domain['teacher_ppl']:.2f} against {domain['student_ppl']:.2f})")
+    for name, domain in first.items() if config.teacher else ():
+        if domain["teacher_ppl"] > read_config(Path(config.teacher)).vocab_size / 2:
+            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): IT WAS MADE OR LOADED "
+                  "WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
+        elif domain["ratio"] < 1:
+            print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY {1 / domain['ratio']:.2f}")
     print(f"\n{config.method}, seed {config.seed}, step {state.step}: perplexity by domain\n")
     print(f"{'':14}{'teacher':>9}{'student':>19}{'student/teacher':>22}{'drawn':>9}{'epochs':>9}")
 
@@ -663,27 +651,25 @@ QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 5_000_000, "math": 800_000, "pro
 def quickstart(config: Config) -> Config:
     """Make what the quickstart lacks, in `data_dir`: bins, a teacher, a student base. Returns `config` with its models.
 
-    Both models are trained by `train`, with no teacher: the teacher on all domains alike, the base mostly on code, as
-    small models are strong in some domains and weak in others. Every arm and seed then starts from the same two.
+    `train` trains both with no teacher: the teacher on all domains alike, the base mostly on code, since small models
+    are strong in some domains and weak in others. Every arm and seed then starts from the same two.
     """
     data_dir = Path(config.data_dir)
     if not (data_dir / "meta.json").is_file():
         print(f"Collecting text into {data_dir} …", flush=True)
         build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES), val_fraction=0.1)
-    folders = {"teacher": config.teacher, "student": config.student}
-    for role, mixture, values in (
-        ("teacher", "python=1,cpp=1,math=1,prose=1", dict(student="scratch:4x128", max_steps=config.pretrain_steps)),
-        ("student", "python=.495,cpp=.495,math=.005,prose=.005",
-         dict(student="scratch:2x96", max_steps=(config.pretrain_steps + 1) // 2)),
+    for role, size, steps, mixture in (
+        ("teacher", "scratch:4x128", config.pretrain_steps, "python=1,cpp=1,math=1,prose=1"),
+        ("student", "scratch:2x96", (config.pretrain_steps + 1) // 2, "python=.495,cpp=.495,math=.005,prose=.005"),
     ):
-        if not folders[role]:
-            out_dir = data_dir / role
+        if not getattr(config, role):
             base = resolve_config(**{**PRESETS["quickstart"], "preset": "custom", "method": "cpt", "optimizer": "muon",
-                                     "lr": 1e-2, "min_lr": 1e-3, "mixture": mixture, "interval": 10**9, "keep": 1,
-                                     "log_every": 50, "data_dir": str(data_dir), "out_dir": str(out_dir), **values})
-            print(f"\nThe {role}: {base.student}, {base.max_steps} steps, kept in {out_dir}", flush=True)
-            folders[role] = str(train(base))
-    return replace(config, **folders)
+                                     "student": size, "max_steps": steps, "mixture": mixture, "interval": 10**9,
+                                     "lr": 1e-2, "min_lr": 1e-3, "keep": 1, "log_every": 50,
+                                     "data_dir": str(data_dir), "out_dir": str(data_dir / role)})
+            print(f"\nThe {role}: {size}, {steps} steps, kept in {base.out_dir}", flush=True)
+            config = replace(config, **{role: str(train(base))})
+    return config
 
 
 def main():
@@ -696,8 +682,9 @@ def main():
     if config.preset == "quickstart":
         show_continuations(config, folder)
         other = "kd" if config.method != "kd" else "ddk"
-        print(f"\nCompare with another arm on the same models:  python distill.py --method={other}")
-    print(f"The student lies in {folder}\nTo hear more of it:  python model.py --model={folder} --prompt='def main('")
+        print(f"\nCompare with another arm on the same models:  python distill.py --method={other}\n"
+              f"To hear more of this student:  python model.py --model={folder} --prompt='def main('")
+    print(f"The student lies in {folder}")
 
 
 if __name__ == "__main__":

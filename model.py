@@ -1,9 +1,9 @@
 """One decoder-only transformer for teacher and student.
 
-Reads bottom-up: rotary → attention → MLP → block → GPT. A model's folder is Hugging Face's: `config.json` and
-`model.safetensors`, so that what is trained here opens in transformers, with the same logits, and the other way round.
+Reads bottom-up: rotary → attention → MLP → block → GPT. A model's folder is Hugging Face's (`config.json` and
+`model.safetensors`): what is trained here opens in transformers with the same logits, and the other way round.
 
-    python model.py --model=out/quickstart-ddk-0/step_00000300 --prompt='def main('
+    python model.py --model=out/quickstart-ddk-0/step_00000400 --prompt='def main('
 """
 
 import json
@@ -23,7 +23,6 @@ from data import UserError, load_tokenizer, model_tokenizer, option, parse_confi
 @dataclass(frozen=True)
 class GPTConfig:
     """Sizes and switches, under the names that they have in a Hugging Face config.json."""
-
     vocab_size: int  # rows of the embedding, which may be more than the tokenizer has ids
     hidden_size: int
     intermediate_size: int
@@ -55,10 +54,10 @@ class GPTConfig:
         if settings.get("model_type") != "llama":
             raise UserError(f"model_type {settings.get('model_type')!r} is not known; llama is")
         rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-        if rope.get("rope_type", rope.get("type", "default")) != "default":
-            raise UserError(f"rope type {rope.get('rope_type', rope.get('type'))!r} is not known; default is")
-        if settings.get("hidden_act", "silu") != "silu":
-            raise UserError(f"hidden_act {settings['hidden_act']!r} is not known; silu is")
+        for key, known, value in (("rope type", "default", rope.get("rope_type", rope.get("type", "default"))),
+                                  ("hidden_act", "silu", settings.get("hidden_act", "silu"))):
+            if value != known:
+                raise UserError(f"{key} {value!r} is not known; {known} is")
         heads = settings["num_attention_heads"]
         return cls(
             **{key: settings[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
@@ -176,8 +175,8 @@ class GPT(nn.Module):
     def forward(self, idx: torch.Tensor, loss_fn=None):
         """Token ids (B, T) int64 → logits (B, T, V); with `loss_fn`, loss_fn(hidden (B, T, d), head_weight (V, d)).
 
-        Hidden is after the final norm. A loss that does its own product with the head need never hold all logits, and
-        calling it in here lets a wrapper (FSDP) gather the head for it.
+        Hidden is after the final norm. So a loss that does its own product with the head need never hold all logits,
+        and a wrapper (FSDP) can gather the head for it.
         """
         cos, sin = rotary_tables(self.config, idx.shape[1], idx.device)
         x = self.embed_tokens(idx)
@@ -190,10 +189,10 @@ class GPT(nn.Module):
     def generate(self, idx: torch.Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
                  vocab_size: int | None = None, eot: int | None = None,
                  generator: torch.Generator | None = None) -> torch.Tensor:
-        """Continue (B, T) ids by up to `max_new_tokens` drawn ones: (B, T + n).
+        """Continue (B, T) ids by up to `max_new_tokens` drawn ones, or until every row has drawn `eot`: (B, T + n).
 
-        `temperature` 0 takes the likeliest. Ids from `vocab_size` on (padding rows of the head) are never drawn. Ends
-        early once every row has drawn `eot`. Draws from `generator`, or torch's global one.
+        `temperature` 0 takes the likeliest; ids from `vocab_size` on (padding rows of the head) are never drawn; the
+        random numbers are `generator`'s, or torch's global ones.
         """
         ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
@@ -226,8 +225,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "GPT":
         """Read a Hugging Face folder, on the CPU, as `dtype` (None: the file's).
 
-        Strict: a missing file, and a missing, unexpected, mis-shaped or non-finite tensor is a ValueError that names
-        it. Nothing is unpickled, and nothing is filled in.
+        Strict: a missing file, or a missing, unexpected, mis-shaped or non-finite tensor, is a ValueError that names
+        it. Nothing is unpickled or filled in.
         """
         folder = Path(folder)
         config = read_config(folder)
@@ -281,23 +280,18 @@ def read_config(folder: Path) -> GPTConfig:
 
 
 def resolve_device(name: str) -> torch.device:
-    available = [kind for kind, there in (("cuda", torch.cuda.is_available()),
-                                          ("mps", torch.backends.mps.is_available()), ("cpu", True)) if there]
-    if name == "auto":
-        return torch.device(available[0])
-    if name.partition(":")[0] not in available:
-        raise UserError(f"--device={name}: not on this machine, which has {' '.join(available)}")
-    return torch.device(name)
+    """auto: cuda, then mps, then cpu. UserError if this machine lacks it."""
+    kinds = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
+    if name != "auto" and name.partition(":")[0] not in kinds:
+        raise UserError(f"--device={name}: not on this machine, which has {' '.join(kinds)}")
+    return torch.device(kinds[0] if name == "auto" else name)
 
-
-# ------------ The program ---------------------------------------------------------------------------------------------
 
 @dataclass
 class GenerateConfig:
     """Keys of `python model.py`."""
-
-    model: str = option("", "the model's folder")
-    prompt: str = option("", "the text to continue")
+    model: str = option("", "the model's folder", required=True)
+    prompt: str = option("", "the text to continue", required=True)
     tokenizer: str = option("", "bytes, a tiktoken encoding or a tokenizer.json, if not in the model's folder")
     max_new_tokens: int = option(200, "tokens to add at most", least=1)
     temperature: float = option(0.8, "0 takes the likeliest token each time", least=0)
@@ -306,10 +300,7 @@ class GenerateConfig:
     device: str = option("auto", "auto: cuda, then mps, then cpu")
 
     def problems(self) -> list[str]:
-        return [message for wrong, message in (
-            (not Path(self.model).is_dir() or not self.model, f"--model={self.model}: no such folder"),
-            (not self.prompt, "--prompt: give the text to continue"),
-        ) if wrong]
+        return [] if Path(self.model).is_dir() else [f"--model={self.model}: no such folder"]
 
 
 def main():

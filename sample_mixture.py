@@ -20,7 +20,7 @@ from typing import Literal
 
 import numpy as np
 
-from data import TokenBins, UserError, option, parse_config, run_program, saved_tokenizer
+from data import TokenBins, UserError, import_optional, option, parse_config, run_program, saved_tokenizer
 
 # ------------ Eq. 1 and Eq. 2 -----------------------------------------------------------------------------------------
 
@@ -123,8 +123,8 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray, rounds:
     """The element at `index` of a pseudo-random permutation of 0 … n−1 that `key` selects. All (B,), uint64.
 
     Nothing is stored, so a domain of 1e9 windows costs no more than one of ten. A Feistel network permutes an a × b
-    grid that just covers n: each round shifts one coordinate by a hash of the other, which is undone by shifting
-    back, so the whole is a bijection. A result past n (fewer than one in √n) is permuted again until it falls inside.
+    grid that just covers n: each round shifts one coordinate by a hash of the other, which shifting back undoes. A
+    result past n (fewer than one in √n) is permuted again until it falls inside.
     """
     index, n, key = (np.array(x, dtype=np.uint64) for x in np.broadcast_arrays(index, n, key))
     a = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
@@ -146,11 +146,8 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray, rounds:
 class MixtureSampler:
     """Draws the global batch of each step: which domains, by `probs`, and which of their windows.
 
-    A pure function of (seed, step, what was drawn before): neither the number of ranks nor the micro-batch is known
-    here, so they cannot change the order. Evaluation draws nothing.
-
-    `n_windows` gives the train windows of each domain (at least 1), in the order of `probs` and of domain ids;
-    `batch_size` is over all ranks.
+    A function of (seed, step, what was drawn before) that knows neither ranks nor micro-batches nor evaluation.
+    `n_windows`: train windows of each domain (at least 1), in the order of `probs` and of domain ids.
     """
 
     def __init__(self, n_windows: dict[str, int], batch_size: int, seed: int):
@@ -158,10 +155,8 @@ class MixtureSampler:
             raise ValueError(f"n_windows {dict(n_windows)}: at least one domain, and one window in each, are needed")
         if batch_size < 1:
             raise ValueError(f"batch_size {batch_size} must be at least 1")
-        self.names = list(n_windows)
-        self.n_windows = np.array(list(n_windows.values()), dtype=np.int64)
-        self.batch_size = batch_size
-        self.seed = seed
+        self.names, self.n_windows = list(n_windows), np.array(list(n_windows.values()), dtype=np.int64)
+        self.batch_size, self.seed = batch_size, seed
         self.step = 0  # batches drawn
         self.drawn = np.zeros(len(self.names), dtype=np.int64)  # windows drawn a domain; epoch = drawn // n_windows
         # By name, so that a domain's order does not depend on which others are there.
@@ -192,9 +187,8 @@ class MixtureSampler:
     def next_batch(self) -> tuple[np.ndarray, np.ndarray]:
         """(domain_ids, window_ids), both (B,) int64, of the next step.
 
-        Systematic sampling: B evenly spaced points with one random start, over the domains laid end to end. A
-        domain gets B · probs windows to within one, so the share drawn follows probs at every step, not just in the
-        long run as with independent draws.
+        Systematic sampling: B evenly spaced points, with one random start, over the domains laid end to end. Each
+        domain gets B · probs windows to within one at every step, not just in the long run as with independent draws.
         """
         start = int(_hash(self.seed, _START, self.step)[0] >> np.uint64(32)) / 2**32  # in [0, 1), exact
         edges = np.append(0, np.cumsum(self.probs))
@@ -231,8 +225,6 @@ class MixtureSampler:
         self.drawn = np.array([state["drawn"][name] for name in self.names], dtype=np.int64)
 
 
-# ------------ The program ---------------------------------------------------------------------------------------------
-
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl; a torn last line, left by a run that was killed, is not one."""
     if not path.is_file():
@@ -259,14 +251,8 @@ def replay(lines: list[dict], method: str, alpha: float) -> list[dict[str, float
 
 def plot(lines: list[dict], replayed: list[dict[str, float]], path: str):
     """The paper's Fig. 3: each domain's share of the data, and its perplexity ratio, over the steps."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(f"--plot={path}: drawing needs the package matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (shares, ratios) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = import_optional("matplotlib.figure", f"--plot={path}").Figure(figsize=(10, 4), layout="constrained")
+    shares, ratios = figure.subplots(1, 2)
     steps = [line["step"] for line in lines]
     for name in replayed[0]:
         shares.step(steps, [r[name] for r in replayed], where="post", label=name)
@@ -302,7 +288,6 @@ def show_draws(bins: TokenBins, sampler: MixtureSampler, steps: int):
 @dataclass
 class MixtureConfig:
     """Keys of `python sample_mixture.py`."""
-
     data_dir: str = option("", "bins: show how a run would draw from them, and a window of each domain")
     metrics: str = option("", "a run's metrics.jsonl: replay r from the perplexities in it")
     alpha: float | None = option(None, "replay with this α; none: the run's", least=0, most=1)
