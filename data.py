@@ -351,12 +351,8 @@ def validation_split(documents: Iterable[str], val_fraction: float, val_bytes: i
     candidates = sorted(smallest) if dropped else sorted(smallest)[:-1]  # one is left for training
     if not candidates:
         raise ValueError(f"{len(smallest)} distinct documents; at least two are needed, for training and validation")
-    threshold, used = candidates[0], smallest[candidates[0]]
-    for key in candidates[1:]:
-        used += smallest[key]
-        if used > min(val_fraction * total, val_bytes):
-            break
-        threshold = key
+    budget, used = min(val_fraction * total, val_bytes), itertools.accumulate(smallest[key] for key in candidates)
+    threshold = max([candidates[0], *(key for key, size in zip(candidates, used) if size <= budget)])
     return threshold, total, content.hexdigest()
 
 
@@ -385,8 +381,7 @@ def _batches(documents: Iterable[str], n_chars: int = 1_000_000) -> Iterator[lis
         if size >= n_chars:
             yield batch
             batch, size = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
 def _write_domain(name: str, documents: Iterable[str], threshold: int, n_bytes: int, shards: int,
@@ -496,8 +491,8 @@ class TokenBins:
     def __init__(self, data_dir: str | Path, block_size: int):
         self.dir, self.block_size = Path(data_dir), block_size
         meta = read_meta(self.dir)
-        self.tokenizer, self.domains = meta["tokenizer"], meta["domains"]
-        self.names, self.vocab_size = list(self.domains), self.tokenizer["vocab_size"]
+        self.tokenizer, self.domains, self.names = meta["tokenizer"], meta["domains"], list(meta["domains"])
+        self.vocab_size = self.tokenizer["vocab_size"]
         self.n_windows = {name: sum(map(self._count, domain["train"])) for name, domain in self.domains.items()}
         if empty := [name for name, n in self.n_windows.items() if not n]:
             raise UserError(f"--block_size={block_size}: no train text that long in {' '.join(empty)} of {self.dir}")
@@ -575,8 +570,7 @@ def verify(data_dir: Path):
     changed = []
     for domain in read_meta(data_dir)["domains"].values():
         for entry in [*domain["train"], domain["val"]]:
-            if file_sha256(data_dir / entry["file"]) != entry["sha256"]:
-                changed.append(entry["file"])
+            changed += [entry["file"]] * (file_sha256(data_dir / entry["file"]) != entry["sha256"])
             print(f"{entry['file']:32} {'CHANGED' if entry['file'] in changed else 'ok'}")
     if changed:
         raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins anew")

@@ -61,7 +61,6 @@ class Config:
     val_samples: int = option(500, "validation windows a domain", least=1)
     stop_ratio: float = option(0.0, "end once no domain's perplexity ratio is above this; 0: never", least=0)
     mixture: str = option("", "base proportions name=weight,… instead of the natural ones")
-    # Training
     block_size: int = option(2048, "tokens a window", least=1)
     batch_size: int = option(256, "windows a step, over all ranks and micro-batches", least=1)
     micro_batch_size: int = option(0, "windows a forward pass; 0: a rank's whole share", least=0)
@@ -73,12 +72,10 @@ class Config:
     weight_decay: float = option(0.1, "on matrices only", least=0)
     grad_clip: float = option(1.0, "largest gradient norm; 0: no clipping", least=0)
     seed: int = option(0, "order of the data, and initial weights from scratch", least=0)
-    # Machine
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the products; auto: bfloat16 on cuda")
     compile: Literal["auto", "true", "false"] = option("auto", "torch.compile; auto: on cuda")
     device: str = option("auto", "auto: cuda, then mps, then cpu")
     parallel: Literal["auto", "none"] = option("auto", "none: one process")
-    # Records
     save_every: int = option(1000, "steps between two checkpoints; 0: the last step only", least=0)
     keep: int = option(2, "newest checkpoints to keep; 0: all", least=0)
     resume: Literal["auto", "never"] = option("auto", "never: set the run in out_dir aside and start anew")
@@ -142,9 +139,6 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 # ------------ Eq. 3 ---------------------------------------------------------------------------------------------------
 
-IGNORED = -100  # a target that counts for nothing
-
-
 def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: float = 0.2, temperature: float = 1.0,
                             direction: str = "forward", vocab_size: int | None = None, num_tokens=None):
     """Eq. 3: CE(student, next token) + γ · KL(softmax(z_T/T) ‖ softmax(z_S/T)), mean per token → (loss, ce, kl).
@@ -157,11 +151,11 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
     """
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction {direction!r} must be forward or reverse")
-    counted = targets != IGNORED
+    counted = targets != -100
     num_tokens = counted.sum().clamp(min=1) if num_tokens is None else num_tokens
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student_logits = student_logits.to(dtype)
-    ce = F.cross_entropy(student_logits.flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    ce = F.cross_entropy(student_logits.flatten(0, -2), targets.flatten(), reduction="sum")
     ce = ce / num_tokens
     if teacher_logits is None:
         return ce, ce.detach(), torch.zeros_like(ce).detach()
@@ -186,16 +180,15 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     student_head; the teacher's arguments may be None.
     """
     hidden, targets = student_hidden.flatten(0, -2), targets.flatten()
+    teacher_hidden = None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2)
     if num_tokens is None:
-        num_tokens = (targets != IGNORED).sum().clamp(min=1)
-    if teacher_hidden is not None:
-        teacher_hidden = teacher_hidden.detach().flatten(0, -2)
+        num_tokens = (targets != -100).sum().clamp(min=1)
 
     def chunk_loss(hidden, student_head, teacher_hidden, targets):
         teacher_logits = None if teacher_hidden is None else F.linear(teacher_hidden, teacher_head.detach())
-        return dense_distillation_loss(F.linear(hidden, student_head), teacher_logits, targets, gamma=gamma,
-                                       temperature=temperature, direction=direction, vocab_size=vocab_size,
-                                       num_tokens=num_tokens)
+        return dense_distillation_loss(
+            F.linear(hidden, student_head), teacher_logits, targets, gamma=gamma, temperature=temperature,
+            direction=direction, vocab_size=vocab_size, num_tokens=num_tokens)
 
     chunk_size = chunk_size or max(1, 2**24 // len(student_head))
     recompute = chunk_size < len(targets) and torch.is_grad_enabled()
@@ -224,11 +217,9 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     adamw = torch.optim.AdamW([{"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
                                {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}],
                               lr=config.lr, betas=(0.9, 0.95), fused=True)
-    if not hidden:
-        return [adamw]
     # match_rms_adamw scales Muon's steps to AdamW's usual size, so that one learning rate serves both.
-    return [adamw, torch.optim.Muon(hidden, lr=config.lr, weight_decay=config.weight_decay,
-                                    adjust_lr_fn="match_rms_adamw")]
+    muon = dict(lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+    return [adamw, torch.optim.Muon(hidden, **muon)] if hidden else [adamw]
 
 
 # ------------ Evaluation: ℓ_S and ℓ_T ---------------------------------------------------------------------------------
@@ -240,8 +231,7 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
 
     Over the tokenizer's ids alone (`vocab_size`), for teacher and student alike. Draws no random number.
     """
-    device = model.head_weight.device
-    ppl = {}
+    device, ppl = model.head_weight.device, {}
     for name, domain in windows.items():
         total = torch.zeros((), dtype=torch.float64)
         for rows in domain.split(batch):
@@ -292,8 +282,7 @@ def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optim
     save_tokenizer(temporary, bins)
     torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
     write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
-    names = sorted(path.name for path in temporary.iterdir())
-    manifest = {name: file_sha256(temporary / name) for name in names}
+    manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
     write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
     for path in [*temporary.iterdir(), temporary]:
         fsync(path)
@@ -321,8 +310,7 @@ def damage(folder: Path) -> str | None:
 def newest_checkpoint(out_dir: Path) -> Path | None:
     """The newest whole checkpoint; damaged ones are named and set aside as corrupt_step_…."""
     for folder in reversed(checkpoints(out_dir)):
-        wrong = damage(folder)
-        if wrong is None:
+        if not (wrong := damage(folder)):
             return folder
         aside = free_name(folder.with_name(f"corrupt_{folder.name}"))
         os.replace(folder, aside)
@@ -348,7 +336,7 @@ def model_content(folder: str) -> str:
 
 # ------------ Starting, resuming, and what is written -----------------------------------------------------------------
 
-# Keys that do not change the experiment. Folders are compared by content.
+# Keys that do not change the experiment; folders are compared by content
 FREE_KEYS = {"preset", "out_dir", "data_dir", "teacher", "student", "micro_batch_size", "compile", "device", "parallel",
              "save_every", "keep", "resume", "log_every", "pretrain_steps"}
 
@@ -356,11 +344,11 @@ FREE_KEYS = {"preset", "out_dir", "data_dir", "teacher", "student", "micro_batch
 def check_same_experiment(out_dir: Path, record: dict):
     """UserError if `out_dir` holds a run of another configuration or content than `record`, naming what differs."""
     path = out_dir / "config.json"
-    if not path.is_file():
-        return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         config, content = before["config"], before["content"]
+    except FileNotFoundError:
+        return
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not as a run writes it ({error}); name another --out_dir") from None
     changed = [f"--{key}={value}: the run in {out_dir} has {key}={config.get(key)}"
@@ -382,8 +370,8 @@ def rewind_metrics(path: Path, state: TrainState):
 
 def environment() -> dict:
     """Versions that a result may depend on, and the git revision of this file if it has one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
+    git = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else None
     return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__, "git": git or None}
 
 
@@ -461,8 +449,8 @@ def train(config: Config) -> Path:
     state = read_state(resumed) if resumed else TrainState()
 
     def is_last() -> bool:
-        ratios = [domain["ratio"] for domain in (state.domains or {}).values()]
-        reached = config.stop_ratio and state.evaluated == state.step and max(ratios) <= config.stop_ratio
+        reached = config.stop_ratio and state.evaluated == state.step and max(
+            domain["ratio"] for domain in state.domains.values()) <= config.stop_ratio
         return bool(reached or state.step >= config.max_steps)
 
     metrics_path = out_dir / "metrics.jsonl"
@@ -610,19 +598,18 @@ def report(config: Config, folder: Path):
     drawn = sum(domain["tokens"] for domain in domains.values()) or 1
     for name, domain in first.items() if config.teacher else ():
         if domain["teacher_ppl"] > read_config(Path(config.teacher)).vocab_size / 2:
-            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): IT WAS MADE OR LOADED "
+            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): MADE OR LOADED "
                   "WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
         elif domain["ratio"] < 1:
             print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY {1 / domain['ratio']:.2f}")
     print(f"\n{config.method}, seed {config.seed}, step {state.step}: perplexity by domain\n")
     print(f"{'':14}{'teacher':>9}{'student':>19}{'student/teacher':>22}{'drawn':>9}{'epochs':>9}")
-
-    def change(key: str, name: str) -> str:
-        return f"{first[name][key]:.2f} → {domains[name][key]:.2f}" if domains[name][key] else "–"
-
     for name, domain in domains.items():
-        teacher_ppl = f"{domain['teacher_ppl']:.2f}" if domain["teacher_ppl"] else "–"
-        print(f"{name:14}{teacher_ppl:>9}{change('student_ppl', name):>19}{change('ratio', name):>22}"
+        before = first[name]
+        student_ppl = f"{before['student_ppl']:.2f} → {domain['student_ppl']:.2f}"
+        teacher_ppl = f"{domain['teacher_ppl']:.2f}" if config.teacher else "–"
+        ratio = f"{before['ratio']:.2f} → {domain['ratio']:.2f}" if config.teacher else "–"
+        print(f"{name:14}{teacher_ppl:>9}{student_ppl:>19}{ratio:>22}"
               f"{domain['tokens'] / drawn:9.1%}{domain['epochs']:9.2f}")
     if config.teacher:
         worst = [max(domain["ratio"] for domain in measured.values()) for measured in (first, domains)]
@@ -681,8 +668,8 @@ def main():
     report(config, folder)
     if config.preset == "quickstart":
         show_continuations(config, folder)
-        other = "kd" if config.method != "kd" else "ddk"
-        print(f"\nCompare with another arm on the same models:  python distill.py --method={other}\n"
+        print("\nCompare with another arm on the same models:  "
+              f"python distill.py --method={'ddk' if config.method == 'kd' else 'kd'}\n"
               f"To hear more of this student:  python model.py --model={folder} --prompt='def main('")
     print(f"The student lies in {folder}")
 

@@ -225,8 +225,8 @@ class GPT(nn.Module):
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "GPT":
         """Read a Hugging Face folder, on the CPU, as `dtype` (None: the file's).
 
-        Strict: a missing file, or a missing, unexpected, mis-shaped or non-finite tensor, is a ValueError that names
-        it. Nothing is unpickled or filled in.
+        A missing file, or a missing, unexpected, mis-shaped or non-finite tensor, is a ValueError that names it.
+        Nothing is unpickled or filled in.
         """
         folder = Path(folder)
         config = read_config(folder)

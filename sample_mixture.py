@@ -3,8 +3,8 @@
 `discrepancy_factor` is Eq. 1, `smooth_update` Eq. 2; `next_factor` and `interval_probs` say which of them an arm draws
 by, and `MixtureSampler` draws: the global batch of every step, each domain walked without replacement and cycled.
 
-Only numpy is needed, and nothing here knows of models or ranks. As a program it shows a mixture, replays r from the
-perplexities that a run logged, and draws the paper's Fig. 3:
+Nothing here knows of models or ranks. As a program it shows a mixture, replays r from the perplexities that a run
+logged, and draws the paper's Fig. 3:
 
     python sample_mixture.py --data_dir=data/quickstart
     python sample_mixture.py --metrics=out/quickstart-ddk-0/metrics.jsonl --alpha=0.8 --plot=mixture.png
@@ -99,7 +99,6 @@ def interval_probs(method: str, t: int, factor, base_probs: np.ndarray) -> np.nd
 
 # ------------ Alg. 1: drawing from the domains ------------------------------------------------------------------------
 
-_MASK = 2**64 - 1
 _WALK, _START, _PLACES = 1, 2, 3  # what a hash is for, so that no two uses share random numbers
 
 
@@ -114,7 +113,7 @@ def _hash(*words) -> np.ndarray:
     """A pseudo-random uint64 for each row of `words` (integers or uint64 arrays that broadcast), at least 1-d."""
     state = np.zeros(1, dtype=np.uint64)
     for word in words:
-        word = np.atleast_1d(np.asarray(word & _MASK if isinstance(word, int) else word, dtype=np.uint64))
+        word = np.atleast_1d(np.asarray(word % 2**64 if isinstance(word, int) else word, dtype=np.uint64))
         state = _mix((state ^ word) + np.uint64(0x9E3779B97F4A7C15))
     return state
 
@@ -204,12 +203,15 @@ class MixtureSampler:
         position = np.empty(self.batch_size, dtype=np.int64)
         position[by_domain] = self.drawn[in_order] + np.arange(self.batch_size) - first_place[in_order]
 
-        n = self.n_windows[domain_ids]
-        key = _hash(self.seed, _WALK, self._domain_keys[domain_ids], position // n)  # a new order every epoch
-        window_ids = keyed_permutation(position % n, n, key).astype(np.int64)
         self.drawn += counts
         self.step += 1
-        return domain_ids, window_ids
+        return domain_ids, self.windows(domain_ids, position)
+
+    def windows(self, domain_ids: np.ndarray, position: np.ndarray) -> np.ndarray:
+        """The windows at a `position`, 0 first, of the domains' endless walks, (B,) int64: a new order every epoch."""
+        n = self.n_windows[domain_ids]
+        key = _hash(self.seed, _WALK, self._domain_keys[domain_ids], position // n)
+        return keyed_permutation(position % n, n, key).astype(np.int64)
 
     def state_dict(self) -> dict:
         """All that the next batches depend on besides the constructor's arguments: JSON-able, a few numbers."""
@@ -268,11 +270,10 @@ def plot(lines: list[dict], replayed: list[dict[str, float]], path: str):
 
 
 def show_draws(bins: TokenBins, sampler: MixtureSampler, steps: int):
-    """Print what `steps` batches draw from each domain, and the first window of each as text."""
-    tokenizer, firsts = saved_tokenizer(bins.dir, bins.tokenizer), {}
+    """Print what `steps` batches draw from each domain, and the domain's next window as text."""
+    tokenizer = saved_tokenizer(bins.dir, bins.tokenizer)
     for _ in range(steps):
-        for domain, window in zip(*(part.tolist() for part in sampler.next_batch())):
-            firsts.setdefault(domain, window)
+        sampler.next_batch()
     print(f"{steps} steps of {sampler.batch_size} windows of {bins.block_size} tokens:\n\n"
           f"{'domain':16}{'windows':>12}{'wanted':>9}{'drawn':>9}{'tokens':>14}{'epochs':>9}")
     for name, windows, wanted, drawn, epochs in zip(sampler.names, sampler.n_windows, sampler.probs, sampler.drawn,
@@ -280,9 +281,9 @@ def show_draws(bins: TokenBins, sampler: MixtureSampler, steps: int):
         print(f"{name:16}{windows:12,}{wanted:9.2%}{drawn / sampler.drawn.sum():9.2%}{drawn * bins.block_size:14,}"
               f"{epochs:9.3f}")
     for domain, name in enumerate(bins.names):
-        window = firsts.get(domain, 0)
-        ids = bins.train_windows(np.array([domain]), np.array([window]))[0]
-        print(f"\n--- {name}, window {window}\n{tokenizer.decode(ids.tolist())}")
+        window = sampler.windows(np.array([domain]), sampler.drawn[domain:domain + 1])
+        ids = bins.train_windows(np.array([domain]), window)[0]
+        print(f"\n--- {name}, window {window[0]}\n{tokenizer.decode(ids.tolist())}")
 
 
 @dataclass
