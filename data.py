@@ -5,8 +5,7 @@
 
 A bins folder holds for each domain `NAME.train.bin` (or NAME.train.000.bin, …) and `NAME.val.bin`: headerless
 little-endian ids, uint16 where every id fits, else uint32, each document ended by the end-of-text id. `meta.json` says
-which tokenizer made them, and the size and sha256 of each. The four files' imports rest on this one, so the
-command-line handling that they share is here too.
+which tokenizer made them, and the size and sha256 of each. What the four programs share stands here too.
 """
 
 import argparse
@@ -192,10 +191,10 @@ def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
     if not path.is_file() or path.name != "tokenizer.json":
         raise UserError(f"--tokenizer={path}: no tokenizer.json; transformers' save_pretrained writes one")
     tokenizers = import_optional("tokenizers", f"--tokenizer={path}")
-    config_path = path.with_name("tokenizer_config.json")
+    settings = path.with_name("tokenizer_config.json")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        eos = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token") if config_path.is_file() else None
+        eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token") if settings.is_file() else None
         eot = eot or (eos["content"] if isinstance(eos, dict) else eos) or ""
     except Exception as error:  # the library raises no narrower kind
         raise UserError(f"--tokenizer={path}: it or tokenizer_config.json cannot be read: {error}") from None
@@ -336,8 +335,7 @@ def validation_split(documents: Iterable[str], val_fraction: float, val_bytes: i
     """
     smallest: dict[int, int] = {}  # hash → bytes of all its copies
     heap: list[int] = []  # the same hashes, negated: the largest comes first
-    kept = total = 0
-    dropped, content = False, hashlib.sha256()
+    kept, total, dropped, content = 0, 0, False, hashlib.sha256()
     for text in documents:
         key, size = content_hash(text), len(text.encode())
         total, kept = total + size, kept + size
@@ -484,8 +482,8 @@ def file_sha256(path: Path) -> str | None:
 class TokenBins:
     """The bins of a folder, cut into windows of block_size + 1 tokens: inputs, and targets one further on.
 
-    Of n tokens, window i is tokens i·B … i·B + B inclusive, so there are (n − 1)//B, no token is a target twice, and
-    none crosses a shard. UserError if the folder is not whole, or a domain has no train window.
+    Of n tokens, window i is tokens i·B … i·B + B inclusive: there are (n − 1)//B, and none crosses a shard. UserError
+    if the folder is not whole, or a domain has no train window.
     """
 
     def __init__(self, data_dir: str | Path, block_size: int):
@@ -655,9 +653,9 @@ def main():
                       val_bytes=config.val_bytes)
     print(f"{'domain':16}{'documents':>12}{'MB':>10}{'train tokens':>16}{'validation':>14}")
     for name, domain in meta["domains"].items():
-        n, size, tokens = (sum(entry[key] for entry in domain["train"]) for key in ("documents", "bytes", "tokens"))
-        val = domain["val"]
-        print(f"{name:16}{n + val['documents']:12,}{(size + val['bytes']) / 1e6:10.1f}{tokens:16,}{val['tokens']:14,}")
+        entries, val_tokens = [*domain["train"], domain["val"]], domain["val"]["tokens"]
+        n, size, tokens = (sum(entry[key] for entry in entries) for key in ("documents", "bytes", "tokens"))
+        print(f"{name:16}{n:12,}{size / 1e6:10.1f}{tokens - val_tokens:16,}{val_tokens:14,}")
     for reason, count in left_out.items():
         print(f"note: {count} {reason}")
     print(f"wrote {config.out_dir}")

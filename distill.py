@@ -111,7 +111,6 @@ class Config:
 
 
 PRESETS = {
-    "custom": {},
     # A few minutes on two cores, the teacher's training included.
     "quickstart": dict(interval=25, val_samples=64, block_size=256, batch_size=16, max_steps=400, lr=1e-3, min_lr=1e-4,
                        warmup_steps=20, save_every=100),
@@ -121,7 +120,7 @@ PRESETS = {
 def resolve_config(**given) -> Config:
     """A whole Config from the keys given: the preset's values below them, then what is derived from others."""
     chosen = given.get("preset") or ("custom" if given.get("teacher") or given.get("student") else "quickstart")
-    config = Config(**{**PRESETS[chosen], **given, "preset": chosen})
+    config = Config(**{**PRESETS.get(chosen, {}), **given, "preset": chosen})
     return replace(config, data_dir=config.data_dir or f"data/{chosen}",
                    out_dir=config.out_dir or f"out/{chosen}-{config.method}-{config.seed}")
 
@@ -363,8 +362,8 @@ def check_same_experiment(out_dir: Path, record: dict):
 def rewind_metrics(path: Path, state: TrainState):
     """Drop what a run wrote after the checkpoint that it now goes on from."""
     upto = {"mixture": state.evaluated, "end": -1}
-    written = read_metrics(path) if path.exists() else []
-    kept = [line for line in written if line["step"] <= upto.get(line["kind"], state.step)]
+    kept = [line for line in (read_metrics(path) if path.exists() else [])
+            if line["step"] <= upto.get(line["kind"], state.step)]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -421,8 +420,7 @@ def train(config: Config) -> Path:
     out_dir, device = Path(config.out_dir), resolve_device(config.device)
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16" if device.type == "cuda" else "float32")
-    use_bf16 = config.dtype == "bfloat16"
-    autocast = torch.autocast(device.type, torch.bfloat16) if use_bf16 else nullcontext()
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     # Everything cheap is checked before anything large is loaded.
     bins = TokenBins(config.data_dir, config.block_size)
@@ -460,11 +458,8 @@ def train(config: Config) -> Path:
         return resumed
     rewind_metrics(metrics_path, state if resumed else TrainState(step=-1))
 
-    # The models, the optimizers, the sampler
-    teacher = None
-    if config.teacher:
-        teacher = GPT.from_pretrained(config.teacher, dtype=torch.bfloat16 if use_bf16 else torch.float32)
-        teacher.requires_grad_(False).to(device)
+    dtype = getattr(torch, config.dtype)
+    teacher = GPT.from_pretrained(config.teacher, dtype=dtype).requires_grad_(False).to(device) if config.teacher else None
     if resumed or not config.student.startswith("scratch:"):
         student = GPT.from_pretrained(resumed or config.student, dtype=torch.float32)
     else:

@@ -82,8 +82,7 @@ class GPTConfig:
 def rotary_tables(config: GPTConfig, T: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position × frequency, (T, hd) fp32: RoFormer, in llama's half-split layout."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
-    angle = torch.arange(T, device=device)[:, None] * frequency  # (T, hd/2)
-    angle = torch.cat((angle, angle), dim=-1)
+    angle = (torch.arange(T, device=device)[:, None] * frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 
 
@@ -153,8 +152,8 @@ class GPT(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        untied = not config.tie_word_embeddings
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if untied else None
         if not self.embed_tokens.weight.is_meta:
             self.init_weights()
 
