@@ -458,8 +458,8 @@ def train(config: Config) -> Path:
         return resumed
     rewind_metrics(metrics_path, state if resumed else TrainState(step=-1))
 
-    dtype = getattr(torch, config.dtype)
-    teacher = GPT.from_pretrained(config.teacher, dtype=dtype).requires_grad_(False).to(device) if config.teacher else None
+    teacher = GPT.from_pretrained(config.teacher, getattr(torch, config.dtype)) if config.teacher else None
+    teacher and teacher.requires_grad_(False).to(device)
     if resumed or not config.student.startswith("scratch:"):
         student = GPT.from_pretrained(resumed or config.student, dtype=torch.float32)
     else:
