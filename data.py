@@ -97,7 +97,8 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
             problems.append(f"{word}: unknown key; " + (f"did you mean --{near[0]}?" if near else "--help lists them"))
         elif not takes_words:
             problems.append(f"{word}: not a key; arguments are written --key=value")
-    given |= {"sources": [word for word in rest if not word.startswith("-")]} if takes_words else {}
+    if takes_words:
+        given["sources"] = [word for word in rest if not word.startswith("-")]
     config = (make or cls)(**given)
     for entry in fields(cls):
         value, least, most = getattr(config, entry.name), entry.metadata.get("least"), entry.metadata.get("most")
@@ -120,13 +121,13 @@ def run_program(main: Callable):
     """Run `main` as a program: a UserError is one message and status 2, Ctrl-C status 130; neither a traceback."""
     try:
         main()
-    except UserError as error:
+    except BrokenPipeError:  # the reader of our output, such as head, has had enough
+        os._exit(128 + 13)  # as SIGPIPE ends a program: a run cut short is no success
+    except (UserError, OSError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output, such as head, has had enough
-        os._exit(0)
 
 
 # ------------ Tokenizers ----------------------------------------------------------------------------------------------
@@ -228,11 +229,15 @@ def save_tokenizer(folder: Path, bins: "TokenBins"):
     write_text(folder / TOKENIZER_META, json.dumps(bins.tokenizer, indent=1))
 
 
-def model_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a model's folder; None if there is none."""
-    if (folder / TOKENIZER_META).is_file():
-        return saved_tokenizer(folder, json.loads((folder / TOKENIZER_META).read_text(encoding="utf-8")))
-    return load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
+    """The tokenizer of a model's folder; None if there is none. `eot` as in load_tokenizer."""
+    path = folder / TOKENIZER_META
+    if not path.is_file():
+        return load_tokenizer(folder, eot) if (folder / "tokenizer.json").is_file() else None
+    try:
+        return saved_tokenizer(folder, json.loads(path.read_text(encoding="utf-8")))
+    except (LookupError, TypeError, json.JSONDecodeError) as error:
+        raise UserError(f"{path}: not as a run writes it ({type(error).__name__}: {error}); copy it again") from None
 
 
 # ------------ Documents -----------------------------------------------------------------------------------------------
@@ -555,7 +560,8 @@ def read_meta(data_dir: Path) -> dict:
                 raise UserError(f"{file}: named in meta.json, but not in its folder; {anew}")
             if size is not None and file.stat().st_size != size:
                 raise UserError(f"{file}: {file.stat().st_size} bytes, but {size} by meta.json; {anew}")
-        [meta["tokenizer"][key] for key in ("name", "vocab_size", "eot_token", "fingerprint")]
+        if not {"name", "vocab_size", "eot_token", "fingerprint"} <= set(meta["tokenizer"]):
+            raise KeyError("tokenizer")
     except UserError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError) as error:
@@ -568,7 +574,8 @@ def verify(data_dir: Path):
     changed = []
     for domain in read_meta(data_dir)["domains"].values():
         for entry in [*domain["train"], domain["val"]]:
-            changed += [entry["file"]] * (file_sha256(data_dir / entry["file"]) != entry["sha256"])
+            if file_sha256(data_dir / entry["file"]) != entry["sha256"]:
+                changed.append(entry["file"])
             print(f"{entry['file']:32} {'CHANGED' if entry['file'] in changed else 'ok'}")
     if changed:
         raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins anew")
@@ -600,9 +607,9 @@ def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterab
             yield "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
     def first(documents: Iterable[str], n_bytes: int) -> Iterator[str]:
-        for text in documents:
+        for text in itertools.takewhile(lambda _: n_bytes > 0, documents):
             # Tables, of characters or of constants, are mostly digits and signs.
-            if n_bytes > 0 and len(text) > 200 and sum(map(str.isalpha, text)) > 0.4 * len(text):
+            if len(text) > 200 and sum(map(str.isalpha, text)) > 0.4 * len(text):
                 n_bytes -= len(text.encode())
                 yield text
 

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from data import (TokenBins, UserError, build_bins, digest, file_sha256, fsync, load_tokenizer, model_tokenizer, option,
-                  parse_config, print_config, quickstart_domains, run_program, save_tokenizer, write_text)
+                  parse_config, print_config, quickstart_domains, read_meta, run_program, save_tokenizer, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device
 from sample_mixture import MixtureSampler, interval_probs, next_factor, read_metrics
 
@@ -99,6 +100,10 @@ class Config:
             (self.stop_ratio and not self.teacher and not makes_models,
              f"--stop_ratio={self.stop_ratio}: a ratio needs a teacher; name its folder with --teacher"),
             (self.min_lr > self.lr, f"--min_lr={self.min_lr}: must not be above lr={self.lr}"),
+            (os.path.isfile(self.out_dir), f"--out_dir={self.out_dir}: is a file; name a folder"),
+            (self.resume == "never" and any(Path(self.out_dir).resolve() in Path(name or ".").resolve().parents
+                                            for name in (self.teacher, self.student)),
+             f"--out_dir={self.out_dir}: holds the teacher or the student; name another folder"),
             (self.batch_size % max(1, self.micro_batch_size),
              f"--batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size}"),
         ) if wrong]
@@ -239,7 +244,9 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
                 _, ce, _ = model(idx, loss_fn=lambda hidden, head: distillation_loss(
                     hidden, head[:vocab_size], None, None, targets, num_tokens=1))
             total += ce.double().cpu()
-        ppl[name] = math.exp(min(700.0, total.item() / domain[:, 1:].numel()))
+        if not math.isfinite(mean := total.item() / domain[:, 1:].numel()):
+            raise UserError(f"domain {name}: a model's loss is {mean}; its weights are damaged, or dtype is too coarse")
+        ppl[name] = math.exp(min(mean, 700.0))
     return ppl
 
 
@@ -247,7 +254,7 @@ def teacher_perplexities(identity: str, cache: Path, measure: Callable[[], dict[
     """ℓ_T, measured once: kept in `cache` under `identity`, which stands for teacher, bins, windows and precision."""
     try:
         known = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
+    except (OSError, ValueError):
         known = {}
     if identity not in known:
         known[identity] = measure()
@@ -300,10 +307,10 @@ def damage(folder: Path) -> str | None:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         wrong = [name for name, sha256 in manifest.items()
                  if (folder / name).parent != folder or file_sha256(folder / name) != sha256]
-        whole = {"config.json", "model.safetensors", "optimizer.pt", "train_state.json"} <= set(manifest)
+        wrong += {"config.json", "model.safetensors", "optimizer.pt", "train_state.json"} - set(manifest)
     except (OSError, ValueError, AttributeError, TypeError):
-        whole, wrong = False, []
-    return f"{', '.join(wrong)} missing or changed" if wrong else None if whole else "manifest.json missing or changed"
+        wrong = ["manifest.json"]
+    return f"{', '.join(wrong)} missing or changed" if wrong else None
 
 
 def newest_checkpoint(out_dir: Path) -> Path | None:
@@ -328,7 +335,7 @@ def read_state(folder: Path) -> TrainState:
 
 
 def model_content(folder: str) -> str:
-    """Identity of a model: from its config.json and weights, whatever the folder is called."""
+    """Identity of a model, whatever its folder is called: from its config.json and weights."""
     files = [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]
     return digest(*((path.name, file_sha256(path)) for path in files))
 
@@ -343,12 +350,12 @@ FREE_KEYS = {"preset", "out_dir", "data_dir", "teacher", "student", "micro_batch
 def check_same_experiment(out_dir: Path, record: dict):
     """UserError if `out_dir` holds a run of another configuration or content than `record`, naming what differs."""
     path = out_dir / "config.json"
+    if not checkpoints(out_dir):  # nothing to go on from
+        return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         config, content = before["config"], before["content"]
-    except FileNotFoundError:
-        return
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not as a run writes it ({error}); name another --out_dir") from None
     changed = [f"--{key}={value}: the run in {out_dir} has {key}={config.get(key)}"
                for key, value in record["config"].items() if key not in FREE_KEYS and value != config.get(key)]
@@ -361,9 +368,8 @@ def check_same_experiment(out_dir: Path, record: dict):
 
 def rewind_metrics(path: Path, state: TrainState):
     """Drop what a run wrote after the checkpoint that it now goes on from."""
-    upto = {"mixture": state.evaluated, "end": -1}
     kept = [line for line in (read_metrics(path) if path.exists() else [])
-            if line["step"] <= upto.get(line["kind"], state.step)]
+            if line["step"] <= state.step and line["kind"] != "end"]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -376,7 +382,7 @@ def environment() -> dict:
 
 def check_model(role: str, folder: str, bins: TokenBins):
     """UserError if the model in `folder` cannot read the bins' windows, or has another tokenizer than they."""
-    config, tokenizer = read_config(Path(folder)), model_tokenizer(Path(folder))
+    config, tokenizer = read_config(Path(folder)), model_tokenizer(Path(folder), bins.tokenizer["eot_token"])
     if config.vocab_size < bins.vocab_size:
         raise UserError(f"--{role}={folder}: has {config.vocab_size} ids, but the bins' tokenizer has "
                         f"{bins.vocab_size}; make the bins anew with this model's tokenizer")
@@ -389,6 +395,14 @@ def check_model(role: str, folder: str, bins: TokenBins):
         raise UserError(f"--{role}={folder}: its tokenizer ({tokenizer.name}, {tokenizer.vocab_size} ids) is not the "
                         f"bins' ({bins.tokenizer['name']}, {bins.vocab_size} ids); make the bins anew with data.py "
                         f"--tokenizer={folder}")
+
+
+def open_data(config: Config) -> tuple[TokenBins, dict[str, torch.Tensor], dict[str, float]]:
+    """The bins, their validation windows and the base mixture ({}: natural). UserError if they are not as asked for."""
+    bins, mixture = TokenBins(config.data_dir, config.block_size), parse_mixture(config.mixture)
+    if mixture and set(mixture) != set(bins.names):
+        raise UserError(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
+    return bins, {name: torch.from_numpy(bins.val_windows(name, config.val_samples)) for name in bins.names}, mixture
 
 
 @contextmanager
@@ -423,12 +437,8 @@ def train(config: Config) -> Path:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     # Everything cheap is checked before anything large is loaded.
-    bins = TokenBins(config.data_dir, config.block_size)
+    bins, windows, mixture = open_data(config)
     names = bins.names
-    windows = {name: torch.from_numpy(bins.val_windows(name, config.val_samples)) for name in names}
-    mixture = parse_mixture(config.mixture)
-    if mixture and set(mixture) != set(names):
-        raise UserError(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(names)}")
     content = {"data_dir": bins.content()}
     for role, name in (("teacher", config.teacher), ("student", config.student)):
         if os.path.isdir(name):
@@ -459,7 +469,8 @@ def train(config: Config) -> Path:
     rewind_metrics(metrics_path, state if resumed else TrainState(step=-1))
 
     teacher = GPT.from_pretrained(config.teacher, getattr(torch, config.dtype)) if config.teacher else None
-    teacher and teacher.requires_grad_(False).to(device)
+    if teacher is not None:
+        teacher.requires_grad_(False).to(device)
     if resumed or not config.student.startswith("scratch:"):
         student = GPT.from_pretrained(resumed or config.student, dtype=torch.float32)
     else:
@@ -498,7 +509,7 @@ def train(config: Config) -> Path:
 
     with open(metrics_path, "a", encoding="utf-8") as metrics, stop_requests() as stop:
         if not resumed:
-            log("run", config=asdict(config), versions=environment(), parameters={
+            log("run", config=asdict(config), versions=environment(), base=dict(zip(names, base_probs.tolist())), parameters={
                 role: sum(p.numel() for p in model.parameters())
                 for role, model in (("teacher", teacher), ("student", student)) if model is not None})
         started, first_step = time.perf_counter(), state.step
@@ -535,11 +546,12 @@ def train(config: Config) -> Path:
                     shutil.rmtree(old)
             if last:
                 log("end", domains=state.domains)
-                break
             if stop:
                 print(f"{out_dir}: stopped by {signal.Signals(stop[0]).name}, saved as {folder.name}; "
                       "the same command goes on from there")
                 sys.exit(128 + stop[0])
+            if last:
+                break
 
             # One update
             lr = learning_rate(state.step, config)
@@ -592,7 +604,7 @@ def report(config: Config, folder: Path):
     domains, first = state.domains, state.first_domains
     drawn = sum(domain["tokens"] for domain in domains.values()) or 1
     for name, domain in first.items() if config.teacher else ():
-        if domain["teacher_ppl"] > read_config(Path(config.teacher)).vocab_size / 2:
+        if domain["teacher_ppl"] > read_meta(Path(config.data_dir))["tokenizer"]["vocab_size"] / 2:
             print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): MADE OR LOADED "
                   "WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
         elif domain["ratio"] < 1:
@@ -640,6 +652,7 @@ def quickstart(config: Config) -> Config:
     if not (data_dir / "meta.json").is_file():
         print(f"Collecting text into {data_dir} …", flush=True)
         build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES), val_fraction=0.1)
+    open_data(config)  # for its errors, before minutes of training
     for role, size, steps, mixture in (
         ("teacher", "scratch:4x128", config.pretrain_steps, "python=1,cpp=1,math=1,prose=1"),
         ("student", "scratch:2x96", (config.pretrain_steps + 1) // 2, "python=.495,cpp=.495,math=.005,prose=.005"),
@@ -647,10 +660,15 @@ def quickstart(config: Config) -> Config:
         if not getattr(config, role):
             base = resolve_config(**{**PRESETS["quickstart"], "preset": "custom", "method": "cpt", "optimizer": "muon",
                                      "student": size, "max_steps": steps, "mixture": mixture, "interval": 10**9,
-                                     "lr": 1e-2, "min_lr": 1e-3, "keep": 1, "log_every": 50,
+                                     "lr": 1e-2, "min_lr": 1e-3, "keep": 1, "log_every": 50, "dtype": "float32",
+                                     "device": config.device, "compile": config.compile,
                                      "data_dir": str(data_dir), "out_dir": str(data_dir / role)})
             print(f"\nThe {role}: {size}, {steps} steps, kept in {base.out_dir}", flush=True)
-            config = replace(config, **{role: str(train(base))})
+            try:
+                config = replace(config, **{role: str(train(base))})
+            except UserError as error:
+                raise UserError(f"{error}\n--data_dir={data_dir}: this was about the {role} that the quickstart keeps there; "
+                                "see --pretrain_steps, or name another folder") from None
     return config
 
 
@@ -663,8 +681,9 @@ def main():
     report(config, folder)
     if config.preset == "quickstart":
         show_continuations(config, folder)
-        print("\nCompare with another arm on the same models:  "
-              f"python distill.py --method={'ddk' if config.method == 'kd' else 'kd'}\n"
+        given = [word for word in sys.argv[1:] if not word.startswith(("--method", "--out_dir"))]
+        other = shlex.join(["python", "distill.py", *given, f"--method={'ddk' if config.method == 'kd' else 'kd'}"])
+        print(f"\nCompare with another arm on the same models:  {other}\n"
               f"To hear more of this student:  python model.py --model={folder} --prompt='def main('")
     print(f"The student lies in {folder}")
 

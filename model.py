@@ -8,6 +8,7 @@ Reads bottom-up: rotary → attention → MLP → block → GPT. A model's folde
 
 import json
 import math
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class GPTConfig:
                 raise UserError(f"{key} {value!r} is not known; {known} is")
         heads = settings["num_attention_heads"]
         return cls(
-            **{key: settings[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+            **{key: int(settings[key]) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
             num_attention_heads=heads,
             num_key_value_heads=settings.get("num_key_value_heads") or heads,
             head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
@@ -280,8 +281,9 @@ def read_config(folder: Path) -> GPTConfig:
 
 def resolve_device(name: str) -> torch.device:
     """auto: cuda, then mps, then cpu. UserError if this machine lacks it."""
-    kinds = ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available() + ["cpu"]
-    if name != "auto" and name.partition(":")[0] not in kinds:
+    kinds = [kind for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
+                                      ("cpu", True)) if there]
+    if name != "auto" and not re.fullmatch(rf"({'|'.join(kinds)})(:\d+)?", name):
         raise UserError(f"--device={name}: not on this machine, which has {' '.join(kinds)}")
     return torch.device(kinds[0] if name == "auto" else name)
 

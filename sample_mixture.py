@@ -234,16 +234,18 @@ def read_metrics(path: Path) -> list[dict]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         metrics = [json.loads(line) for line in lines if line.endswith("\n")]
-        [(line["kind"], line["step"]) for line in metrics]
+        if not all("kind" in line and "step" in line and ("domains" in line or line["kind"] != "mixture")
+                   for line in metrics):
+            raise ValueError("a line without kind, step or domains")
         return metrics
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"--metrics={path}: not a run's metrics.jsonl ({error})") from None
 
 
-def replay(lines: list[dict], method: str, alpha: float) -> list[dict[str, float]]:
+def replay(lines: list[dict], base: dict[str, float], method: str, alpha: float) -> list[dict[str, float]]:
     """The r of each `mixture` line as `method` and `alpha` make it from the perplexities logged there."""
     factor, replayed = None, []
-    base_probs = np.array([lines[0]["r"][name] for name in lines[0]["domains"]])
+    base_probs = np.array([base[name] for name in lines[0]["domains"]])
     for line in lines:
         measured = [[domain[key] for domain in line["domains"].values()] for key in ("student_ppl", "teacher_ppl")]
         factor = next_factor(method, factor, *measured, alpha)
@@ -310,13 +312,13 @@ def main():
     config, r = parse_config(MixtureConfig), None
     if config.metrics:
         metrics = read_metrics(Path(config.metrics))
-        run = next((line["config"] for line in metrics if line["kind"] == "run"), {})
+        run = next((line for line in metrics if line["kind"] == "run"), {})
         lines = [line for line in metrics if line["kind"] == "mixture"]
         if not lines or any(domain["ratio"] is None for domain in lines[0]["domains"].values()):
             raise UserError(f"--metrics={config.metrics}: no perplexities of a student and a teacher in it")
-        method = config.method or run.get("method", "ddk")
-        alpha = run.get("alpha", 0.5) if config.alpha is None else config.alpha
-        replayed = replay(lines, method, alpha)
+        method = config.method or run.get("config", {}).get("method", "ddk")
+        alpha = run.get("config", {}).get("alpha", 0.5) if config.alpha is None else config.alpha
+        replayed = replay(lines, run.get("base", lines[0]["r"]), method, alpha)
         print(f"r by {method}, α = {alpha}\n{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in replayed[0]))
         for line, r in zip(lines, replayed):
             print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r.values()))
