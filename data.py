@@ -37,8 +37,6 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
-# ------------ Command lines: a dataclass a program --------------------------------------------------------------------
-
 class UserError(ValueError):
     """Something the user can mend: programs print its message without a traceback and exit with status 2."""
 
@@ -72,8 +70,7 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
     """A `cls` from --key=value arguments; of a key given twice the last wins.
 
     `make(**given)` builds it (default: cls); its `problems()` lists what contradicts what. Words without a dash go to
-    its field `sources`, if it has one. UserError lists everything that is wrong at once.
-    """
+    its field `sources`, if it has one. UserError lists everything that is wrong at once."""
     kinds = typing.get_type_hints(cls)
     takes_words = kinds.pop("sources", None) is not None
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
@@ -130,8 +127,6 @@ def run_program(main: Callable):
         sys.exit(130)
 
 
-# ------------ Tokenizers ----------------------------------------------------------------------------------------------
-
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_META = "tokenizer_meta.json"  # the entry `tokenizer` of meta.json, in a model's folder
 # What a folder may hold of a tokenizer; copied along, so that a student's folder has the tokenizer of its bins.
@@ -161,8 +156,7 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
     """The tokenizer called `source`: "bytes", a tiktoken encoding, or a tokenizer.json or the folder that holds one.
 
     `eot` is the token that ends a document, if not the tokenizer's own (`eos_token` in tokenizer_config.json).
-    UserError if there is no such tokenizer or token, or it would have to be downloaded and cannot.
-    """
+    UserError if there is no such tokenizer or token, or it would have to be downloaded and cannot."""
     path = Path(source)
     if source != "bytes" and (path.is_dir() or path.suffix == ".json"):
         return _huggingface_tokenizer(path / "tokenizer.json" if path.is_dir() else path, eot)
@@ -240,8 +234,6 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
         raise UserError(f"{path}: not as a run writes it ({type(error).__name__}: {error}); copy it again") from None
 
 
-# ------------ Documents -----------------------------------------------------------------------------------------------
-
 def import_optional(module: str, wanted_by: str):
     """A package that only some formats need. UserError says how to get it."""
     try:
@@ -272,8 +264,7 @@ def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
 def read_documents(paths: Iterable[Path], text_key: str = "text", left_out: Counter | None = None) -> Iterator[str]:
     """The documents of `paths` in order: each line of a .jsonl(.gz|.zst), row of a .parquet, else the whole file.
 
-    `left_out` counts, by reason, what is not a document or had to be mended. UserError on a line that is not JSON.
-    """
+    `left_out` counts, by reason, what is not a document or had to be mended. UserError on a line that is not JSON."""
     left_out = Counter() if left_out is None else left_out
     for text in (text for path in paths for text in _read_file(path, text_key)):
         if isinstance(text, bytes):
@@ -322,8 +313,6 @@ def _read_file(path: Path, text_key: str) -> Iterator[bytes | str | None]:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); copy it again") from None
 
 
-# ------------ Documents to bins ---------------------------------------------------------------------------------------
-
 FORMAT_VERSION = 1
 
 
@@ -336,8 +325,7 @@ def validation_split(documents: Iterable[str], val_fraction: float, val_bytes: i
 
     Returns (the largest hash that is validation, bytes of all documents, identity of the documents in their order).
     It depends on the set of documents alone, equal documents fall on one side, and there is one at least on each
-    (ValueError if there are not two). Memory grows with `val_bytes`, not with the input.
-    """
+    (ValueError if there are not two). Memory grows with `val_bytes`, not with the input."""
     smallest: dict[int, int] = {}  # hash → bytes of all its copies
     heap: list[int] = []  # the same hashes, negated: the largest comes first
     kept, total, dropped, content = 0, 0, False, hashlib.sha256()
@@ -390,9 +378,7 @@ def _batches(documents: Iterable[str], n_chars: int = 1_000_000) -> Iterator[lis
 def _write_domain(name: str, documents: Iterable[str], threshold: int, n_bytes: int, shards: int,
                   write: Callable[[str, Iterable[str]], dict]) -> tuple[list[dict], dict]:
     """(entries of the train bins, entry of the validation bin), as `write` returns them for a file and its documents.
-
-    Shard k holds the documents that start in the k-th part of the domain's bytes, so shards are finished one by one.
-    """
+    Shard k holds the documents that start in the k-th part of the domain's bytes, so shards are finished one by one."""
     files = [f"{name}.train.{k:03d}.bin" for k in range(shards)] if shards > 1 else [f"{name}.train.bin"]
     validation = []  # at most val_bytes of text
 
@@ -420,13 +406,12 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
                val_fraction: float = 0.05, val_bytes: int = 32_000_000, shards: int = 1) -> dict:
     """Write the bins of `domains` and, last, meta.json to `out_dir`; returns the latter.
 
-    `domains` maps a name to a function that starts its documents anew: they are read once for the split, once to
-    encode. Killed and started again on the same documents, it keeps the bins that were finished.
-    """
+    `domains` maps a name to a function that starts its documents anew: read once for the split, once to encode. Killed
+    and started again on the same documents, it keeps the bins that were finished."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if (out_dir / "meta.json").exists() or any(path.parent.samefile(out_dir) for path in tokenizer.files):
-        raise UserError(f"--out_dir={out_dir}: holds bins, or the tokenizer, already; name another folder")
+        raise UserError(f"--out_dir={out_dir}: holds bins or the tokenizer already; name another folder")
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     entry = {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "eot", "eot_token", "fingerprint")}
     meta = {"format_version": FORMAT_VERSION, "tokenizer": {**entry, "files": [path.name for path in tokenizer.files]},
@@ -482,14 +467,11 @@ def file_sha256(path: Path) -> str | None:
     return sha256.hexdigest()
 
 
-# ------------ Bins to windows -----------------------------------------------------------------------------------------
-
 class TokenBins:
     """The bins of a folder, cut into windows of block_size + 1 tokens: inputs, and targets one further on.
 
     Of n tokens, window i is tokens i·B … i·B + B inclusive: there are (n − 1)//B, and none crosses a shard. UserError
-    if the folder is not whole, or a domain has no train window.
-    """
+    if the folder is not whole, or a domain has no train window."""
 
     def __init__(self, data_dir: str | Path, block_size: int):
         self.dir, self.block_size = Path(data_dir), block_size
@@ -533,7 +515,7 @@ class TokenBins:
         entry = self.domains[name]["val"]
         if self._count(entry) < count:
             raise UserError(f"--val_samples={count}: domain {name} of {self.dir} has {self._count(entry)} validation "
-                            f"windows of {self.block_size} tokens; ask for fewer, or raise --val_fraction in data.py")
+                            f"windows of {self.block_size} tokens; ask for no more, or raise --val_fraction in data.py")
         return self._read(name, [entry], np.arange(count))
 
     def content(self) -> str:
@@ -543,7 +525,7 @@ class TokenBins:
 
 def read_meta(data_dir: Path) -> dict:
     """meta.json of a bins folder, checked against the files beside it. UserError names what is wrong."""
-    path, anew = data_dir / "meta.json", "copy it again, or make the bins anew with data.py"
+    path, anew = data_dir / "meta.json", "copy it again, or delete meta.json and make the bins anew"
     if not path.is_file():
         raise UserError(f"--data_dir={data_dir}: no meta.json there; make bins with data.py --out_dir={data_dir}")
     try:
@@ -580,8 +562,6 @@ def verify(data_dir: Path):
     if changed:
         raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins anew")
 
-
-# ------------ Text for the quickstart ---------------------------------------------------------------------------------
 
 def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterable[str]]]:
     """Four domains of text that come with Python, torch and what torch needs, each of about `n_bytes` at most.
@@ -656,8 +636,12 @@ def main():
     domains = {name: documents(files) for name, files in expand_sources(config.sources).items()}
     tokenizer = load_tokenizer(config.tokenizer, config.eot)
     print_config(config)
-    meta = build_bins(config.out_dir, tokenizer, domains, shards=config.shards, val_fraction=config.val_fraction,
-                      val_bytes=config.val_bytes)
+    try:
+        meta = build_bins(config.out_dir, tokenizer, domains, shards=config.shards, val_fraction=config.val_fraction,
+                          val_bytes=config.val_bytes)
+    except UserError as error:
+        reasons = [f"left out: {count} {reason}" for reason, count in left_out.items()]
+        raise UserError("\n".join([str(error), *reasons])) from None
     print(f"{'domain':16}{'documents':>12}{'MB':>10}{'train tokens':>16}{'validation':>14}")
     for name, domain in meta["domains"].items():
         entries, val_tokens = [*domain["train"], domain["val"]], domain["val"]["tokens"]

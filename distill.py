@@ -32,6 +32,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
 from data import (TokenBins, UserError, build_bins, digest, file_sha256, fsync, load_tokenizer, model_tokenizer, option,
@@ -84,12 +85,10 @@ class Config:
     pretrain_steps: int = option(600, "quickstart: steps of its teacher; its student base trains half as many", least=1)
 
     def problems(self) -> list[str]:
-        """Everything wrong with these values that can be told without loading anything, a line each."""
         makes_models, scratch = self.preset == "quickstart", self.student.startswith("scratch:")
         problems = [message for wrong, message in (
-            (self.teacher and not os.path.isdir(self.teacher), f"--teacher={self.teacher}: no such folder"),
-            (self.student and not scratch and not os.path.isdir(self.student),
-             f"--student={self.student}: no such folder"),
+            *((folder and not os.path.isdir(folder), f"--{key}={folder}: no such folder")
+              for key, folder in (("teacher", self.teacher), ("student", "" if scratch else self.student))),
             (scratch and not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]", self.student),
              f"--student={self.student}: write scratch:LxD with D even, as in scratch:4x128"),
             (not self.student and not makes_models, "--student: name its folder, or scratch:LxD"),
@@ -104,6 +103,7 @@ class Config:
             (self.resume == "never" and any(Path(self.out_dir).resolve() in Path(name or ".").resolve().parents
                                             for name in (self.teacher, self.student)),
              f"--out_dir={self.out_dir}: holds the teacher or the student; name another folder"),
+            (self.mixture and self.method == "ddk_es", f"--mixture={self.mixture}: ddk_es draws all domains alike"),
             (self.batch_size % max(1, self.micro_batch_size),
              f"--batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size}"),
         ) if wrong]
@@ -151,8 +151,7 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
     The divergence is over the first `vocab_size` ids (default: the fewer rows), both logits cut before the softmax; CE
     is over all the student's rows, which keeps padded ids unlikely. No T² factor. `direction` forward puts the teacher
     first, as Eq. 3 does; reverse the student, as MiniLLM does. Sums are divided by `num_tokens` (default: the targets
-    that count). ce and kl are detached. ValueError on another direction, or a vocab_size beyond a head's rows.
-    """
+    that count). ce and kl are detached. ValueError on another direction, or a vocab_size beyond a head's rows."""
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction {direction!r} must be forward or reverse")
     counted = targets != -100
@@ -179,10 +178,8 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
                       num_tokens=None, chunk_size: int | None = None):
     """Eq. 3 from hidden states (…, d) and heads (V, d), without ever holding the logits of all tokens.
 
-    The other arguments and the result are dense_distillation_loss's. Logits are made for `chunk_size` tokens at a
-    time (default: about 16 million of them) and made again in the backward pass. Gradients reach student_hidden and
-    student_head; the teacher's arguments may be None.
-    """
+    The rest is dense_distillation_loss's. Logits are made for `chunk_size` tokens at a time (default: about 16 million
+    of them), and again in the backward pass. Gradients reach student_hidden and student_head."""
     hidden, targets = student_hidden.flatten(0, -2), targets.flatten()
     teacher_hidden = None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2)
     if num_tokens is None:
@@ -233,8 +230,7 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
                  autocast=nullcontext()) -> dict[str, float]:
     """exp of the mean next-token cross-entropy over each domain's windows (n, block_size + 1), in the paper's ℓ.
 
-    Over the tokenizer's ids alone (`vocab_size`), for teacher and student alike. Draws no random number.
-    """
+    Over the tokenizer's ids alone (`vocab_size`), for teacher and student alike. Draws no random number."""
     device, ppl = model.head_weight.device, {}
     for name, domain in windows.items():
         total = torch.zeros((), dtype=torch.float64)
@@ -284,9 +280,14 @@ def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optim
     it to disk, then rename: it is whole or not there."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
+    try:
+        model.save_pretrained(temporary)
+        torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
+    except (OSError, RuntimeError, SafetensorError) as error:  # each library's way to say that the disk is full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder}: cannot be saved ({error}); make room, and the same command goes on from the "
+                        "checkpoint before it") from None
     save_tokenizer(temporary, bins)
-    torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
     write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
     manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
     write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
@@ -320,7 +321,7 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
             return folder
         aside = free_name(folder.with_name(f"corrupt_{folder.name}"))
         os.replace(folder, aside)
-        print(f"WARNING: {folder}: {wrong}; set aside as {aside.name}, the checkpoint before it is used")
+        print(f"WARNING: {folder}: {wrong}; set aside as {aside.name}; the one before it, if any, is used")
     return None
 
 
@@ -426,11 +427,10 @@ def stop_requests():
 # ------------ Alg. 1 --------------------------------------------------------------------------------------------------
 
 def train(config: Config) -> Path:
-    """Run Alg. 1 (or the arm that `method` names) to its end; returns the last checkpoint's folder.
+    """Run Alg. 1, or the arm that `method` names, to its end; returns the last checkpoint's folder.
 
-    Iteration s of the loop finds s finished updates. It evaluates and updates r if s is a multiple of K or the last,
-    saves if that is due, and makes one update unless it is the last: there is one iteration more than updates.
-    """
+    Iteration s finds s finished updates. It evaluates and updates r if s is a multiple of K or the last, saves if due,
+    and makes one update unless it is the last: there is one iteration more than updates."""
     out_dir, device = Path(config.out_dir), resolve_device(config.device)
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16" if device.type == "cuda" else "float32")
@@ -509,9 +509,9 @@ def train(config: Config) -> Path:
 
     with open(metrics_path, "a", encoding="utf-8") as metrics, stop_requests() as stop:
         if not resumed:
-            log("run", config=asdict(config), versions=environment(), base=dict(zip(names, base_probs.tolist())), parameters={
-                role: sum(p.numel() for p in model.parameters())
-                for role, model in (("teacher", teacher), ("student", student)) if model is not None})
+            models = {role: model for role, model in (("teacher", teacher), ("student", student)) if model is not None}
+            log("run", config=asdict(config), versions=environment(), base=dict(zip(names, base_probs.tolist())),
+                parameters={role: sum(p.numel() for p in model.parameters()) for role, model in models.items()})
         started, first_step = time.perf_counter(), state.step
         while True:
             # Evaluate, update r, log. `evaluated` keeps a resumed run from doing it twice.
@@ -605,8 +605,8 @@ def report(config: Config, folder: Path):
     drawn = sum(domain["tokens"] for domain in domains.values()) or 1
     for name, domain in first.items() if config.teacher else ():
         if domain["teacher_ppl"] > read_meta(Path(config.data_dir))["tokenizer"]["vocab_size"] / 2:
-            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): MADE OR LOADED "
-                  "WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
+            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): HARDLY TRAINED, "
+                  "MADE OR LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
         elif domain["ratio"] < 1:
             print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY {1 / domain['ratio']:.2f}")
     print(f"\n{config.method}, seed {config.seed}, step {state.step}: perplexity by domain\n")
@@ -646,8 +646,7 @@ def quickstart(config: Config) -> Config:
     """Make what the quickstart lacks, in `data_dir`: bins, a teacher, a student base. Returns `config` with its models.
 
     `train` trains both with no teacher: the teacher on all domains alike, the base mostly on code, since small models
-    are strong in some domains and weak in others. Every arm and seed then starts from the same two.
-    """
+    are strong in some domains and weak in others. Every arm and seed then starts from the same two."""
     data_dir = Path(config.data_dir)
     if not (data_dir / "meta.json").is_file():
         print(f"Collecting text into {data_dir} …", flush=True)
@@ -667,8 +666,8 @@ def quickstart(config: Config) -> Config:
             try:
                 config = replace(config, **{role: str(train(base))})
             except UserError as error:
-                raise UserError(f"{error}\n--data_dir={data_dir}: this was about the {role} that the quickstart keeps there; "
-                                "see --pretrain_steps, or name another folder") from None
+                raise UserError(f"{error}\n--data_dir={data_dir}: that was about the quickstart's {role}; keep the "
+                                f"--pretrain_steps that it was made with, or delete {base.out_dir}") from None
     return config
 
 

@@ -61,7 +61,7 @@ class GPTConfig:
                 raise UserError(f"{key} {value!r} is not known; {known} is")
         heads = settings["num_attention_heads"]
         return cls(
-            **{key: int(settings[key]) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")},
+            *(int(settings[key]) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")),
             num_attention_heads=heads,
             num_key_value_heads=settings.get("num_key_value_heads") or heads,
             head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
@@ -176,8 +176,7 @@ class GPT(nn.Module):
         """Token ids (B, T) int64 → logits (B, T, V); with `loss_fn`, loss_fn(hidden (B, T, d), head_weight (V, d)).
 
         Hidden is after the final norm. So a loss that does its own product with the head need never hold all logits,
-        and a wrapper (FSDP) can gather the head for it.
-        """
+        and a wrapper (FSDP) can gather the head for it."""
         cos, sin = rotary_tables(self.config, idx.shape[1], idx.device)
         x = self.embed_tokens(idx)
         for layer in self.layers:
@@ -192,8 +191,7 @@ class GPT(nn.Module):
         """Continue (B, T) ids by up to `max_new_tokens` drawn ones, or until every row has drawn `eot`: (B, T + n).
 
         `temperature` 0 takes the likeliest; ids from `vocab_size` on (padding rows of the head) are never drawn; the
-        random numbers are `generator`'s, or torch's global ones.
-        """
+        random numbers are `generator`'s, or torch's global ones."""
         ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             window = idx[:, -self.config.max_position_embeddings:]
@@ -226,8 +224,7 @@ class GPT(nn.Module):
         """Read a Hugging Face folder, on the CPU, as `dtype` (None: the file's).
 
         A missing file, or a missing, unexpected, mis-shaped or non-finite tensor, is a ValueError that names it.
-        Nothing is unpickled or filled in.
-        """
+        Nothing is unpickled or filled in."""
         folder = Path(folder)
         config = read_config(folder)
         with torch.device("meta"):  # no memory, no initialisation: every tensor comes from the file
@@ -269,6 +266,8 @@ def checkpoint_name(name: str) -> str:
 def read_config(folder: Path) -> GPTConfig:
     """The GPTConfig of a model's folder. ValueError names what is wrong there."""
     path = folder / "config.json"
+    if (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{folder}: a run's folder; name one of the step_ folders in it")
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; a model's folder in Hugging Face's format is needed")
     try:

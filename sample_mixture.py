@@ -22,14 +22,11 @@ import numpy as np
 
 from data import TokenBins, UserError, import_optional, option, parse_config, run_program, saved_tokenizer
 
-# ------------ Eq. 1 and Eq. 2 -----------------------------------------------------------------------------------------
-
 def _ratios_below_max(student_ppl, teacher_ppl, factor=None) -> np.ndarray:
     """ℓ_S/ℓ_T less the largest of them (of those with a factor above 0), (N,) float64.
 
     A softmax needs no more than these differences. They are taken in exact arithmetic: a float64 ratio of 1e6 is
-    already off by 1e-10, and the exp that follows would pass that on.
-    """
+    already off by 1e-10, and the exp that follows would pass that on."""
     student, teacher = np.asarray(student_ppl, dtype=np.float64), np.asarray(teacher_ppl, dtype=np.float64)
     if student.ndim != 1 or student.shape != teacher.shape or not student.size:
         raise ValueError(f"student_ppl {student.shape} and teacher_ppl {teacher.shape} must be two equally long, "
@@ -59,8 +56,7 @@ def discrepancy_factor(student_ppl, teacher_ppl) -> np.ndarray:
     """Eq. 1: r[i] = softmax_i(ℓ_S[i] / ℓ_T[i]), the domain discrepancy factor.
 
     Takes two lists of N perplexities (≥ 1) and returns (N,) float64 that sums to 1. ValueError on empty or unequal
-    lists and on a perplexity that is not finite or below 1.
-    """
+    lists and on a perplexity that is not finite or below 1."""
     return _softmax(_ratios_below_max(student_ppl, teacher_ppl))
 
 
@@ -68,8 +64,7 @@ def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.nd
     """Eq. 2: ψ[i] = r_t[i] · exp(ℓ_S[i] / ℓ_T[i]), then r_{t+1}[i] = α · ψ[i]/Σψ + (1 − α)/N.
 
     `factor` is r_t, (N,) weights; the rest as in `discrepancy_factor`. ValueError also on α outside [0, 1] and on a
-    factor that is negative, not finite, all zero or of another length.
-    """
+    factor that is negative, not finite, all zero or of another length."""
     ratios = _ratios_below_max(student_ppl, teacher_ppl, factor)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha} must lie in [0, 1]")
@@ -77,8 +72,6 @@ def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.nd
         log_psi = np.log(np.asarray(factor, dtype=np.float64)) + ratios
     return alpha * _softmax(log_psi) + (1 - alpha) / len(ratios)
 
-
-# ------------ Alg. 1: the rule of each arm ----------------------------------------------------------------------------
 
 def next_factor(method: str, factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
     """r_t, (N,), from the last one (None at t = 0): Eq. 1, then Eq. 2, but always Eq. 1 without factor smoothing."""
@@ -89,15 +82,11 @@ def next_factor(method: str, factor, student_ppl, teacher_ppl, alpha: float = 0.
 
 def interval_probs(method: str, t: int, factor, base_probs: np.ndarray) -> np.ndarray:
     """What `method` draws the K steps after evaluation t by, (N,): r_t, all alike, or `base_probs`.
-
-    Alg. 1 draws the first interval (t = 0) from the data as it is, although r_0 is known by then.
-    """
+    Alg. 1 draws the first interval (t = 0) from the data as it is, although r_0 is known by then."""
     if method == "ddk_es":
         return np.full(len(base_probs), 1 / len(base_probs))
     return factor if method in ("ddk", "ddk_no_fs") and t > 0 else base_probs
 
-
-# ------------ Alg. 1: drawing from the domains ------------------------------------------------------------------------
 
 _WALK, _START, _PLACES = 1, 2, 3  # what a hash is for, so that no two uses share random numbers
 
@@ -123,8 +112,7 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray, rounds:
 
     Nothing is stored, so a domain of 1e9 windows costs no more than one of ten. A Feistel network permutes an a × b
     grid that just covers n: each round shifts one coordinate by a hash of the other, which shifting back undoes. A
-    result past n (fewer than one in √n) is permuted again until it falls inside.
-    """
+    result past n (fewer than one in √n) is permuted again until it falls inside."""
     index, n, key = (np.array(x, dtype=np.uint64) for x in np.broadcast_arrays(index, n, key))
     a = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
     b = (n + a - np.uint64(1)) // a
@@ -146,8 +134,7 @@ class MixtureSampler:
     """Draws the global batch of each step: which domains, by `probs`, and which of their windows.
 
     A function of (seed, step, what was drawn before) that knows neither ranks nor micro-batches nor evaluation.
-    `n_windows`: train windows of each domain (at least 1), in the order of `probs` and of domain ids.
-    """
+    `n_windows`: train windows of each domain (at least 1), in the order of `probs` and of domain ids."""
 
     def __init__(self, n_windows: dict[str, int], batch_size: int, seed: int):
         if not n_windows or min(n_windows.values()) < 1:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 from decimal import Decimal, getcontext
 
 import pytest
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import distill
 from data import TokenBins, UserError
-from distill import checkpoints, read_state, resolve_config, train
-from model import GPT
+from distill import (checkpoints, dense_distillation_loss, make_optimizers, read_state, resolve_config, train)
+from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
 
 NAMES = ["letters", "digits", "signs"]
@@ -41,10 +42,10 @@ def natural(data_dir):
 def exact_update(factor, ratios, alpha):
     """Eq. 1 where factor is None, else Eq. 2, in 50 digits."""
     getcontext().prec = 50
-    n, weights = len(ratios), [(Decimal(1) if factor is None else f) * r.exp() for f, r in zip(factor or ratios, ratios)]
     if factor is None:
         return [r.exp() / sum(r.exp() for r in ratios) for r in ratios]
-    return [Decimal(alpha) * w / sum(weights) + (1 - Decimal(alpha)) / n for w in weights]
+    weights = [f * r.exp() for f, r in zip(factor, ratios)]
+    return [Decimal(alpha) * w / sum(weights) + (1 - Decimal(alpha)) / len(ratios) for w in weights]
 
 
 # ----------------------------------------------- Alg. 1 ------------------------------------------------------------
@@ -220,8 +221,9 @@ def test_a_failed_save_leaves_no_half_checkpoint(config, tmp_path, monkeypatch):
     def full_disk(*arguments):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="step_00000008: cannot be saved.*No space left"):
         train(config(max_steps=8, save_every=4, keep=0))
+    assert not list((tmp_path / "run").glob("*.tmp"))
     assert [folder.name for folder in checkpoints(tmp_path / "run")] == ["step_00000004"]
 
 
@@ -312,7 +314,8 @@ def test_a_finished_run_says_so_and_does_nothing(config, tmp_path, capsys, monke
 
 @pytest.mark.parametrize("key, value", [("lr", 1e-3), ("max_steps", 10), ("gamma", 0.5), ("method", "kd"), ("seed", 1),
                                         ("interval", 4), ("batch_size", 4), ("student", "scratch:1x64"),
-                                        ("alpha", 0.9), ("dtype", "bfloat16"), ("mixture", "letters=1,digits=1,signs=1")])
+                                        ("alpha", 0.9), ("dtype", "bfloat16"),
+                                        ("mixture", "letters=1,digits=1,signs=1")])
 def test_another_experiment_in_the_same_out_dir_is_refused_by_key(config, key, value):
     train(config())
     with pytest.raises(UserError, match=f"--{key}="):
@@ -326,6 +329,15 @@ def test_keys_that_change_no_experiment_are_accepted(config, tmp_path, monkeypat
         train(config())
     monkeypatch.undo()
     assert train(config(**given)).name == "step_00000008"
+
+
+def test_a_start_that_failed_does_not_claim_the_folder(config, teacher, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(teacher, broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors"):
+        train(config(teacher=str(broken)))
+    assert train(config(lr=1e-3)).name == "step_00000008"
 
 
 def test_models_and_data_are_compared_by_content_not_by_path(config, data_dir, teacher, tmp_path):
@@ -348,19 +360,109 @@ def test_resume_never_starts_anew_and_loses_nothing(config, tmp_path):
     assert read_lines(tmp_path / "run", "run")[0]["config"]["lr"] == 1e-3
 
 
+# ----------------------------------------------- The wiring ---------------------------------------------------------
+
+
+def test_three_updates_equal_three_written_out(config, data_dir, teacher, tmp_path):
+    """gamma, temperature, clipping, learning rate, initial weights and the padded teacher all take part."""
+    padded = tmp_path / "padded"
+    big = GPT(GPTConfig.scratch(2, 64, 300, 64))
+    for mine, theirs in zip(big.parameters(), GPT.from_pretrained(teacher).parameters()):
+        mine.data[:len(theirs)] = theirs.data
+    big.requires_grad_(False).save_pretrained(padded)
+    shutil.copy(teacher / "tokenizer_meta.json", padded)
+    settings = config(teacher=str(padded), gamma=0.3, temperature=2.0, grad_clip=0.05, seed=1, max_steps=3,
+                      interval=100)
+    folder = train(settings)
+
+    torch.manual_seed(1)
+    student, bins = GPT(GPTConfig.scratch(1, 32, 257, 16)), TokenBins(data_dir, 16)
+    sampler = MixtureSampler(bins.n_windows, 8, 1)
+    (optimizer,) = make_optimizers(student, settings)
+    for step, rate in enumerate((1.5e-3, 3e-3, 3e-4)):
+        batch = torch.from_numpy(bins.train_windows(*sampler.next_batch()))
+        loss, _, _ = dense_distillation_loss(student(batch[:, :-1]), big(batch[:, :-1]), batch[:, 1:], gamma=0.3,
+                                             temperature=2.0, vocab_size=257)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 0.05)
+        assert norm > 0.05
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = rate
+        optimizer.step()
+    trained = GPT.from_pretrained(folder).state_dict()
+    for name, tensor in student.state_dict().items():
+        torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_each_teacher_has_its_own_perplexities(config, teacher, tmp_path):
+    train(config(max_steps=0, out_dir=str(tmp_path / "one")))
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    GPT(GPTConfig.scratch(1, 32, 257, 64)).save_pretrained(other)
+    train(config(max_steps=0, teacher=str(other), out_dir=str(tmp_path / "two")))
+    one, two = (read_lines(tmp_path / run, "end")[0]["domains"]["digits"]["teacher_ppl"] for run in ("one", "two"))
+    assert one != two
+
+
+def test_the_report_warns_of_a_bad_teacher_and_shows_before_and_after(config, teacher, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    GPT(GPTConfig.scratch(1, 32, 400, 64)).save_pretrained(other)  # untrained, and padded
+    settings = config(teacher=str(other), lr=1e-2)
+    folder = train(settings)
+    distill.report(settings, folder)
+    printed = capsys.readouterr().out
+    assert "WARNING: THE TEACHER IS NEAR UNIFORM IN letters" in printed
+    first, last = (read_lines(tmp_path / "run", "mixture")[i]["domains"]["letters"]["student_ppl"] for i in (0, -1))
+    assert f"{first:.2f} → {last:.2f}" in printed and last < first
+    less_trained = str(folder.with_name("step_00000004"))
+    settings = config(student=str(folder), teacher=less_trained, out_dir=str(tmp_path / "behind"), max_steps=0)
+    distill.report(settings, train(settings))
+    assert "THE TEACHER IS BEHIND ITS STUDENT" in capsys.readouterr().out
+
+
+def test_bfloat16_computes_otherwise_than_float32(config, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        train(config(dtype=dtype, out_dir=str(tmp_path / dtype), max_steps=2))
+    one, two = ([line["loss"] for line in read_lines(tmp_path / dtype, "train")] for dtype in ("float32", "bfloat16"))
+    assert one != two and one == pytest.approx(two, rel=0.02)
+
+
+def test_damaged_weights_are_no_perplexity(config, teacher, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    tensors = load_file(other / "model.safetensors")
+    for name in tensors:
+        if "q_proj" in name or "k_proj" in name:
+            tensors[name] *= 1e20
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="loss is nan"):
+        train(config(teacher=str(other)))
+
+
 # ----------------------------------------------- What is refused ---------------------------------------------------
 
 
 @pytest.mark.parametrize("given, message", [
     (dict(val_samples=10**6), "val_samples=1000000: domain letters"),
     (dict(mixture="letters=1,numbers=2"), "--mixture"),
-    (dict(block_size=4096, val_samples=1), "block_size=4096"),
+    (dict(block_size=4096, val_samples=1), "block_size=4096: no train text"),
 ])
 def test_what_the_data_rule_out_is_refused_before_any_model_is_loaded(config, monkeypatch, tmp_path, given, message):
     monkeypatch.setattr(GPT, "from_pretrained", None)
     with pytest.raises(UserError, match=message):
         train(config(**given))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("rows, positions, message",
+                         [(257, 8, "--block_size=16: the teacher"), (200, 64, "has 200 ids")])
+def test_a_model_that_cannot_read_the_windows_is_refused(config, teacher, tmp_path, rows, positions, message):
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    GPT(replace(GPTConfig.scratch(1, 32, rows, 64), max_position_embeddings=positions)).save_pretrained(other)
+    with pytest.raises(UserError, match=message):
+        train(config(teacher=str(other)))
 
 
 def test_bins_of_another_tokenizer_than_the_teachers_are_refused(config, teacher, tmp_path):
