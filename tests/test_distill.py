@@ -109,11 +109,13 @@ def test_the_loss_is_ce_plus_gamma_kl(config, tmp_path):
 
 
 def test_evaluation_changes_nothing_in_training(config, tmp_path):
-    losses = []
+    random_state, losses, drawn = torch.get_rng_state(), [], []
     for interval in (1, 100):
-        train(config(method="kd", interval=interval, out_dir=str(tmp_path / str(interval))))
+        folder = train(config(method="kd", interval=interval, out_dir=str(tmp_path / str(interval))))
         losses.append([line["loss"] for line in read_lines(tmp_path / str(interval), "train")])
-    assert losses[0] == losses[1]
+        drawn.append(read_state(folder).sampler)
+    assert losses[0] == losses[1] and drawn[0] == drawn[1]
+    assert torch.get_rng_state().equal(random_state)
 
 
 def test_the_teacher_is_measured_once_for_the_same_windows(config, data_dir, tmp_path, monkeypatch):
