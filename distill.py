@@ -99,6 +99,7 @@ class Config:
             (self.stop_ratio and not self.teacher and not makes_models,
              f"--stop_ratio={self.stop_ratio}: a ratio needs a teacher; name its folder with --teacher"),
             (self.min_lr > self.lr, f"--min_lr={self.min_lr}: must not be above lr={self.lr}"),
+            (os.environ.get("WORLD_SIZE", "1") != "1", "WORLD_SIZE: one process only, so far; start without torchrun"),
             (os.path.isfile(self.out_dir), f"--out_dir={self.out_dir}: is a file; name a folder"),
             (self.resume == "never" and any(Path(self.out_dir).resolve() in Path(name or ".").resolve().parents
                                             for name in (self.teacher, self.student)),

@@ -13,15 +13,6 @@ from model import GPT, GPTConfig
 IGNORED = -100
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small gain nothing from a second thread, and wait for it for long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def eq3(student_logits, teacher_logits, targets, gamma, T, direction, vocab_size, num_tokens):
     """Eq. 3 in plain loops over Python numbers, as the paper writes it → (loss, ce, kl)."""
     ce = kl = 0.0
