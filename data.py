@@ -535,14 +535,14 @@ def read_meta(data_dir: Path) -> dict:
         sizes = dict.fromkeys(meta["tokenizer"]["files"])
         for domain in meta["domains"].values():
             for entry in [*domain["train"], domain["val"]]:
-                sizes[entry["file"]] = entry["tokens"] * np.dtype(domain["dtype"]).itemsize
+                sizes[entry["file"]], _ = entry["tokens"] * np.dtype(domain["dtype"]).itemsize, entry["sha256"]
         for name, size in sizes.items():
             file = data_dir / name
             if file.parent != data_dir or not file.is_file():
                 raise UserError(f"{file}: named in meta.json, but not in its folder; {anew}")
             if size is not None and file.stat().st_size != size:
                 raise UserError(f"{file}: {file.stat().st_size} bytes, but {size} by meta.json; {anew}")
-        if not {"name", "vocab_size", "eot_token", "fingerprint"} <= set(meta["tokenizer"]):
+        if not {"name", "eot_token", "fingerprint"} <= set(meta["tokenizer"]) or meta["tokenizer"]["vocab_size"] < 1:
             raise KeyError("tokenizer")
     except UserError:
         raise
