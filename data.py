@@ -37,6 +37,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 
+
 class UserError(ValueError):
     """Something the user can mend: programs print its message without a traceback and exit with status 2."""
 
@@ -186,10 +187,10 @@ def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
     if not path.is_file() or path.name != "tokenizer.json":
         raise UserError(f"--tokenizer={path}: no tokenizer.json; transformers' save_pretrained writes one")
     tokenizers = import_optional("tokenizers", f"--tokenizer={path}")
-    settings = path.with_name("tokenizer_config.json")
+    config_path = path.with_name("tokenizer_config.json")
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        eos = json.loads(settings.read_text(encoding="utf-8")).get("eos_token") if settings.is_file() else None
+        eos = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token") if config_path.is_file() else None
         eot = eot or (eos["content"] if isinstance(eos, dict) else eos) or ""
     except Exception as error:  # the library raises no narrower kind
         raise UserError(f"--tokenizer={path}: it or tokenizer_config.json cannot be read: {error}") from None

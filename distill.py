@@ -42,6 +42,7 @@ from sample_mixture import MixtureSampler, interval_probs, next_factor, read_met
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
+
 @dataclass
 class Config:
     """Keys of `python distill.py`. Where the paper gives a value, that is the default."""
@@ -201,8 +202,6 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     return tuple(sum(parts) for parts in zip(*sums))
 
 
-# ------------ Optimisation --------------------------------------------------------------------------------------------
-
 def learning_rate(step: int, config: Config) -> float:
     """Of the update after `step` finished ones: linear up to lr in warmup_steps, then cosine to min_lr at the last."""
     if step < config.warmup_steps:
@@ -284,16 +283,16 @@ def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optim
     try:
         model.save_pretrained(temporary)
         torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
+        save_tokenizer(temporary, bins)
+        write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
+        manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
+        write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        for path in [*temporary.iterdir(), temporary]:
+            fsync(path)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library's way to say that the disk is full
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder}: cannot be saved ({error}); make room, and the same command goes on from the "
                         "checkpoint before it") from None
-    save_tokenizer(temporary, bins)
-    write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
-    manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-    write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
-    for path in [*temporary.iterdir(), temporary]:
-        fsync(path)
     os.replace(temporary, folder)
     fsync(folder.parent)
 
@@ -309,7 +308,7 @@ def damage(folder: Path) -> str | None:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         wrong = [name for name, sha256 in manifest.items()
                  if (folder / name).parent != folder or file_sha256(folder / name) != sha256]
-        wrong += {"config.json", "model.safetensors", "optimizer.pt", "train_state.json"} - set(manifest)
+        wrong += sorted({"config.json", "model.safetensors", "optimizer.pt", "train_state.json"} - set(manifest))
     except (OSError, ValueError, AttributeError, TypeError):
         wrong = ["manifest.json"]
     return f"{', '.join(wrong)} missing or changed" if wrong else None
@@ -441,10 +440,11 @@ def train(config: Config) -> Path:
     bins, windows, mixture = open_data(config)
     names = bins.names
     content = {"data_dir": bins.content()}
-    for role, name in (("teacher", config.teacher), ("student", config.student)):
-        if os.path.isdir(name):
-            check_model(role, name, bins)
-        content[role] = model_content(name) if os.path.isdir(name) else name
+    for role, folder in (("teacher", config.teacher), ("student", config.student)):
+        content[role] = folder
+        if os.path.isdir(folder):
+            check_model(role, folder, bins)
+            content[role] = model_content(folder)
 
     # Resume, in this order: nothing there → start; another experiment → refuse; finished → say so; else go on from
     # the newest whole checkpoint, or from the start if there is none.
@@ -597,15 +597,14 @@ def train(config: Config) -> Path:
     return folder
 
 
-# ------------ The report ----------------------------------------------------------------------------------------------
-
 def report(config: Config, folder: Path):
     """Print what a run did in each domain, from its first evaluation to its last, from its last checkpoint."""
     state = read_state(folder)
     domains, first = state.domains, state.first_domains
     drawn = sum(domain["tokens"] for domain in domains.values()) or 1
+    uniform = read_meta(Path(config.data_dir))["tokenizer"]["vocab_size"]
     for name, domain in first.items() if config.teacher else ():
-        if domain["teacher_ppl"] > read_meta(Path(config.data_dir))["tokenizer"]["vocab_size"] / 2:
+        if domain["teacher_ppl"] > uniform / 2:
             print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): HARDLY TRAINED, "
                   "MADE OR LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
         elif domain["ratio"] < 1:

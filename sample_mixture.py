@@ -22,6 +22,7 @@ import numpy as np
 
 from data import TokenBins, UserError, import_optional, option, parse_config, run_program, saved_tokenizer
 
+
 def _ratios_below_max(student_ppl, teacher_ppl, factor=None) -> np.ndarray:
     """ℓ_S/ℓ_T less the largest of them (of those with a factor above 0), (N,) float64.
 

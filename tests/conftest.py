@@ -2,12 +2,13 @@
 
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from data import TokenBins, build_bins, load_tokenizer, save_tokenizer
+from data import TokenBins, build_bins, load_tokenizer, run_program, save_tokenizer
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
@@ -50,3 +51,17 @@ def read_lines(out_dir: Path, kind: str | None = None) -> list[dict]:
     clock = ("tokens_per_s", "eta_s")
     return [{key: value for key, value in line.items() if key not in clock} for line in lines
             if kind in (None, line["kind"])]
+
+
+@pytest.fixture
+def run_main(monkeypatch, capsys):
+    """Runs a module's `main` as a program with arguments, in this process: (exit status, stdout, stderr)."""
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        status = 0
+        try:
+            run_program(module.main)
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+    return run

@@ -11,6 +11,7 @@ import sys
 import tracemalloc
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -703,17 +704,9 @@ def test_the_quickstart_has_four_domains_without_licence_headers():
 
 
 @pytest.fixture
-def program(monkeypatch, capsys):
-    """Runs the program with arguments, in this process: (exit status, stdout, stderr)."""
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["data.py", *map(str, arguments)])
-        status = 0
-        try:
-            run_program(data.main)
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-    return run
+def program(run_main):
+    """Runs the program with arguments: (exit status, stdout, stderr)."""
+    return partial(run_main, data)
 
 
 def test_the_program_writes_bins_and_tells_what_it_left_out(program, tmp_path):

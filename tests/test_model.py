@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import model as model_program
-from data import load_tokenizer, run_program, save_tokenizer
+from data import load_tokenizer, save_tokenizer
 from model import GPT, GPTConfig
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -416,18 +416,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run_in_process(monkeypatch, capsys, *arguments: str) -> tuple[int, str, str]:
-    """Exit status, stdout and stderr of `python model.py ARGUMENTS`."""
-    monkeypatch.setattr(sys, "argv", ["model.py", *arguments])
-    status = 0
-    try:
-        run_program(model_program.main)
-    except SystemExit as exit:
-        status = exit.code
-    return status, *capsys.readouterr()
-
-
-def test_the_program_continues_a_prompt_and_a_seed_decides_how(folder, tmp_path, monkeypatch, capsys):
+def test_the_program_continues_a_prompt_and_a_seed_decides_how(folder, tmp_path, run_main):
     arguments = [f"--model={folder}", "--prompt=Grüße <|endoftext|>", "--max_new_tokens=30", "--temperature=1.5"]
     program = Path(model_program.__file__).resolve()
     result = subprocess.run([sys.executable, program, *arguments, "--seed=3"], cwd=tmp_path, capture_output=True,
@@ -435,16 +424,16 @@ def test_the_program_continues_a_prompt_and_a_seed_decides_how(folder, tmp_path,
     assert result.returncode == 0, result.stderr
     output = result.stdout.decode()
     assert output.startswith("Grüße <|endoftext|>") and len(output) > 25
-    assert run_in_process(monkeypatch, capsys, *arguments, "--seed=3") == (0, output, "")
-    assert run_in_process(monkeypatch, capsys, *arguments, "--seed=4")[1] != output
+    assert run_main(model_program, *arguments, "--seed=3") == (0, output, "")
+    assert run_main(model_program, *arguments, "--seed=4")[1] != output
 
 
-def test_the_program_takes_a_tokenizer_where_the_folder_has_none(tmp_path, monkeypatch, capsys):
+def test_the_program_takes_a_tokenizer_where_the_folder_has_none(tmp_path, run_main):
     tiny(vocab_size=257).save_pretrained(tmp_path)
     arguments = [f"--model={tmp_path}", "--prompt=abc", "--max_new_tokens=5"]
-    status, _, message = run_in_process(monkeypatch, capsys, *arguments)
+    status, _, message = run_main(model_program, *arguments)
     assert status == 2 and "--tokenizer" in message and str(tmp_path) in message
-    status, output, _ = run_in_process(monkeypatch, capsys, *arguments, "--tokenizer=bytes")
+    status, output, _ = run_main(model_program, *arguments, "--tokenizer=bytes")
     assert status == 0 and output.startswith("abc")
 
 
@@ -462,12 +451,12 @@ def test_the_program_takes_a_tokenizer_where_the_folder_has_none(tmp_path, monke
     (["--model=BROKEN", "--prompt=a"], [CONFIG]),
     (["--model=SMALL", "--prompt=z", "--tokenizer=bytes"], ["30", "257"]),  # rows and ids
 ])
-def test_the_programs_errors_are_a_message_and_status_2(arguments, named, folder, tmp_path, monkeypatch, capsys):
+def test_the_programs_errors_are_a_message_and_status_2(arguments, named, folder, tmp_path, run_main):
     tiny().save_pretrained(tmp_path / "small")
     tiny().save_pretrained(tmp_path / "broken")
     (tmp_path / "broken" / CONFIG).write_text("{")
     save_bytes_tokenizer(tmp_path / "broken")
     for name, path in (("FOLDER", folder), ("BROKEN", tmp_path / "broken"), ("SMALL", tmp_path / "small")):
         arguments, named = ([text.replace(name, str(path)) for text in texts] for texts in (arguments, named))
-    status, _, message = run_in_process(monkeypatch, capsys, *arguments)
+    status, _, message = run_main(model_program, *arguments)
     assert status == 2 and all(text in message for text in named), message

@@ -7,13 +7,14 @@ import sys
 import tracemalloc
 from collections import Counter
 from decimal import Decimal, localcontext
+from functools import partial
 from itertools import permutations
 
 import numpy as np
 import pytest
 
 import sample_mixture
-from data import build_bins, load_tokenizer, run_program
+from data import build_bins, load_tokenizer
 from sample_mixture import (MixtureSampler, discrepancy_factor, interval_probs, keyed_permutation, next_factor,
                             smooth_update)
 
@@ -348,17 +349,9 @@ def test_probs_can_only_be_set_whole():
 
 
 @pytest.fixture
-def program(monkeypatch, capsys):
-    """Runs the program with arguments, in this process: (exit status, stdout, stderr)."""
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sample_mixture.py", *map(str, arguments)])
-        status = 0
-        try:
-            run_program(sample_mixture.main)
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-    return run
+def program(run_main):
+    """Runs the program with arguments: (exit status, stdout, stderr)."""
+    return partial(run_main, sample_mixture)
 
 
 @pytest.fixture(scope="module")
