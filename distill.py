@@ -387,9 +387,9 @@ def check_model(role: str, folder: str, bins: TokenBins):
     if config.vocab_size < bins.vocab_size:
         raise UserError(f"--{role}={folder}: has {config.vocab_size} ids, but the bins' tokenizer has "
                         f"{bins.vocab_size}; make the bins anew with this model's tokenizer")
-    if config.max_position_embeddings < bins.block_size:
+    if config.context < bins.block_size:
         raise UserError(f"--block_size={bins.block_size}: the {role} in {folder} reads at most "
-                        f"{config.max_position_embeddings} tokens")
+                        f"{config.context} tokens")
     if tokenizer is None:
         print(f"WARNING: --{role}={folder} has no tokenizer files; its vocabulary covers the bins' ids, so it is taken")
     elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:

@@ -1,6 +1,7 @@
 """One decoder-only transformer for teacher and student.
 
-Reads bottom-up: rotary → attention → MLP → block → GPT. A model's folder is Hugging Face's (`config.json` and
+Reads bottom-up: configuration → rotary → attention → MLP → block → GPT. A row of FAMILIES says what makes gpt2, llama,
+mistral, qwen2, qwen3, gpt_bigcode or starcoder2 of it. A model's folder is Hugging Face's (`config.json` and
 `model.safetensors`): what is trained here opens in transformers with the same logits, and the other way round.
 
     python model.py --model=out/quickstart-ddk-0/step_00000400 --prompt='def main('
@@ -9,7 +10,8 @@ Reads bottom-up: rotary → attention → MLP → block → GPT. A model's folde
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -22,8 +24,61 @@ from data import UserError, load_tokenizer, model_tokenizer, option, parse_confi
 
 
 @dataclass(frozen=True)
+class Family:
+    """How a model type differs from llama: switches of the network, and names in config.json and in the weights."""
+    architecture: str
+    layer_norm: bool = False  # LayerNorm with bias, in place of RMSNorm
+    gated_mlp: bool = True  # SwiGLU; False: two matrices
+    learned_positions: bool = False  # an embedding, in place of rotary
+    qk_norm: bool = False  # RMSNorm of each head's q and k, before rotary
+    output_bias: bool = True  # attention_bias is on o_proj too
+    transposed: bool = False  # the blocks' matrices are stored (in, out): GPT-2's Conv1D
+    prefix: str = "model."
+    names: dict[str, str] = field(default_factory=dict)  # part of our parameters' names → as stored
+    keys: dict[str, str] = field(default_factory=dict)  # GPTConfig's field → key of config.json; "": no key says it
+    defaults: dict = field(default_factory=dict)  # … where the key is left out
+
+
+LEARNED = dict(layer_norm=True, gated_mlp=False, learned_positions=True, prefix="transformer.", names={
+    "embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "input_layernorm": "ln_1", "self_attn": "attn",
+    "q_proj": "c_attn", "k_proj": "c_attn", "v_proj": "c_attn", "o_proj": "c_proj",
+    "post_attention_layernorm": "ln_2", "up_proj": "c_fc", "down_proj": "c_proj", "norm": "ln_f"}, keys={
+    "hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
+    "rms_norm_eps": "layer_norm_epsilon", "num_key_value_heads": "", "head_dim": "", "rope_theta": "",
+    "sliding_window": "", "attention_bias": "", "mlp_bias": ""})
+LEARNED_DEFAULTS = dict(max_position_embeddings=1024, rms_norm_eps=1e-5, tie_word_embeddings=True, attention_bias=True,
+                        mlp_bias=True)
+FAMILIES = {
+    "llama": Family("LlamaForCausalLM", keys={"sliding_window": ""}),
+    "mistral": Family("MistralForCausalLM", keys={"attention_bias": "", "mlp_bias": ""},
+                      defaults=dict(max_position_embeddings=131072, sliding_window=4096, use_sliding_window=True)),
+    "qwen2": Family("Qwen2ForCausalLM", output_bias=False, keys={"attention_bias": "", "mlp_bias": ""},
+                    defaults=dict(max_position_embeddings=32768, attention_bias=True)),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, keys={"mlp_bias": ""},
+                    defaults=dict(max_position_embeddings=32768, head_dim=128)),
+    "gpt2": Family("GPT2LMHeadModel", transposed=True, defaults={**LEARNED_DEFAULTS, "hidden_act": "gelu_new"},
+                   **LEARNED),
+    "gpt_bigcode": Family("GPTBigCodeForCausalLM", defaults={**LEARNED_DEFAULTS, "hidden_act": "gelu_pytorch_tanh"},
+                          **LEARNED),
+    "starcoder2": Family("Starcoder2ForCausalLM", layer_norm=True, gated_mlp=False,
+                         names={"up_proj": "c_fc", "down_proj": "c_proj"},
+                         keys={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
+                         defaults=dict(max_position_embeddings=4096, rms_norm_eps=1e-5, attention_bias=True,
+                                       mlp_bias=True, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
+                                       use_sliding_window=True)),
+}
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu,
+               **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))}
+# Keys of config.json that would make it another network, with the one value that is known
+ONLY = {"quantization_config": None, "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False, "partial_rotary_factor": 1.0}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+@dataclass(frozen=True)
 class GPTConfig:
-    """Sizes and switches, under the names that they have in a Hugging Face config.json."""
+    """Sizes and switches, under the names that llama has for them in a Hugging Face config.json."""
     vocab_size: int  # rows of the embedding, which may be more than the tokenizer has ids
     hidden_size: int
     intermediate_size: int
@@ -32,11 +87,32 @@ class GPTConfig:
     num_key_value_heads: int
     head_dim: int
     max_position_embeddings: int = 2048
-    rms_norm_eps: float = 1e-6
+    rms_norm_eps: float = 1e-6  # LayerNorm's too
     rope_theta: float = 10000.0
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
+    hidden_act: str = "silu"
+    sliding_window: int | None = None  # tokens that a layer looks back on
+    rope_scaling: dict | None = None  # llama-3's, see rotary_tables
+    model_type: str = "llama"
+    source: dict = field(default_factory=dict, compare=False, repr=False)  # the config.json that this was read from
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
+                            f"{self.num_key_value_heads}")
+        if self.head_dim % 2 and not self.family.learned_positions:
+            raise UserError(f"head_dim {self.head_dim} is odd: rotary positions turn pairs")
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.model_type]
+
+    @property
+    def context(self) -> int:
+        """Tokens that can be read at once: the window counts too, since no layer here masks what lies before it."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
     @classmethod
     def scratch(cls, layers: int, width: int, vocab_size: int, block_size: int) -> "GPTConfig":
@@ -51,29 +127,53 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, settings: dict) -> "GPTConfig":
-        """From the contents of a config.json. ValueError on an architecture that this GPT is not."""
-        if settings.get("model_type") != "llama":
-            raise UserError(f"model_type {settings.get('model_type')!r} is not known; llama is")
+        """From the contents of a config.json. ValueError on what would make it a network that this GPT is not."""
+        if (model_type := settings.get("model_type")) not in FAMILIES:
+            raise UserError(f"model_type {model_type!r} is not known; {' '.join(FAMILIES)} are")
+        family = FAMILIES[model_type]
+        # transformers 5 writes rope_theta inside rope_parameters, 4 beside rope_scaling
         rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-        for key, known, value in (("rope type", "default", rope.get("rope_type", rope.get("type", "default"))),
-                                  ("hidden_act", "silu", settings.get("hidden_act", "silu"))):
-            if value != known:
-                raise UserError(f"{key} {value!r} is not known; {known} is")
-        heads = settings["num_attention_heads"]
-        return cls(
-            *(int(settings[key]) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")),
-            num_attention_heads=heads,
-            num_key_value_heads=settings.get("num_key_value_heads") or heads,
-            head_dim=settings.get("head_dim") or settings["hidden_size"] // heads,
-            # transformers 5 writes it inside rope_parameters, 4 beside them
-            rope_theta=rope.get("rope_theta") or settings.get("rope_theta") or 10000.0,
-            **{key: settings[key] for key in ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings",
-                                              "attention_bias", "mlp_bias") if key in settings})
+        given = {**settings, **{key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}}
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        values = {entry.name: given.get(key, family.defaults.get(entry.name)) for entry in fields(cls)
+                  for key in [family.keys.get(entry.name, entry.name)]}
+        values = {name: value for name, value in values.items() if value is not None}
+        act = values.get("hidden_act", "silu")
+        for key, value, known in (("rope type", rope_type, ("default", "llama3")), ("hidden_act", act, ACTIVATIONS),
+                                  *((key, given.get(key, only), (only, None)) for key, only in ONLY.items())):
+            if value not in known:
+                raise UserError(f"{key} {value!r} is not known; {' '.join(map(str, known))} is")
+        d, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
+        if family.learned_positions:
+            values.setdefault("intermediate_size", 4 * d)
+        if model_type == "gpt_bigcode" and given.get("multi_query", True):
+            values["num_key_value_heads"] = 1
+        slides = (given.get("use_sliding_window", family.defaults.get("use_sliding_window", False))
+                  and given.get("max_window_layers", 0) < int(values["num_hidden_layers"]))
+        if layer_types := given.get("layer_types"):
+            slides = "sliding_attention" in layer_types
+        if not slides:
+            values["sliding_window"] = None
+        return cls(**{"num_key_value_heads": heads, "head_dim": d // heads, **values, "source": settings,
+                      **{key: int(values[key]) for key in ("vocab_size", "hidden_size", "intermediate_size",
+                                                           "num_hidden_layers", "num_attention_heads")},
+                      "rope_scaling": {key: rope[key] for key in LLAMA3_ROPE} if rope_type == "llama3" else None})
 
     def to_dict(self) -> dict:
-        """The contents of a config.json that transformers 4 and 5 read alike."""
-        return {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", **asdict(self),
-                "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta}}
+        """The contents of a config.json that transformers 4 and 5 read alike, of the family that was read."""
+        ours = {self.family.keys.get(key, key): value for key, value in asdict(self).items() if key != "source"}
+        kept = {key: value for key, value in self.source.items()
+                if key != "layer_types" or len(value) == self.num_hidden_layers}
+        if self.family.learned_positions:
+            del ours["rope_scaling"]
+        else:
+            scaling = {"rope_type": "llama3", **self.rope_scaling} if self.rope_scaling else None
+            ours |= {"rope_scaling": scaling,
+                     "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": self.rope_theta}}
+        if self.model_type == "gpt_bigcode":
+            ours["multi_query"] = self.num_key_value_heads == 1
+        ours.pop("", None)
+        return {**kept, **ours, "architectures": [self.family.architecture]}
 
 
 # ------------ The network ---------------------------------------------------------------------------------------------
@@ -81,8 +181,15 @@ class GPTConfig:
 
 
 def rotary_tables(config: GPTConfig, T: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of position × frequency, (T, hd) fp32: RoFormer, in llama's half-split layout."""
+    """cos and sin of position × frequency, (T, hd) fp32: RoFormer, in llama's half-split layout.
+
+    llama-3's scaling leaves wavelengths up to context/high_freq_factor as they are, stretches those from
+    context/low_freq_factor on by `factor`, and goes from one to the other between."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device) / config.head_dim)
+    if config.rope_scaling:
+        factor, low, high, context = map(config.rope_scaling.get, LLAMA3_ROPE)
+        kept = ((context * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / factor)
     angle = (torch.arange(T, device=device)[:, None] * frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
 
@@ -91,6 +198,10 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Turn each pair (x[i], x[i + hd/2]) of (B, H, T, hd) by its position's angle."""
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def make_norm(config: GPTConfig, width: int) -> nn.Module:
+    return (nn.LayerNorm if config.family.layer_norm else nn.RMSNorm)(width, eps=config.rms_norm_eps)
 
 
 class Attention(nn.Module):
@@ -104,29 +215,37 @@ class Attention(nn.Module):
         self.q_proj = nn.Linear(d, config.num_attention_heads * hd, bias=bias)
         self.k_proj = nn.Linear(d, config.num_key_value_heads * hd, bias=bias)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * hd, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * hd, d, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * hd, d, bias=bias and config.family.output_bias)
+        self.q_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps) if config.family.qk_norm else None
+        self.k_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps) if config.family.qk_norm else None
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
         B, T, _ = x.shape
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or G, T, hd)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True,
-                                           enable_gqa=self.grouped)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU, or two matrices with an activation between."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         d, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(d, width, bias=bias)
+        self.act = ACTIVATIONS[config.hidden_act]
+        self.gate_proj = nn.Linear(d, width, bias=bias) if config.family.gated_mlp else None
         self.up_proj = nn.Linear(d, width, bias=bias)
         self.down_proj = nn.Linear(width, d, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_proj is None:
+            return self.down_proj(self.act(self.up_proj(x)))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
@@ -134,13 +253,13 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = make_norm(config, config.hidden_size)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = make_norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -149,12 +268,13 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.config, d = config, config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, d)
+        learned = config.family.learned_positions
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, d) if learned else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        untied = not config.tie_word_embeddings
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if untied else None
+        self.norm = make_norm(config, d)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(d, config.vocab_size, bias=False)
         if not self.embed_tokens.weight.is_meta:
             self.init_weights()
 
@@ -176,11 +296,18 @@ class GPT(nn.Module):
         """Token ids (B, T) int64 → logits (B, T, V); with `loss_fn`, loss_fn(hidden (B, T, d), head_weight (V, d)).
 
         Hidden is after the final norm. So a loss that does its own product with the head need never hold all logits,
-        and a wrapper (FSDP) can gather the head for it."""
-        cos, sin = rotary_tables(self.config, idx.shape[1], idx.device)
+        and a wrapper (FSDP) can gather the head for it. ValueError on more tokens than positions are learned or the
+        sliding window holds."""
+        config, T, rotary = self.config, idx.shape[1], None
+        if T > config.context and (config.sliding_window or config.family.learned_positions):
+            raise UserError(f"{T} tokens, but this {config.model_type} reads at most {config.context}")
         x = self.embed_tokens(idx)
+        if config.family.learned_positions:
+            x = x + self.embed_positions.weight[:T]
+        else:
+            rotary = rotary_tables(config, T, idx.device)
         for layer in self.layers:
-            x = layer(x, cos, sin)
+            x = layer(x, rotary)
         x = self.norm(x)
         return F.linear(x, self.head_weight) if loss_fn is None else loss_fn(x, self.head_weight)
 
@@ -194,7 +321,7 @@ class GPT(nn.Module):
         random numbers are `generator`'s, or torch's global ones."""
         ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            window = idx[:, -self.config.max_position_embeddings:]
+            window = idx[:, -self.config.context:]
             last_logits = self(window, loss_fn=lambda hidden, head: hidden[:, -1] @ head[:vocab_size].T).float()
             if top_k is not None:
                 kept = last_logits.topk(min(top_k, last_logits.shape[-1])).values
@@ -209,58 +336,156 @@ class GPT(nn.Module):
                 break
         return idx
 
-    def save_pretrained(self, folder: str | Path):
-        """Write `config.json` and `model.safetensors` in Hugging Face's llama format; a tied head is left out."""
-        folder = Path(folder)
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
+        """Write `config.json` and `model.safetensors` as transformers would for this family (None: as held)."""
+        folder, own = Path(folder), self.state_dict()
         folder.mkdir(parents=True, exist_ok=True)
-        state = {checkpoint_name(name): tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}
+        state = {key: pack(key, [own[name].to("cpu", dtype) for name in names], self.config).contiguous()
+                 for key, names in stored_tensors(self).items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-        dtype = str(self.embed_tokens.weight.dtype).removeprefix("torch.")
+        dtype = str(dtype or self.embed_tokens.weight.dtype).removeprefix("torch.")
         settings = {**self.config.to_dict(), "dtype": dtype, "torch_dtype": dtype}
         write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "GPT":
-        """Read a Hugging Face folder, on the CPU, as `dtype` (None: the file's).
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, layers: int | None = None) -> "GPT":
+        """Read a Hugging Face folder, on the CPU, tensor by tensor, as `dtype` (None: the file's).
 
-        A missing file, or a missing, unexpected, mis-shaped or non-finite tensor, is a ValueError that names it.
-        Nothing is unpickled or filled in."""
-        folder = Path(folder)
-        config = read_config(folder)
+        `layers`: keep so many only, evenly spaced, the first and the last among them. A missing file, or a missing,
+        unexpected, mis-shaped, non-finite or contradictory tensor is a ValueError that names it. Nothing is unpickled
+        or filled in."""
+        config = read_config(Path(folder))
         with torch.device("meta"):  # no memory, no initialisation: every tensor comes from the file
             model = cls(config)
-        shapes = {checkpoint_name(name): (name, tensor.shape) for name, tensor in model.state_dict().items()}
-        path, state = folder / "model.safetensors", {}
-        if not path.is_file():
-            raise UserError(f"{folder}: no model.safetensors; convert other formats with transformers' save_pretrained")
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                found = set(tensors.keys())
-                if config.tie_word_embeddings and "lm_head.weight" in found:
-                    if not tensors.get_tensor("lm_head.weight").equal(tensors.get_tensor("model.embed_tokens.weight")):
-                        raise UserError(f"{path}: lm_head.weight differs from model.embed_tokens.weight, though "
-                                        "config.json ties them; set tie_word_embeddings to false there")
-                    found.remove("lm_head.weight")
-                if found != set(shapes):
-                    raise UserError(f"{path}: missing {sorted(set(shapes) - found)}, unexpected "
-                                    f"{sorted(found - set(shapes))}; not the weights of this config.json")
-                for key, (name, shape) in shapes.items():
-                    tensor = tensors.get_tensor(key)
-                    if tensor.shape != shape:
-                        raise UserError(f"{path}: {key} is {tuple(tensor.shape)}, config.json makes it {tuple(shape)}")
-                    if not tensor.isfinite().all():
-                        raise UserError(f"{path}: {key} holds values that are not finite; the file is damaged")
-                    # A copy: what safetensors maps from the file is aligned as the file is, and sums by alignment.
-                    state[name] = tensor.to(dtype or tensor.dtype, copy=True)
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-        model.load_state_dict(state, assign=True)
+        own, stored = model.state_dict(), stored_tensors(model)
+        held = stored_weights(Path(folder), config.family.prefix)
+
+        def fail(key: str, problem: str):
+            raise UserError(f"{held[key].path if key in held else folder}: {key} {problem}")
+
+        head, embedding = "lm_head.weight", next(iter(stored))
+        if config.tie_word_embeddings and head in held:
+            if embedding in held and not held[head].read().equal(held[embedding].read()):
+                fail(head, f"differs from {embedding}, though config.json ties them; set tie_word_embeddings to false")
+            del held[head]
+        if held.keys() != stored.keys():
+            files = " ".join(path.name for path in weight_files(Path(folder)))
+            raise UserError(f"{folder}: missing {sorted(stored.keys() - held)}, unexpected {sorted(held.keys() - stored)} "
+                            f"in {files}; not the weights of this config.json")
+        for key, names in stored.items():
+            expected = list(pack(key, [own[name] for name in names], config).shape)
+            if held[key].shape != expected:
+                fail(key, f"is {held[key].shape}, but config.json makes it {expected}; copy both from one model")
+            if held[key].dtype not in DTYPES:
+                fail(key, f"holds {held[key].dtype}; quantised weights are not read, convert to bfloat16 first")
+        dtype = dtype or reduce(torch.promote_types, (DTYPES[tensor.dtype] for tensor in held.values()))
+        L = config.num_hidden_layers
+        if not 1 <= (layers := layers or L) <= L:
+            raise UserError(f"layers:{layers}: {folder} has {L} layers")
+        kept = [round(i * (L - 1) / max(1, layers - 1)) for i in range(layers)]
+        state = {}
+        for key, names in stored.items():
+            if names[0].startswith("layers.") and int(names[0].split(".")[1]) not in kept:
+                continue
+            tensor = held[key].read()
+            if not tensor.sum(dtype=torch.float64).isfinite():  # if any value is not; no second copy is made
+                fail(key, "holds values that are not finite; the file is damaged, copy it again")
+            for name, part in zip(names, unpack(key, tensor, [len(own[name]) for name in names], config)):
+                # A copy: what safetensors maps from the file is aligned as the file is, and sums by alignment.
+                state[name] = torch.empty(part.shape, dtype=dtype).copy_(part)
+        model.load_state_dict(state, assign=True, strict=False)
+        model.layers = nn.ModuleList(model.layers[i] for i in kept)
+        model.config = replace(config, num_hidden_layers=layers)
+        assert not any(parameter.is_meta for parameter in model.parameters())
         return model
 
 
-def checkpoint_name(name: str) -> str:
-    """Our parameter's name as it stands in a llama checkpoint."""
-    return name if name.startswith("lm_head.") else f"model.{name}"
+# ------------ Folders -------------------------------------------------------------------------------------------------
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def stored_tensors(model: GPT) -> dict[str, list[str]]:
+    """Each tensor of the model's checkpoint → our parameters in it: one, or q, k and v where the family fuses them."""
+    family, stored = model.config.family, {}
+    for name in model.state_dict():
+        key = ".".join(family.names.get(part, part) for part in name.split("."))
+        stored.setdefault(key if name.startswith("lm_head.") else family.prefix + key, []).append(name)
+    return stored
+
+
+def pack(key: str, parts: list[torch.Tensor], config: GPTConfig) -> torch.Tensor:
+    """The checkpoint's tensor `key` from our parameters in it."""
+    whole = parts[0]
+    if len(parts) > 1:
+        whole = torch.cat(parts)
+        if interleaved(config):
+            whole = whole.unflatten(0, (3, config.num_attention_heads, -1)).transpose(0, 1).flatten(0, 2)
+    return whole.T if config.family.transposed and whole.dim() == 2 and ".h." in key else whole
+
+
+def unpack(key: str, whole: torch.Tensor, rows: list[int], config: GPTConfig) -> list[torch.Tensor]:
+    """Our parameters, of `rows` each, in the checkpoint's tensor `key`: pack's inverse."""
+    whole = whole.T if config.family.transposed and whole.dim() == 2 and ".h." in key else whole
+    if len(rows) > 1 and interleaved(config):
+        whole = whole.unflatten(0, (config.num_attention_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+    return list(whole.split(rows))
+
+
+def interleaved(config: GPTConfig) -> bool:
+    """Whether c_attn holds q, k and v of one head after the other, as StarCoder's does without multi-query."""
+    return config.model_type == "gpt_bigcode" and config.num_key_value_heads == config.num_attention_heads
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    path: Path
+    key: str
+    shape: list[int]
+    dtype: str
+
+    def read(self) -> torch.Tensor:
+        # Opened anew each time: what a mapping has touched is this process's memory until it is closed.
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(self.key)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """model.safetensors, or the shards that its index names. ValueError if one is missing or outside the folder."""
+    index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
+    if not files[0].is_file():
+        if not index.is_file():
+            raise UserError(f"{folder}: no model.safetensors, nor an index of shards; other formats are not read, "
+                            "convert them with transformers' save_pretrained")
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = [folder / name for name in sorted(set(weight_map.values()))]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{index}: no index of shards ({type(error).__name__}: {error}); copy it again") from None
+    for path in files:
+        if path.parent != folder or not path.is_file():
+            raise UserError(f"{path}: a shard named in {index.name}, but not a file in its folder; copy it there")
+    return files
+
+
+def stored_weights(folder: Path, prefix: str) -> dict[str, StoredTensor]:
+    """Where each tensor of a model's folder lies; none is read yet. Buffers that hold no weights are left out."""
+    held = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = [StoredTensor(path, key, (stored := file.get_slice(key)).get_shape(), stored.get_dtype())
+                         for key in file.keys() if not re.search(r"attn\.(masked_)?bias$|rotary_emb\.inv_freq$", key)]
+        except SafetensorError as error:
+            raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+        for tensor in found:
+            if tensor.key in held and not held[tensor.key].read().equal(tensor.read()):
+                raise UserError(f"{path}: {tensor.key} is not as in {held[tensor.key].path}; copy both again")
+            held[tensor.key] = tensor
+    if any(key.startswith(prefix) for key in held):
+        return held
+    # Saved without its head, as the hub's gpt2 is
+    return {key if key.startswith("lm_head.") else prefix + key: tensor for key, tensor in held.items()}
 
 
 def read_config(folder: Path) -> GPTConfig:

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import (AutoModelForCausalLM, GPT2Config, GPTBigCodeConfig, LlamaConfig, MistralConfig, Qwen2Config,
+                          Qwen3Config, Starcoder2Config)
 
 import model as model_program
 from data import load_tokenizer, save_tokenizer
@@ -21,6 +22,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 LLAMA = dict(vocab_size=67, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
              max_position_embeddings=64, rms_norm_eps=1e-2)
+GPT2 = dict(vocab_size=67, n_embd=48, n_layer=3, n_head=4, n_positions=64, layer_norm_epsilon=1e-2)
+STARCODER2 = {**{key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}, "norm_epsilon": 1e-2,
+              "num_key_value_heads": 2}
 MODELS = {  # name → configuration of a tiny transformers model
     "llama": LlamaConfig(**LLAMA),
     "llama grouped-query": LlamaConfig(**LLAMA, num_key_value_heads=2),
@@ -30,6 +34,21 @@ MODELS = {  # name → configuration of a tiny transformers model
     "llama mlp bias": LlamaConfig(**LLAMA, mlp_bias=True),
     "llama wide heads": LlamaConfig(**LLAMA, head_dim=20, num_key_value_heads=2),
     "llama rope_theta": LlamaConfig(**LLAMA, rope_theta=500000.0),
+    "llama-3 rope": LlamaConfig(**LLAMA, rope_parameters=dict(
+        rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=32)),
+    "mistral": MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=None),
+    "mistral window": MistralConfig(**LLAMA, num_key_value_heads=2, sliding_window=24),
+    "qwen2": Qwen2Config(**LLAMA, num_key_value_heads=2),
+    "qwen2 tied": Qwen2Config(**LLAMA, num_key_value_heads=4, tie_word_embeddings=True, rope_theta=1e6),
+    "qwen3": Qwen3Config(**LLAMA, num_key_value_heads=2, head_dim=20),
+    "qwen3 bias": Qwen3Config(**LLAMA, num_key_value_heads=2, head_dim=12, attention_bias=True),
+    "gpt2": GPT2Config(**GPT2),
+    "gpt2 untied": GPT2Config(**GPT2, n_inner=100, tie_word_embeddings=False, activation_function="gelu"),
+    "gpt_bigcode": GPTBigCodeConfig(**GPT2),
+    "gpt_bigcode multi-head": GPTBigCodeConfig(**GPT2, multi_query=False, tie_word_embeddings=False),
+    "starcoder2": Starcoder2Config(**STARCODER2),
+    "starcoder2 no bias": Starcoder2Config(**STARCODER2, use_bias=False, sliding_window=24, tie_word_embeddings=False),
 }
 
 
@@ -313,8 +332,11 @@ DAMAGE = {  # what is wrong → (how it comes about, what the message names)
     "unknown activation": (spoil_config(hidden_act="relu2"), [CONFIG, "relu2"]),
     "unknown rope_parameters": (spoil_config(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
                                 [CONFIG, "yarn"]),
-    "unknown rope_scaling": (spoil_config(["rope_parameters"], rope_scaling={"rope_type": "llama3", "factor": 8}),
-                             [CONFIG, "llama3"]),
+    "rope_scaling without a value": (spoil_config(["rope_parameters"],
+                                                  rope_scaling={"rope_type": "llama3", "factor": 8.0}),
+                                     [CONFIG, "low_freq_factor"]),
+    "unknown rope_scaling": (spoil_config(["rope_parameters"], rope_scaling={"rope_type": "yarn", "factor": 8.0}),
+                             [CONFIG, "yarn"]),
     "unknown rope_scaling of old": (spoil_config(["rope_parameters"], rope_scaling={"type": "linear", "factor": 2}),
                                     [CONFIG, "linear"]),
     **{f"no {key}": (spoil_config([key]), [CONFIG, key])
