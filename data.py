@@ -31,6 +31,7 @@ import types
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -153,6 +154,29 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def bytes_settings() -> dict:
+    """The bytes tokenizer as a tokenizer.json: GPT-2's alphabet of printable characters for bytes, and no merges."""
+    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    level = {"type": "ByteLevel", "trim_offsets": True}
+    unused = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": [{"id": 256, "content": END_OF_TEXT, "special": True, **flags}],
+        "pre_tokenizer": {**level, "add_prefix_space": False, "use_regex": False},
+        "decoder": {**level, "add_prefix_space": True, "use_regex": True},
+        "model": {"type": "BPE", **unused, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+                  "vocab": {chr(byte if byte in printable else next(others)): byte for byte in range(256)},
+                  "merges": []}}
+
+
+def settings_digest(settings: dict) -> str:
+    """Of all in a tokenizer.json that decides the encoding, however it was serialised."""
+    model = {**settings["model"]}
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.pop("merges", None) or []]
+    return digest(model, merges, settings["added_tokens"], settings["normalizer"], settings["pre_tokenizer"])
+
+
 def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
     """The tokenizer called `source`: "bytes", a tiktoken encoding, or a tokenizer.json or the folder that holds one.
 
@@ -177,10 +201,14 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
     if eot not in special:
         raise UserError(f"--eot={eot}: not a special token of {source}, which has {' '.join(special)}")
     ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
-    return Tokenizer(
-        name=str(source), vocab_size=encoding.max_token_value + 1, eot=special[eot], eot_token=eot,
-        fingerprint=digest(ranks, encoding._pat_str, special), decode=encoding.decode,
-        encode_batch=lambda texts: [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts])
+    known = settings_digest(bytes_settings()) if source == "bytes" else digest(ranks, encoding._pat_str, special)
+
+    def encode_batch(texts: list[str]) -> list[np.ndarray]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of Python's lock while it encodes
+            return list(pool.map(lambda text: encoding.encode_to_numpy(text, disallowed_special=()), texts))
+
+    return Tokenizer(name=str(source), vocab_size=encoding.max_token_value + 1, eot=special[eot], eot_token=eot,
+                     fingerprint=known, encode_batch=encode_batch, decode=encoding.decode)
 
 
 def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
@@ -199,13 +227,10 @@ def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
     tokenizer.no_padding()
     if tokenizer.token_to_id(eot) is None:
         raise UserError(f"--eot={eot}: {path.parent} names no such end-of-text token; give it as --eot=TOKEN")
-    settings = json.loads(tokenizer.to_str())
-    model = settings["model"]
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.pop("merges", None) or []]
     return Tokenizer(
         name=path.parent.name, vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         eot=tokenizer.token_to_id(eot), eot_token=eot,
-        fingerprint=digest(model, merges, settings["added_tokens"], settings["normalizer"], settings["pre_tokenizer"]),
+        fingerprint=settings_digest(json.loads(tokenizer.to_str())),
         encode_batch=lambda texts: [np.array(encoding.ids, dtype=np.uint32) for encoding in
                                     tokenizer.encode_batch_fast(texts, add_special_tokens=False)],
         decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
@@ -218,10 +243,17 @@ def saved_tokenizer(folder: Path, entry: dict) -> Tokenizer:
 
 
 def save_tokenizer(folder: Path, bins: "TokenBins"):
-    """Put the bins' tokenizer into a model's folder: its files byte for byte, and which one it is."""
-    for name in bins.tokenizer["files"]:
+    """Put the bins' tokenizer into a model's folder: its files byte for byte, which one it is, and how a text ends."""
+    entry = bins.tokenizer
+    for name in entry["files"]:
         shutil.copyfile(bins.dir / name, folder / name)
-    write_text(folder / TOKENIZER_META, json.dumps(bins.tokenizer, indent=1))
+    if entry["name"] == "bytes" and not entry["files"]:  # so that transformers' AutoTokenizer opens the folder too
+        write_text(folder / "tokenizer.json", json.dumps(bytes_settings()))
+        write_text(folder / "tokenizer_config.json", json.dumps({
+            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": entry["eot_token"],
+            "clean_up_tokenization_spaces": False}))
+    write_text(folder / "generation_config.json", json.dumps(dict.fromkeys(("eos_token_id", "pad_token_id"), entry["eot"])))
+    write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
@@ -263,11 +295,12 @@ def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
 
 
 def read_documents(paths: Iterable[Path], text_key: str = "text", left_out: Counter | None = None) -> Iterator[str]:
-    """The documents of `paths` in order: each line of a .jsonl(.gz|.zst), row of a .parquet, else the whole file.
+    """The documents of `paths` in order: each line of a .jsonl(.gz|.zst), row of a .parquet, else the whole file (in
+    pieces of 8 MB if it is larger, so that memory does not grow with it).
 
     `left_out` counts, by reason, what is not a document or had to be mended. UserError on a line that is not JSON."""
     left_out = Counter() if left_out is None else left_out
-    for text in (text for path in paths for text in _read_file(path, text_key)):
+    for text in (text for path in paths for text in _read_file(path, text_key, left_out)):
         if isinstance(text, bytes):
             try:
                 text = text.decode()
@@ -284,7 +317,13 @@ def read_documents(paths: Iterable[Path], text_key: str = "text", left_out: Coun
             yield text
 
 
-def _read_file(path: Path, text_key: str) -> Iterator[bytes | str | None]:
+def _open_lines(path: Path):
+    if path.suffix == ".zst":
+        return io.BufferedReader(import_optional("zstandard", str(path)).open(path, "rb"))
+    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
+
+
+def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[bytes | str | None]:
     """Texts as they stand; as bytes where they may not be UTF-8; None for a record without one."""
     name = path.name.removesuffix(".gz").removesuffix(".zst")
     try:
@@ -295,8 +334,7 @@ def _read_file(path: Path, text_key: str) -> Iterator[bytes | str | None]:
             for rows in parquet.iter_batches(columns=[text_key], batch_size=1024):
                 yield from rows.column(0).to_pylist()
         elif name.endswith(".jsonl"):
-            with (gzip.open(path) if path.suffix == ".gz" else open(path, "rb") if path.suffix != ".zst" else
-                  io.BufferedReader(import_optional("zstandard", str(path)).open(path, "rb"))) as lines:
+            with _open_lines(path) as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         try:
@@ -307,7 +345,11 @@ def _read_file(path: Path, text_key: str) -> Iterator[bytes | str | None]:
                         # JSON can hold half a surrogate pair, which UTF-8 cannot.
                         yield text.encode(errors="surrogatepass") if isinstance(text, str) else None
         else:
-            yield path.read_bytes()
+            with open(path, "rb") as file:
+                yield file.read(PIECE) + file.readline(PIECE)  # up to a line's end
+                while piece := file.read(PIECE) + file.readline(PIECE):
+                    left_out[f"more documents than files, since texts are cut at {PIECE:,} bytes"] += 1
+                    yield piece
     except UserError:
         raise
     except Exception as error:  # each format's library has its own kinds
@@ -315,6 +357,7 @@ def _read_file(path: Path, text_key: str) -> Iterator[bytes | str | None]:
 
 
 FORMAT_VERSION = 1
+PIECE = 8_000_000  # bytes of a text file that become one document, about
 
 
 def content_hash(text: str) -> int:
@@ -376,6 +419,20 @@ def _batches(documents: Iterable[str], n_chars: int = 1_000_000) -> Iterator[lis
     yield batch
 
 
+def with_progress(documents: Iterable[str], doing: str, n_bytes: int = 0) -> Iterator[str]:
+    """Pass `documents` on, and print every five seconds how far it is; with an ETA if `n_bytes`, their size, is known.
+    """
+    position, started, said = 0, time.monotonic(), time.monotonic()
+    for text in documents:
+        yield text
+        position += len(text.encode())
+        if time.monotonic() - said > 5:
+            said = time.monotonic()
+            speed = position / (said - started)
+            left = f" of {n_bytes / 1e6:,.0f} MB, ETA {(n_bytes - position) / speed:,.0f} s" if n_bytes else " MB"
+            print(f"{doing}: {position / 1e6:,.0f}{left}, {speed / 1e6:.1f} MB/s", flush=True)
+
+
 def _write_domain(name: str, documents: Iterable[str], threshold: int, n_bytes: int, shards: int,
                   write: Callable[[str, Iterable[str]], dict]) -> tuple[list[dict], dict]:
     """(entries of the train bins, entry of the validation bin), as `write` returns them for a file and its documents.
@@ -384,18 +441,13 @@ def _write_domain(name: str, documents: Iterable[str], threshold: int, n_bytes: 
     validation = []  # at most val_bytes of text
 
     def train() -> Iterator[tuple[str, str]]:
-        position, started, said = 0, time.monotonic(), time.monotonic()
-        for text in documents:
+        position = 0
+        for text in with_progress(documents, name, n_bytes):
             if content_hash(text) <= threshold:
                 validation.append(text)
             else:
                 yield files[position * shards // n_bytes], text
             position += len(text.encode())
-            if time.monotonic() - said > 5:
-                said = time.monotonic()
-                speed = position / (said - started)
-                print(f"{name}: {position / 1e6:,.0f} of {n_bytes / 1e6:,.0f} MB, {speed / 1e6:.1f} MB/s, "
-                      f"ETA {(n_bytes - position) / speed:,.0f} s", flush=True)
 
     written = {file: write(file, (text for _, text in group))
                for file, group in itertools.groupby(train(), key=lambda document: document[0])}
@@ -421,7 +473,8 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
     plans = json.loads(partial.read_text(encoding="utf-8")) if partial.is_file() else {}
     for name, documents in domains.items():
         try:
-            threshold, n_bytes, content = validation_split(documents(), val_fraction, val_bytes)
+            threshold, n_bytes, content = validation_split(
+                with_progress(documents(), f"{name}, choosing validation"), val_fraction, val_bytes)
         except ValueError as error:
             raise UserError(f"domain {name}: {error}") from None
         finished = plans.setdefault(digest(name, entry, threshold, content, shards), {})
