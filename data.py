@@ -85,8 +85,9 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
     problems, given = [], {}
     for key, text in vars(known).items():
         try:
-            if text is None:
+            if text is None and kinds[key] is not bool:
                 raise ValueError("needs a value")
+            text = "true" if text is None else text
             given[key] = convert(text, kinds[key])
         except ValueError as error:
             problems.append(f"--{key}: {error}" if text is None else f"--{key}={text}: {error}")
@@ -524,13 +525,16 @@ def file_sha256(path: Path) -> str | None:
 class TokenBins:
     """The bins of a folder, cut into windows of block_size + 1 tokens: inputs, and targets one further on.
 
-    Of n tokens, window i is tokens i·B … i·B + B inclusive: there are (n − 1)//B, and none crosses a shard. UserError
-    if the folder is not whole, or a domain has no train window."""
+    Of n tokens, window i is tokens i·B … i·B + B inclusive: there are (n − 1)//B, and none crosses a shard. `names`:
+    only these domains. UserError if the folder is not whole, or a domain is missing or has no train window."""
 
-    def __init__(self, data_dir: str | Path, block_size: int):
+    def __init__(self, data_dir: str | Path, block_size: int, names: list[str] | None = None):
         self.dir, self.block_size = Path(data_dir), block_size
         meta = read_meta(self.dir)
-        self.tokenizer, self.domains, self.names = meta["tokenizer"], meta["domains"], list(meta["domains"])
+        if names and (unknown := [name for name in names if name not in meta["domains"]]):
+            raise UserError(f"--domains: {self.dir} has no {' '.join(unknown)}; it has {' '.join(meta['domains'])}")
+        self.tokenizer, self.names = meta["tokenizer"], names or list(meta["domains"])
+        self.domains = {name: meta["domains"][name] for name in self.names}
         self.vocab_size = self.tokenizer["vocab_size"]
         self.n_windows = {name: sum(map(self._count, domain["train"])) for name, domain in self.domains.items()}
         if empty := [name for name, n in self.n_windows.items() if not n]:

@@ -35,9 +35,10 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
-from data import (TokenBins, UserError, build_bins, digest, file_sha256, fsync, load_tokenizer, model_tokenizer, option,
-                  parse_config, print_config, quickstart_domains, read_meta, run_program, save_tokenizer, write_text)
-from model import GPT, GPTConfig, read_config, resolve_device
+from data import (TokenBins, Tokenizer, UserError, build_bins, digest, file_sha256, fsync, load_tokenizer,
+                  model_tokenizer, option, parse_config, print_config, quickstart_domains, read_meta, run_program,
+                  save_tokenizer, saved_tokenizer, write_text)
+from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import MixtureSampler, interval_probs, next_factor, read_metrics
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
@@ -46,12 +47,14 @@ from sample_mixture import MixtureSampler, interval_probs, next_factor, read_met
 @dataclass
 class Config:
     """Keys of `python distill.py`. Where the paper gives a value, that is the default."""
-    preset: Literal["", "quickstart", "custom"] = option(
+    preset: Literal["", "quickstart", "custom", "qwen1.5-14b-1.8b", "qwen1.5-14b-4b", "qwen1.5-7b-1.8b",
+                    "llama2-13b-tinyllama-1.1b", "starcoder-15.5b-3b"] = option(
         "", "a set of defaults; quickstart when neither teacher nor student is given, else custom")
     out_dir: str = option("", "the run's folder; out/PRESET-METHOD-SEED if empty")
     data_dir: str = option("", "the bins' folder, made by data.py; data/PRESET if empty")
     teacher: str = option("", "folder of the teacher, in Hugging Face's format")
-    student: str = option("", "folder of the student, or scratch:LxD for L new layers, D wide")
+    student: str = option("", "folder of the student; scratch:LxD for L new layers, D wide; layers:N of the teacher's")
+    domains: str = option("", "name,name,… of the bins' domains; all if empty")
     method: Literal["ddk", "ddk_no_fs", "ddk_es", "kd", "cpt"] = option(
         "ddk", "ddk; without factor smoothing (Eq. 1 every time); with equal sampling; kd: natural mixture; "
                "cpt: natural mixture, no teacher in the loss")
@@ -80,19 +83,23 @@ class Config:
     device: str = option("auto", "auto: cuda, then mps, then cpu")
     parallel: Literal["auto", "none"] = option("auto", "none: one process")
     save_every: int = option(1000, "steps between two checkpoints; 0: the last step only", least=0)
+    export_dtype: Literal["fp32", "bf16"] = option("fp32", "of the weights in a checkpoint's model.safetensors")
     keep: int = option(2, "newest checkpoints to keep; 0: all", least=0)
     resume: Literal["auto", "never"] = option("auto", "never: set the run in out_dir aside and start anew")
     log_every: int = option(10, "steps between two lines of progress", least=1)
+    dry_run: bool = option(False, "only check, and print what the run would take; no weights are read")
     pretrain_steps: int = option(600, "quickstart: steps of its teacher; its student base trains half as many", least=1)
 
     def problems(self) -> list[str]:
-        makes_models, scratch = self.preset == "quickstart", self.student.startswith("scratch:")
+        makes_models, made = self.preset == "quickstart", self.student.partition(":")[0] in ("scratch", "layers")
         problems = [message for wrong, message in (
             *((folder and not os.path.isdir(folder), f"--{key}={folder}: no such folder")
-              for key, folder in (("teacher", self.teacher), ("student", "" if scratch else self.student))),
-            (scratch and not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]", self.student),
-             f"--student={self.student}: write scratch:LxD with D even, as in scratch:4x128"),
-            (not self.student and not makes_models, "--student: name its folder, or scratch:LxD"),
+              for key, folder in (("teacher", self.teacher), ("student", "" if made else self.student))),
+            (made and not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*", self.student),
+             f"--student={self.student}: write scratch:LxD with D even, as in scratch:4x128, or layers:N"),
+            (self.student.startswith("layers:") and not self.teacher and not makes_models,
+             f"--student={self.student}: layers of which --teacher? Name its folder"),
+            (not self.student and not makes_models, "--student: name its folder, scratch:LxD or layers:N"),
             (not makes_models and not os.path.isdir(self.data_dir),
              f"--data_dir={self.data_dir}: no such folder; make bins there with data.py"),
             (self.method != "cpt" and not self.teacher and not makes_models,
@@ -117,7 +124,18 @@ class Config:
         return problems
 
 
+# Config's own defaults are the paper's: K, validation windows, learning rates, warm-up, steps, a batch of 500k tokens.
+# It does not say block_size, weight_decay, grad_clip and AdamW's betas: those are ours, and so are the folders' names.
+PAPER_DOMAINS = ("common_crawl,c4,stack,wikipedia,books,arxiv,stackexchange,chinese_books,chinese_common_crawl,"
+                 "openwebmath")
 PRESETS = {
+    "qwen1.5-14b-1.8b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-1.8B", domains=PAPER_DOMAINS),
+    "qwen1.5-14b-4b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-4B", domains=PAPER_DOMAINS),
+    "qwen1.5-7b-1.8b": dict(teacher="models/Qwen1.5-7B", student="models/Qwen1.5-1.8B", domains=PAPER_DOMAINS),
+    "llama2-13b-tinyllama-1.1b": dict(teacher="models/Llama-2-13b-hf", student="models/TinyLlama-1.1B",
+                                      domains=PAPER_DOMAINS),
+    "starcoder-15.5b-3b": dict(teacher="models/starcoder", student="models/starcoderbase-3b",
+                               domains="python,java,typescript,c_sharp"),
     # A few minutes on two cores, the teacher's training included.
     "quickstart": dict(interval=25, val_samples=64, block_size=256, batch_size=16, max_steps=400, lr=1e-3, min_lr=1e-4,
                        warmup_steps=20, save_every=100),
@@ -275,14 +293,17 @@ class TrainState:
 
 
 def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optimizer], state: TrainState,
-                    bins: TokenBins):
+                    bins: TokenBins, export_dtype: torch.dtype = torch.float32):
     """Write a model's folder with optimizer.pt, train_state.json and manifest.json under a temporary name, sync all of
-    it to disk, then rename: it is whole or not there."""
+    it to disk, then rename: it is whole or not there. An `export_dtype` that rounds the weights leaves the exact ones
+    in optimizer.pt."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
-        torch.save([optimizer.state_dict() for optimizer in optimizers], temporary / "optimizer.pt")
+        model.save_pretrained(temporary, export_dtype)
+        torch.save({"optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                    "weights": None if export_dtype == torch.float32 else model.state_dict()},
+                   temporary / "optimizer.pt")
         save_tokenizer(temporary, bins)
         write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
         manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
@@ -337,7 +358,7 @@ def read_state(folder: Path) -> TrainState:
 
 def model_content(folder: str) -> str:
     """Identity of a model, whatever its folder is called: from its config.json and weights."""
-    files = [Path(folder) / "config.json", *sorted(Path(folder).glob("*.safetensors"))]
+    files = [Path(folder) / "config.json", *weight_files(Path(folder))]
     return digest(*((path.name, file_sha256(path)) for path in files))
 
 
@@ -345,7 +366,7 @@ def model_content(folder: str) -> str:
 
 # Keys that do not change the experiment; folders are compared by content
 FREE_KEYS = {"preset", "out_dir", "data_dir", "teacher", "student", "micro_batch_size", "compile", "device", "parallel",
-             "save_every", "keep", "resume", "log_every", "pretrain_steps"}
+             "save_every", "keep", "resume", "log_every", "pretrain_steps", "export_dtype", "dry_run"}
 
 
 def check_same_experiment(out_dir: Path, record: dict):
@@ -381,29 +402,108 @@ def environment() -> dict:
     return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__, "git": git or None}
 
 
-def check_model(role: str, folder: str, bins: TokenBins):
-    """UserError if the model in `folder` cannot read the bins' windows, or has another tokenizer than they."""
-    config, tokenizer = read_config(Path(folder)), model_tokenizer(Path(folder), bins.tokenizer["eot_token"])
-    if config.vocab_size < bins.vocab_size:
-        raise UserError(f"--{role}={folder}: has {config.vocab_size} ids, but the bins' tokenizer has "
+def first_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
+    """Where two tokenizers part, for the message that says so."""
+    for i in range(max(ours.vocab_size, theirs.vocab_size)):
+        texts = [tokenizer.decode([i]) if i < tokenizer.vocab_size else None for tokenizer in (ours, theirs)]
+        if texts[0] != texts[1]:
+            return f"id {i} is {texts[0]!r} in the bins, {texts[1]!r} there"
+    return "the ids are alike, but merges, added tokens, normaliser or pre-tokenizer are not"
+
+
+def check_model(role: str, folder: str, model: GPTConfig, bins: TokenBins):
+    """UserError if a model cannot read the bins' windows, or its `folder` has another tokenizer than they."""
+    if model.vocab_size < bins.vocab_size:
+        raise UserError(f"--{role}={folder}: has {model.vocab_size} ids, but the bins' tokenizer has "
                         f"{bins.vocab_size}; make the bins anew with this model's tokenizer")
-    if config.context < bins.block_size:
-        raise UserError(f"--block_size={bins.block_size}: the {role} in {folder} reads at most "
-                        f"{config.context} tokens")
-    if tokenizer is None:
+    if model.context < bins.block_size:
+        raise UserError(f"--block_size={bins.block_size}: the {role} in {folder} reads at most {model.context} tokens")
+    if not os.path.isdir(folder):  # made from scratch or of the teacher's layers
+        return
+    if (tokenizer := model_tokenizer(Path(folder), bins.tokenizer["eot_token"])) is None:
         print(f"WARNING: --{role}={folder} has no tokenizer files; its vocabulary covers the bins' ids, so it is taken")
     elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:
+        difference = first_difference(saved_tokenizer(bins.dir, bins.tokenizer), tokenizer)
         raise UserError(f"--{role}={folder}: its tokenizer ({tokenizer.name}, {tokenizer.vocab_size} ids) is not the "
-                        f"bins' ({bins.tokenizer['name']}, {bins.vocab_size} ids); make the bins anew with data.py "
-                        f"--tokenizer={folder}")
+                        f"bins' ({bins.tokenizer['name']}, {bins.vocab_size} ids): {difference}. Make the bins anew "
+                        f"with data.py --tokenizer={folder}")
 
 
-def open_data(config: Config) -> tuple[TokenBins, dict[str, torch.Tensor], dict[str, float]]:
-    """The bins, their validation windows and the base mixture ({}: natural). UserError if they are not as asked for."""
-    bins, mixture = TokenBins(config.data_dir, config.block_size), parse_mixture(config.mixture)
-    if mixture and set(mixture) != set(bins.names):
-        raise UserError(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
-    return bins, {name: torch.from_numpy(bins.val_windows(name, config.val_samples)) for name in bins.names}, mixture
+def model_config(source: str, bins: TokenBins, teacher: GPTConfig | None = None) -> GPTConfig:
+    """Sizes of the model that `teacher` or `student` names: a folder, scratch:LxD or layers:N of the teacher's."""
+    kind, _, size = source.partition(":")
+    if kind == "scratch":
+        return GPTConfig.scratch(*map(int, size.split("x")), bins.vocab_size, bins.block_size)
+    if kind == "layers":
+        if int(size) > teacher.num_hidden_layers:
+            raise UserError(f"--student={source}: the teacher has {teacher.num_hidden_layers} layers")
+        return replace(teacher, num_hidden_layers=int(size))
+    return read_config(Path(source))
+
+
+@dataclass
+class Preflight:
+    """What is known of a run before any weight is read."""
+    bins: TokenBins
+    mixture: dict[str, float]  # base proportions; {}: natural
+    windows: dict[str, torch.Tensor]  # for validation, (val_samples, block_size + 1) a domain
+    models: dict[str, GPTConfig]  # teacher, if there is one, and student
+    problems: list[str]
+
+
+def preflight(config: Config) -> Preflight:
+    """Open the bins and the models' config.json, and list what does not fit. UserError if there are no bins."""
+    bins = TokenBins(config.data_dir, config.block_size, list(filter(None, config.domains.split(","))))
+    windows, models, problems = {}, {}, []
+    if (mixture := parse_mixture(config.mixture)) and set(mixture) != set(bins.names):
+        problems.append(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
+    try:
+        for role, source in (("teacher", config.teacher), ("student", config.student)):
+            if source:
+                models[role] = model_config(source, bins, models.get("teacher"))
+                check_model(role, source, models[role], bins)
+    except UserError as error:
+        problems.append(str(error))
+    try:
+        windows = {name: torch.from_numpy(bins.val_windows(name, config.val_samples)) for name in bins.names}
+    except UserError as error:
+        problems.append(str(error))
+    return Preflight(bins, mixture, windows, models, problems)
+
+
+def dry_run(config: Config):
+    """Print what a run would take on one device, estimated from sizes alone. UserError lists what is wrong."""
+    checked = preflight(config)
+    bins, width = checked.bins, 2 if config.dtype == "bfloat16" else 4
+    flops, memory = {"teacher": 0}, {}  # of a forward pass, a token; GiB
+    for role, model in checked.models.items():
+        with torch.device("meta"):
+            blocks, total = (sum(p.numel() for p in part.parameters()) for gpt in [GPT(model)] for part in (gpt.layers, gpt))
+        heads, L, d = model.num_attention_heads * model.head_dim, model.num_hidden_layers, model.hidden_size
+        # Two products over the causal half of T × T scores in each layer, besides those with the weights
+        flops[role] = 2 * (blocks + model.vocab_size * d) + 2 * L * heads * config.block_size
+        memory[role] = total * (width if role == "teacher" else 4) / 2**30
+        print(f"{role}: {model.model_type}, {L} layers × {d}, {total / 1e6:,.1f} M parameters, of whose "
+              f"{model.vocab_size:,} rows the divergence is over the tokenizer's {bins.vocab_size:,}")
+    if "student" in checked.models:
+        passed = (config.micro_batch_size or config.batch_size) * config.block_size
+        kept = 16 * d + width * (4 * heads + 2 * d + 4 * model.intermediate_size)  # bytes a token and layer
+        memory |= {"gradients": 4 * total / 2**30, "AdamW": 8 * total / 2**30, "activations": kept * L * passed / 2**30}
+        tokens, evaluations = config.max_steps * config.batch_size * config.block_size, config.max_steps // config.interval
+        measured = len(bins.names) * config.val_samples * config.block_size
+        training = tokens * (3 * flops["student"] + flops["teacher"] * (config.method != "cpt"))
+        evaluation = measured * ((evaluations + 1) * flops["student"] + flops["teacher"])
+        print(f"memory: {', '.join(f'{part} {size:.1f}' for part, size in memory.items())}, in all "
+              f"{sum(memory.values()):.1f} GiB\n"
+              f"tokens: {tokens:,} in {config.max_steps:,} steps; {measured:,} at each of {evaluations + 1} evaluations\n"
+              f"FLOPs: {training:.2e} to train, {evaluation:.2e} to evaluate: "
+              f"{(training + evaluation) / (0.4 * 312e12 * 3600):,.1f} hours of an A100 at 40 % of its bfloat16 peak")
+        drawn = config.max_steps * config.batch_size
+        for name, n in bins.n_windows.items():
+            print(f"{name}: {n * config.block_size:,} tokens; {drawn / sum(bins.n_windows.values()):.2f} epochs in "
+                  f"natural proportions, {drawn / len(bins.names) / n:.2f} if all domains are drawn alike")
+    if checked.problems:
+        raise UserError("\n".join(checked.problems))
 
 
 @contextmanager
@@ -437,14 +537,13 @@ def train(config: Config) -> Path:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     # Everything cheap is checked before anything large is loaded.
-    bins, windows, mixture = open_data(config)
-    names = bins.names
-    content = {"data_dir": bins.content()}
-    for role, folder in (("teacher", config.teacher), ("student", config.student)):
-        content[role] = folder
-        if os.path.isdir(folder):
-            check_model(role, folder, bins)
-            content[role] = model_content(folder)
+    checked = preflight(config)
+    if checked.problems:
+        raise UserError("\n".join(checked.problems))
+    bins, names, windows = checked.bins, checked.bins.names, checked.windows
+    content = {"data_dir": bins.content(), **{
+        role: model_content(source) if os.path.isdir(source) else source
+        for role, source in (("teacher", config.teacher), ("student", config.student))}}
 
     # Resume, in this order: nothing there → start; another experiment → refuse; finished → say so; else go on from
     # the newest whole checkpoint, or from the start if there is none.
@@ -472,23 +571,26 @@ def train(config: Config) -> Path:
     teacher = GPT.from_pretrained(config.teacher, getattr(torch, config.dtype)) if config.teacher else None
     if teacher is not None:
         teacher.requires_grad_(False).to(device)
-    if resumed or not config.student.startswith("scratch:"):
-        student = GPT.from_pretrained(resumed or config.student, dtype=torch.float32)
-    else:
+    kind, _, size = config.student.partition(":")
+    if kind == "scratch" and not resumed:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            layers, width = map(int, config.student.removeprefix("scratch:").split("x"))
-            student = GPT(GPTConfig.scratch(layers, width, bins.vocab_size, config.block_size))
+            student = GPT(checked.models["student"])
+    elif kind == "layers" and not resumed:
+        student = GPT.from_pretrained(config.teacher, torch.float32, layers=int(size))
+    else:
+        student = GPT.from_pretrained(resumed or config.student, torch.float32)
     student.to(device)
     optimizers = make_optimizers(student, config)
     sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
-    sampler.probs = mixture or sampler.probs
+    sampler.probs = checked.mixture or sampler.probs
     base_probs = sampler.probs
     if resumed:
         print(f"{out_dir}: going on from {resumed.name}")
         saved = torch.load(resumed / "optimizer.pt", map_location=device, weights_only=True)
-        for optimizer, optimizer_state in zip(optimizers, saved, strict=True):
+        for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
+        student.load_state_dict(saved["weights"] or student.state_dict())
         sampler.load_state_dict(state.sampler)
     if config.compile == "true" or config.compile == "auto" and device.type == "cuda":
         for layer in [*student.layers, *(teacher.layers if teacher else [])]:
@@ -535,6 +637,10 @@ def train(config: Config) -> Path:
                     sampler.probs = interval_probs(config.method, t, state.factor, base_probs)
                     state.first_domains = state.first_domains or state.domains
                     log("mixture", t=t, r=dict(zip(names, sampler.probs.tolist())), domains=state.domains)
+                    if t == 0 and teacher is not None:
+                        print("\n".join([*teacher_warnings(state.domains, bins.vocab_size), *(
+                            f"{name}: teacher's perplexity {domain['teacher_ppl']:.2f}, student's "
+                            f"{domain['student_ppl']:.2f}" for name, domain in state.domains.items())]), flush=True)
             last = is_last()
 
             # Save
@@ -542,7 +648,8 @@ def train(config: Config) -> Path:
             due = state.step and config.save_every and state.step % config.save_every == 0
             if (last or due or stop) and folder != resumed:
                 state.sampler = sampler.state_dict()
-                save_checkpoint(folder, student, optimizers, state, bins)
+                save_checkpoint(folder, student, optimizers, state, bins,
+                                {"fp32": torch.float32, "bf16": torch.bfloat16}[config.export_dtype])
                 for old in checkpoints(out_dir)[:-config.keep] if config.keep else []:
                     shutil.rmtree(old)
             if last:
@@ -597,19 +704,27 @@ def train(config: Config) -> Path:
     return folder
 
 
+def teacher_warnings(domains: dict[str, dict], vocab_size: int) -> list[str]:
+    """What the first evaluation says against a teacher."""
+    warnings = []
+    for name, domain in domains.items():
+        if domain["teacher_ppl"] > vocab_size / 2:
+            warnings.append(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): HARDLY "
+                            "TRAINED, MADE OR LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
+        elif domain["ratio"] < 1:
+            warnings.append(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY "
+                            f"{1 / domain['ratio']:.2f}")
+    return warnings
+
+
 def report(config: Config, folder: Path):
     """Print what a run did in each domain, from its first evaluation to its last, from its last checkpoint."""
     state = read_state(folder)
     domains, first = state.domains, state.first_domains
     drawn = sum(domain["tokens"] for domain in domains.values()) or 1
     uniform = read_meta(Path(config.data_dir))["tokenizer"]["vocab_size"]
-    for name, domain in first.items() if config.teacher else ():
-        if domain["teacher_ppl"] > uniform / 2:
-            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): HARDLY TRAINED, "
-                  "MADE OR LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
-        elif domain["ratio"] < 1:
-            print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY {1 / domain['ratio']:.2f}")
-    print(f"\n{config.method}, seed {config.seed}, step {state.step}: perplexity by domain\n")
+    print("\n".join(teacher_warnings(first, uniform) if config.teacher else []))
+    print(f"{config.method}, seed {config.seed}, step {state.step}: perplexity by domain\n")
     print(f"{'':14}{'teacher':>9}{'student':>19}{'student/teacher':>22}{'drawn':>9}{'epochs':>9}")
     for name, domain in domains.items():
         before = first[name]
@@ -627,7 +742,7 @@ def show_continuations(config: Config, folder: Path):
     """Print what the student makes of the start of each domain's first validation document."""
     bins = TokenBins(config.data_dir, config.block_size)
     tokenizer = model_tokenizer(folder)
-    student = GPT.from_pretrained(folder)
+    student = GPT.from_pretrained(folder, torch.float32)
     prompts = torch.from_numpy(np.concatenate([bins.val_windows(name, 1) for name in bins.names])[:, :64])
     idx = student.generate(prompts, 96, temperature=0.7, vocab_size=bins.vocab_size,
                            generator=torch.Generator().manual_seed(config.seed))
@@ -638,6 +753,7 @@ def show_continuations(config: Config, folder: Path):
 
 # ------------ Quickstart ----------------------------------------------------------------------------------------------
 
+QUICKSTART_MODELS = {"teacher": "scratch:4x128", "student": "scratch:2x96"}
 # As unequal as the domains of a real corpus: the natural mixture is nine tenths code.
 QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 5_000_000, "math": 800_000, "prose": 600_000}
 
@@ -651,18 +767,22 @@ def quickstart(config: Config) -> Config:
     if not (data_dir / "meta.json").is_file():
         print(f"Collecting text into {data_dir} …", flush=True)
         build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES), val_fraction=0.1)
-    open_data(config)  # for its errors, before minutes of training
-    for role, size, steps, mixture in (
-        ("teacher", "scratch:4x128", config.pretrain_steps, "python=1,cpp=1,math=1,prose=1"),
-        ("student", "scratch:2x96", (config.pretrain_steps + 1) // 2, "python=.495,cpp=.495,math=.005,prose=.005"),
+    sizes = {role: getattr(config, role) or size for role, size in QUICKSTART_MODELS.items()}
+    if config.dry_run:
+        return replace(config, **sizes)
+    if problems := preflight(replace(config, **sizes)).problems:  # before minutes of training
+        raise UserError("\n".join(problems))
+    for role, steps, mixture in (
+        ("teacher", config.pretrain_steps, "python=1,cpp=1,math=1,prose=1"),
+        ("student", (config.pretrain_steps + 1) // 2, "python=.495,cpp=.495,math=.005,prose=.005"),
     ):
         if not getattr(config, role):
             base = resolve_config(**{**PRESETS["quickstart"], "preset": "custom", "method": "cpt", "optimizer": "muon",
-                                     "student": size, "max_steps": steps, "mixture": mixture, "interval": 10**9,
+                                     "student": sizes[role], "max_steps": steps, "mixture": mixture, "interval": 10**9,
                                      "lr": 1e-2, "min_lr": 1e-3, "keep": 1, "log_every": 50, "dtype": "float32",
                                      "device": config.device, "compile": config.compile,
                                      "data_dir": str(data_dir), "out_dir": str(data_dir / role)})
-            print(f"\nThe {role}: {size}, {steps} steps, kept in {base.out_dir}", flush=True)
+            print(f"\nThe {role}: {sizes[role]}, {steps} steps, kept in {base.out_dir}", flush=True)
             try:
                 config = replace(config, **{role: str(train(base))})
             except UserError as error:
@@ -676,6 +796,8 @@ def main():
     print_config(config)
     if config.preset == "quickstart":
         config = quickstart(config)
+    if config.dry_run:
+        return dry_run(config)
     folder = train(config)
     report(config, folder)
     if config.preset == "quickstart":

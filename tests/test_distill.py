@@ -479,7 +479,8 @@ def test_bins_of_another_tokenizer_than_the_teachers_are_refused(config, teacher
 def test_a_folder_without_tokenizer_files_is_taken_with_a_warning(config, teacher, tmp_path, capsys):
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
-    (other / "tokenizer_meta.json").unlink()
+    for name in ("tokenizer_meta.json", "tokenizer.json", "tokenizer_config.json"):
+        (other / name).unlink()
     train(config(teacher=str(other), max_steps=0))
     assert "WARNING: --teacher" in capsys.readouterr().out
 
