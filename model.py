@@ -341,7 +341,7 @@ class GPT(nn.Module):
         folder, own = Path(folder), self.state_dict()
         folder.mkdir(parents=True, exist_ok=True)
         state = {key: pack(key, [own[name].to("cpu", dtype) for name in names], self.config).contiguous()
-                 for key, names in stored_tensors(self).items()}
+                 for key, names in checkpoint_tensors(self).items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         dtype = str(dtype or self.embed_tokens.weight.dtype).removeprefix("torch.")
         settings = {**self.config.to_dict(), "dtype": dtype, "torch_dtype": dtype}
@@ -354,64 +354,62 @@ class GPT(nn.Module):
         `layers`: keep so many only, evenly spaced, the first and the last among them. A missing file, or a missing,
         unexpected, mis-shaped, non-finite or contradictory tensor is a ValueError that names it. Nothing is unpickled
         or filled in."""
-        config = read_config(Path(folder))
+        config, held = read_config(Path(folder)), stored_tensors(Path(folder))
         with torch.device("meta"):  # no memory, no initialisation: every tensor comes from the file
             model = cls(config)
-        own, stored = model.state_dict(), stored_tensors(model)
-        held = stored_weights(Path(folder), config.family.prefix)
-
-        def fail(key: str, problem: str):
-            raise UserError(f"{held[key].path if key in held else folder}: {key} {problem}")
-
-        head, embedding = "lm_head.weight", next(iter(stored))
-        if config.tie_word_embeddings and head in held:
-            if embedding in held and not held[head].read().equal(held[embedding].read()):
-                fail(head, f"differs from {embedding}, though config.json ties them; set tie_word_embeddings to false")
+        own = model.state_dict()
+        prefix = config.family.prefix if any(key.startswith(config.family.prefix) for key in held) else ""
+        wanted = {key.removeprefix("" if prefix else config.family.prefix): names
+                  for key, names in checkpoint_tensors(model).items()}  # the hub's gpt2 was saved without its prefix
+        head, embedding = "lm_head.weight", next(iter(wanted))
+        if config.tie_word_embeddings and {head, embedding} <= held.keys():
+            if not read_tensor(held[head], head).equal(read_tensor(held[embedding], embedding)):
+                raise UserError(f"{held[head]}: {head} differs from {embedding}, though config.json ties them; set "
+                                "tie_word_embeddings to false there")
             del held[head]
-        if held.keys() != stored.keys():
+        if held.keys() != wanted.keys():
             files = " ".join(path.name for path in weight_files(Path(folder)))
-            raise UserError(f"{folder}: missing {sorted(stored.keys() - held)}, unexpected {sorted(held.keys() - stored)} "
-                            f"in {files}; not the weights of this config.json")
-        for key, names in stored.items():
-            expected = list(pack(key, [own[name] for name in names], config).shape)
-            if held[key].shape != expected:
-                fail(key, f"is {held[key].shape}, but config.json makes it {expected}; copy both from one model")
-            if held[key].dtype not in DTYPES:
-                fail(key, f"holds {held[key].dtype}; quantised weights are not read, convert to bfloat16 first")
-        dtype = dtype or reduce(torch.promote_types, (DTYPES[tensor.dtype] for tensor in held.values()))
+            raise UserError(f"{folder}: {files}: missing {sorted(wanted.keys() - held)}, unexpected "
+                            f"{sorted(held.keys() - wanted)}; not the weights of this config.json")
         L = config.num_hidden_layers
-        if not 1 <= (layers := layers or L) <= L:
+        if not 1 <= (layers := L if layers is None else layers) <= L:
             raise UserError(f"layers:{layers}: {folder} has {L} layers")
-        kept = [round(i * (L - 1) / max(1, layers - 1)) for i in range(layers)]
-        state = {}
-        for key, names in stored.items():
-            if names[0].startswith("layers.") and int(names[0].split(".")[1]) not in kept:
-                continue
-            tensor = held[key].read()
-            if not tensor.sum(dtype=torch.float64).isfinite():  # if any value is not; no second copy is made
-                fail(key, "holds values that are not finite; the file is damaged, copy it again")
-            for name, part in zip(names, unpack(key, tensor, [len(own[name]) for name in names], config)):
-                # A copy: what safetensors maps from the file is aligned as the file is, and sums by alignment.
-                state[name] = torch.empty(part.shape, dtype=dtype).copy_(part)
+        kept, state = {round(i * (L - 1) / max(1, layers - 1)) for i in range(layers)}, {}
+        for key, names in wanted.items():
+            tensor, parts = read_tensor(held[key], key), [own[name] for name in names]
+            expected = pack(key, parts, config).shape
+            for wrong, problem in (
+                (tensor.shape != expected, f"is {list(tensor.shape)}, but config.json makes it {list(expected)}"),
+                (tensor.dtype not in DTYPES, f"holds {tensor.dtype}; quantised weights are not read"),
+                (not all(piece.isfinite().all() for piece in tensor.flatten().split(2**20)),  # without a second copy
+                 "holds values that are not finite; copy it again"),
+            ):
+                if wrong:
+                    raise UserError(f"{held[key]}: {key} {problem}")
+            for name, part in zip(names, unpack(key, tensor, [len(part) for part in parts], config)):
+                if not name.startswith("layers.") or int(name.split(".")[1]) in kept:
+                    # A copy: what safetensors maps from the file is aligned as the file is, and sums by alignment.
+                    state[name] = torch.empty(part.shape, dtype=dtype or part.dtype).copy_(part)
         model.load_state_dict(state, assign=True, strict=False)
-        model.layers = nn.ModuleList(model.layers[i] for i in kept)
+        model.layers = nn.ModuleList(model.layers[i] for i in sorted(kept))
         model.config = replace(config, num_hidden_layers=layers)
         assert not any(parameter.is_meta for parameter in model.parameters())
-        return model
+        return model.to(reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()}))
 
 
 # ------------ Folders -------------------------------------------------------------------------------------------------
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+BUFFERS = r"\battn\.(masked_)?bias$|rotary_emb\.inv_freq$"  # constants that older versions of transformers saved
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def stored_tensors(model: GPT) -> dict[str, list[str]]:
+def checkpoint_tensors(model: GPT) -> dict[str, list[str]]:
     """Each tensor of the model's checkpoint → our parameters in it: one, or q, k and v where the family fuses them."""
-    family, stored = model.config.family, {}
+    family, tensors = model.config.family, {}
     for name in model.state_dict():
         key = ".".join(family.names.get(part, part) for part in name.split("."))
-        stored.setdefault(key if name.startswith("lm_head.") else family.prefix + key, []).append(name)
-    return stored
+        tensors.setdefault(key if name.startswith("lm_head.") else family.prefix + key, []).append(name)
+    return tensors
 
 
 def pack(key: str, parts: list[torch.Tensor], config: GPTConfig) -> torch.Tensor:
@@ -421,12 +419,12 @@ def pack(key: str, parts: list[torch.Tensor], config: GPTConfig) -> torch.Tensor
         whole = torch.cat(parts)
         if interleaved(config):
             whole = whole.unflatten(0, (3, config.num_attention_heads, -1)).transpose(0, 1).flatten(0, 2)
-    return whole.T if config.family.transposed and whole.dim() == 2 and ".h." in key else whole
+    return whole.T if config.family.transposed and whole.dim() == 2 and ".h." in f".{key}" else whole
 
 
 def unpack(key: str, whole: torch.Tensor, rows: list[int], config: GPTConfig) -> list[torch.Tensor]:
     """Our parameters, of `rows` each, in the checkpoint's tensor `key`: pack's inverse."""
-    whole = whole.T if config.family.transposed and whole.dim() == 2 and ".h." in key else whole
+    whole = whole.T if config.family.transposed and whole.dim() == 2 and ".h." in f".{key}" else whole
     if len(rows) > 1 and interleaved(config):
         whole = whole.unflatten(0, (config.num_attention_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
     return list(whole.split(rows))
@@ -435,19 +433,6 @@ def unpack(key: str, whole: torch.Tensor, rows: list[int], config: GPTConfig) ->
 def interleaved(config: GPTConfig) -> bool:
     """Whether c_attn holds q, k and v of one head after the other, as StarCoder's does without multi-query."""
     return config.model_type == "gpt_bigcode" and config.num_key_value_heads == config.num_attention_heads
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    path: Path
-    key: str
-    shape: list[int]
-    dtype: str
-
-    def read(self) -> torch.Tensor:
-        # Opened anew each time: what a mapping has touched is this process's memory until it is closed.
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(self.key)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -460,6 +445,8 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = [folder / name for name in sorted(set(weight_map.values()))]
+            if not files:
+                raise ValueError("it names none")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{index}: no index of shards ({type(error).__name__}: {error}); copy it again") from None
     for path in files:
@@ -468,24 +455,26 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def stored_weights(folder: Path, prefix: str) -> dict[str, StoredTensor]:
-    """Where each tensor of a model's folder lies; none is read yet. Buffers that hold no weights are left out."""
+def stored_tensors(folder: Path) -> dict[str, Path]:
+    """Which file holds each tensor of a model's folder. Buffers that hold no weights are left out."""
     held = {}
     for path in weight_files(folder):
         try:
             with safe_open(path, framework="pt") as file:
-                found = [StoredTensor(path, key, (stored := file.get_slice(key)).get_shape(), stored.get_dtype())
-                         for key in file.keys() if not re.search(r"attn\.(masked_)?bias$|rotary_emb\.inv_freq$", key)]
+                keys = [key for key in file.keys() if not re.search(BUFFERS, key)]
         except SafetensorError as error:
             raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
-        for tensor in found:
-            if tensor.key in held and not held[tensor.key].read().equal(tensor.read()):
-                raise UserError(f"{path}: {tensor.key} is not as in {held[tensor.key].path}; copy both again")
-            held[tensor.key] = tensor
-    if any(key.startswith(prefix) for key in held):
-        return held
-    # Saved without its head, as the hub's gpt2 is
-    return {key if key.startswith("lm_head.") else prefix + key: tensor for key, tensor in held.items()}
+        for key in keys:
+            if key in held and not read_tensor(held[key], key).equal(read_tensor(path, key)):
+                raise UserError(f"{path}: {key} is not as in {held[key]}; copy both again")
+            held[key] = path
+    return held
+
+
+def read_tensor(path: Path, key: str) -> torch.Tensor:
+    # Opened anew each time: what a mapping has touched is this process's memory until it is closed.
+    with safe_open(path, framework="pt") as file:
+        return file.get_tensor(key)
 
 
 def read_config(folder: Path) -> GPTConfig:
