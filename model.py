@@ -445,8 +445,6 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = [folder / name for name in sorted(set(weight_map.values()))]
-            if not files:
-                raise ValueError("it names none")
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{index}: no index of shards ({type(error).__name__}: {error}); copy it again") from None
     for path in files:

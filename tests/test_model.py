@@ -590,8 +590,8 @@ DAMAGE = {  # what is wrong → (how it comes about, what the message names)
     "unknown rope_scaling beside none": (spoil_config(rope_parameters=None, rope_scaling={"rope_type": "dynamic",
                                                                                         "factor": 8.0}),
                                          [CONFIG, "dynamic"]),
-    "eight-bit weights": (spoil_tensor(Q, lambda tensor: tensor.to(torch.int8)), [WEIGHTS, Q, "I8"]),
-    "a layer of integers": (spoil_tensor(NORM, lambda tensor: tensor.long()), [WEIGHTS, NORM, "I64"]),
+    "eight-bit weights": (spoil_tensor(Q, lambda tensor: tensor.to(torch.int8)), [WEIGHTS, Q, "holds"]),
+    "a layer of integers": (spoil_tensor(NORM, lambda tensor: tensor.long()), [WEIGHTS, NORM, "holds"]),
     "quantised": (spoil_config(quantization_config={"quant_method": "gptq"}), [CONFIG, "quantization_config", "gptq"]),
     "half of each head turned": (spoil_config(partial_rotary_factor=0.5), [CONFIG, "partial_rotary_factor", "0.5"]),
     "half of each head turned, in rope_parameters": (
@@ -631,11 +631,11 @@ WRONG = {  # what is wrong with a tensor → (how it comes about, what the messa
     "missing": (lambda key: spoil_tensor(key, lambda tensor: None), "missing ['KEY'], unexpected []"),
     "unexpected": (lambda key: spoil_tensor("lm_head.weight", lambda tensor: None),
                    "missing ['lm_head.weight'], unexpected []"),
-    "one more": (lambda key: lambda folder: edit_tensors(folder, lambda state: state.update({key + "s": torch.ones(2)})),
+    "one more": (lambda key: lambda folder: edit_tensors(folder, with_buffers(torch.ones(2), key + "s")),
                  "missing [], unexpected ['KEYs']"),
-    "mis-shaped": (lambda key: spoil_tensor(key, lambda tensor: tensor[:-1]), "KEY is ["),
+    "mis-shaped": (lambda key: spoil_tensor(key, lambda tensor: tensor[:-1]), "KEY is "),
     "not finite": (lambda key: spoil_tensor(key, one_value(float("nan"))), "KEY holds values that are not finite"),
-    "whole numbers": (lambda key: spoil_tensor(key, lambda tensor: tensor.to(torch.int8)), "KEY holds I8"),
+    "whole numbers": (lambda key: spoil_tensor(key, lambda tensor: tensor.to(torch.int8)), "KEY holds "),
 }
 
 
@@ -729,7 +729,7 @@ SHARDS = {  # what is wrong with the shards → (how it comes about, what the me
     "by an absolute path": (renamed(lambda folder: str(folder.parent / "away" / SECOND)), ["away", INDEX]),
     "a folder": (lambda folder: write_index(folder, {NORM: ".."}), ["..", INDEX]),
     "itself": (lambda folder: write_index(folder, {NORM: ""}), [INDEX]),
-    "no shards": (lambda folder: write_index(folder, {}), ["missing", NORM]),
+    "no shards": (lambda folder: write_index(folder, {}), ["missing", "norm.weight"]),
     "a list": (lambda folder: write_index(folder, [FIRST, SECOND]), [INDEX]),
     "numbers": (lambda folder: write_index(folder, {NORM: 1}), [INDEX]),
     "lists": (lambda folder: write_index(folder, {NORM: [FIRST]}), [INDEX]),
