@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -13,7 +14,7 @@ from conftest import read_lines
 from safetensors.torch import load_file, save_file
 
 import distill
-from data import TokenBins, UserError
+from data import TokenBins, UserError, build_bins, bytes_settings, load_tokenizer
 from distill import (checkpoints, dense_distillation_loss, make_optimizers, read_state, resolve_config, train)
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
@@ -531,6 +532,303 @@ def test_mistakes_on_the_command_line_are_named_all_at_once(arguments, messages,
     for message in messages:
         assert message in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------- Pre-flight ---------------------------------------------------------
+
+
+def change_config(**changes):
+    """A function that changes keys of a folder's config.json."""
+    def change(folder):
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return change
+
+
+def change_tokenizer(change):
+    """A function that gives a folder the bytes tokenizer's tokenizer.json after `change`, as transformers would."""
+    def give(folder):
+        settings = bytes_settings()
+        change(settings)
+        (folder / "tokenizer_meta.json").unlink()
+        (folder / "tokenizer.json").write_text(json.dumps(settings))
+    return give
+
+
+def swap_two_ids(settings):
+    settings["model"]["vocab"].update(a=98, b=97)
+
+
+def split_words(settings):
+    settings["pre_tokenizer"]["use_regex"] = True
+
+
+@pytest.fixture
+def start(run_main, data_dir, teacher, tmp_path, monkeypatch):
+    """Runs distill.py as a program with `{teacher}` and `{other}` in arguments filled in, where no weight may be read.
+
+    `other` is the teacher's folder after `change`. Returns (exit status, stdout, stderr) and other's folder."""
+    def run(change, *arguments):
+        other = tmp_path / "other"
+        shutil.copytree(teacher, other)
+        change(other)
+        monkeypatch.setattr(GPT, "from_pretrained", None)
+        monkeypatch.chdir(tmp_path)
+        given = [f"--data_dir={data_dir}", f"--teacher={teacher}", "--student=scratch:1x32", "--block_size=16",
+                 "--batch_size=8", "--val_samples=5", "--max_steps=2", "--out_dir=run", "--device=cpu"]
+        return *run_main(distill, *given, *(word.format(teacher=teacher, other=other) for word in arguments)), other
+    return run
+
+
+SHORT = {"max_position_embeddings": 8}
+SLIDING = {"model_type": "mistral", "sliding_window": 8}
+
+
+@pytest.mark.parametrize("change, arguments, messages", [
+    (change_tokenizer(swap_two_ids), ["--teacher={other}"],
+     ["--teacher={other}: its tokenizer", "id 97 is 'a' in the bins, 'b' there", "data.py --tokenizer={other}"]),
+    (change_tokenizer(swap_two_ids), ["--student={other}"],
+     ["--student={other}: its tokenizer", "id 97 is 'a' in the bins, 'b' there"]),
+    (change_tokenizer(split_words), ["--teacher={other}"],
+     ["--teacher={other}: its tokenizer", "the ids are alike, but", "pre-tokenizer"]),
+    (change_config(**SHORT), ["--teacher={other}"], ["--block_size=16: the teacher in {other} reads at most 8 tokens"]),
+    (change_config(**SHORT), ["--student={other}"], ["--block_size=16: the student in {other} reads at most 8 tokens"]),
+    (change_config(**SLIDING), ["--teacher={other}"], ["--block_size=16: the teacher in {other} reads at most 8"]),
+    (change_config(**SLIDING), ["--teacher={other}", "--student=layers:1"], ["--block_size=16: the teacher in"]),
+    (change_config(vocab_size=256), ["--student={other}"],
+     ["--student={other}: has 256 ids, but the bins' tokenizer has 257", "make the bins anew"]),
+    (change_config(model_type="bert"), ["--teacher={other}"], ["{other}/config.json: model_type 'bert' is not known"]),
+    (lambda other: (other / "config.json").unlink(), ["--student={other}"], ["{other}: no config.json"]),
+    (lambda other: (other / "tokenizer_meta.json").write_text("{}"), ["--student={other}"], ["tokenizer_meta.json"]),
+    (lambda other: None, ["--student=layers:9"], ["--student=layers:9: the teacher has 2 layers"]),
+    (lambda other: None, ["--student=layers:2", "--teacher=", "--method=cpt"], ["--student=layers:2", "--teacher"]),
+    *((lambda other: None, [f"--student={word}"], [f"--student={word}: write scratch:LxD with D even", "layers:N"])
+      for word in ("layers:x", "layers:0", "layers:", "layers", "layers:-1", "layers:1.5", "layers:2x32")),
+    (lambda other: None, ["--domains=letters,cats"], ["--domains: ", "has no cats", "letters digits signs"]),
+    pytest.param(lambda other: None, ["--domains=letters,letters"], ["--domains"],
+                 marks=pytest.mark.xfail(strict=True, reason="a name given twice ends in an IndexError")),
+    (change_config(**SHORT), ["--teacher={other}", "--val_samples=1000", "--mixture=letters=1,cats=1"],
+     ["--block_size=16: the teacher in {other}", "--val_samples=1000: domain letters",
+      "--mixture=letters=1,cats=1: the domains of", "letters digits signs"]),
+    (lambda other: None, ["--domains=letters", "--mixture=letters=1,signs=1", "--val_samples=1000"],
+     ["--mixture=letters=1,signs=1", "--val_samples=1000: domain letters"]),
+])
+def test_what_does_not_fit_is_refused_with_the_fix_before_a_weight_is_read(
+        start, tmp_path, change, arguments, messages):
+    status, _, err, other = start(change, *arguments)
+    assert status == 2
+    for message in messages:
+        assert message.format(other=other) in err
+    assert all(line.startswith("error: ") for line in err.splitlines())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="preflight stops at the first problem of the first model")
+def test_the_teachers_and_the_students_problems_are_told_together(start):
+    status, _, err, other = start(change_config(vocab_size=200, **SHORT), "--teacher={other}", "--student={other}")
+    assert status == 2
+    for role in ("teacher", "student"):
+        assert f"--{role}={other}: has 200 ids" in err and f"--block_size=16: the {role} in {other}" in err
+
+
+def test_equal_ids_with_other_merges_are_another_tokenizer(config, teacher, tmp_path):
+    folders = []
+    for merges in ([["a", "b"], ["ab", "c"], ["b", "c"]], [["b", "c"], ["a", "bc"], ["a", "b"]]):
+        settings = bytes_settings()
+        settings["model"]["vocab"].update(ab=256, bc=257, abc=258)
+        settings["model"]["merges"], settings["added_tokens"][0]["id"] = merges, 259
+        folders.append(tmp_path / f"tokenizer{len(folders)}")
+        shutil.copytree(teacher, folders[-1])
+        (folders[-1] / "tokenizer_meta.json").unlink()
+        (folders[-1] / "tokenizer.json").write_text(json.dumps(settings))
+        change_config(vocab_size=260)(folders[-1])
+    texts = ["abc bcb abb " * 20, "cba aba cc a " * 20]
+    build_bins(tmp_path / "bins", load_tokenizer(folders[0]), {"letters": lambda: texts}, val_fraction=0.5)
+    given = dict(data_dir=str(tmp_path / "bins"), val_samples=2)
+    assert not distill.preflight(config(teacher=str(folders[0]), **given)).problems
+    (problem,) = distill.preflight(config(teacher=str(folders[1]), **given)).problems
+    assert "the ids are alike, but merges" in problem
+
+
+def test_a_dry_run_reads_no_weights_and_writes_nothing(start, tmp_path):
+    before = sorted(tmp_path.parent.rglob("*"))
+    status, out, err, other = start(lambda other: (other / "model.safetensors").unlink(),
+                                    "--teacher={other}", "--student=layers:1", "--dry_run")
+    assert (status, err) == (0, "")
+    for word in ("teacher: ", "student: ", "memory: ", "tokens: ", "FLOPs: ", "letters: ", "digits: ", "signs: "):
+        assert f"\n{word}" in out
+    assert "WARNING" not in out and "dry_run = True" in out
+    assert [path for path in sorted(tmp_path.parent.rglob("*")) if other not in (path, *path.parents)] == before
+
+
+def test_a_dry_run_with_problems_prints_all_the_same_and_ends_with_2(start):
+    status, out, err, _ = start(lambda other: None, "--dry_run", "--val_samples=1000", "--mixture=cats=1")
+    assert status == 2
+    assert "--val_samples=1000" in err and "--mixture=cats=1" in err
+    for word in ("teacher: ", "student: ", "memory: ", "tokens: ", "FLOPs: ", "letters: "):
+        assert f"\n{word}" in out
+
+
+def numbers_after(out, start_of_line):
+    """The numbers in the line that starts so."""
+    (line,) = [line for line in out.splitlines() if line.startswith(start_of_line)]
+    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?", line)]
+
+
+@pytest.mark.parametrize("arguments, teacher_bytes, teacher_trains", [
+    (["--dtype=bfloat16"], 2, True), (["--dtype=float32"], 4, True),
+    (["--dtype=bfloat16", "--method=cpt"], 2, False), (["--dtype=bfloat16", "--micro_batch_size=2"], 2, True)], ids=str)
+def test_the_numbers_of_a_dry_run(start, data_dir, arguments, teacher_bytes, teacher_trains):
+    """Of a teacher of 32 layers, 4096 wide: computed here by hand."""
+    V, d, L, ff, H, G, T, B, steps, K, n_val = 152_064, 4096, 32, 11008, 32, 8, 16, 8, 600, 200, 5
+    sizes = dict(model_type="qwen2", vocab_size=V, hidden_size=d, num_hidden_layers=L, intermediate_size=ff,
+                 head_dim=128, num_attention_heads=H, num_key_value_heads=G, tie_word_embeddings=False)
+    status, out, _, _ = start(change_config(**sizes), "--teacher={other}", "--student=layers:4", f"--max_steps={steps}",
+                              f"--interval={K}", "--dry_run", *arguments)
+    assert status == 0
+    kv = G * 128
+    matrices = 2 * d * d + 2 * d * kv + 3 * d * ff  # q and o, k and v, the MLP's three
+    layer = matrices + (d + 2 * kv) + 2 * d  # biases of q, k and v; two norms
+    parameters = {"teacher": L * layer + 2 * V * d + d, "student": 4 * layer + 2 * V * d + d}
+    for role, layers in (("teacher", L), ("student", 4)):
+        millions = pytest.approx(parameters[role] / 1e6, abs=0.06)
+        assert numbers_after(out, f"{role}: ")[1:] == [layers, d, millions, V, 257]
+    parts = ["teacher", "student", "gradients", "AdamW", "activations", "in all"]
+    (line,), GiB = [line for line in out.splitlines() if line.startswith("memory: ")], 2**30
+    memory = {part: float(re.search(rf"{part} ([\d.]+)", line)[1]) for part in parts}
+    assert memory["teacher"] == pytest.approx(teacher_bytes * parameters["teacher"] / GiB, abs=0.06)
+    assert memory["student"] == memory["gradients"] == pytest.approx(4 * parameters["student"] / GiB, abs=0.06)
+    assert memory["AdamW"] == pytest.approx(8 * parameters["student"] / GiB, abs=0.06)
+    assert memory.pop("in all") == pytest.approx(sum(memory.values()), abs=0.3)
+    measured = 3 * n_val * T
+    assert numbers_after(out, "tokens: ") == [steps * B * T, steps, measured, steps // K + 1]
+    # Two FLOPs a weight of a matrix and token forward (the embedding is a look-up), twice that backward; attention adds
+    # about 2·T·d a layer, next to nothing here.
+    forward = {role: 2 * (layers * matrices + V * d) for role, layers in (("teacher", L), ("student", 4))}
+    training = steps * B * T * (3 * forward["student"] + forward["teacher"] * teacher_trains)
+    evaluation = measured * ((steps // K + 1) * forward["student"] + forward["teacher"])
+    flops = numbers_after(out, "FLOPs: ")
+    assert flops[:2] == pytest.approx([training, evaluation], rel=0.01)
+    assert flops[2] == pytest.approx((training + evaluation) / (0.4 * 312e12) / 3600, abs=0.06)
+    windows = TokenBins(data_dir, T).n_windows
+    for name, n in windows.items():
+        epochs = [steps * B / sum(windows.values()), steps * B / 3 / n]
+        assert numbers_after(out, f"{name}: ") == pytest.approx([n * T, *epochs], abs=0.006)
+
+
+@pytest.mark.parametrize("max_steps, evaluations", [
+    (6, 4), (0, 1),
+    pytest.param(7, 5, marks=pytest.mark.xfail(strict=True, reason="an evaluation off the interval is not counted"))])
+def test_a_dry_run_counts_the_evaluations_that_a_run_makes(start, max_steps, evaluations):
+    _, out, _, _ = start(lambda other: None, f"--max_steps={max_steps}", "--interval=2", "--dry_run")
+    assert f" at each of {evaluations} evaluations\n" in out  # before the first step, after each two, and at the end
+
+
+def test_activations_grow_with_the_micro_batch_alone(start):
+    sizes = change_config(hidden_size=4096, num_hidden_layers=32, intermediate_size=11008, num_attention_heads=32,
+                          num_key_value_heads=32, head_dim=128)
+    given = ["--student={other}", "--teacher=", "--method=cpt", "--batch_size=64", "--dry_run", "--val_samples=1"]
+    seen = []
+    for size in (0, 16, 64):
+        shutil.rmtree("other", ignore_errors=True)
+        _, out, _, _ = start(sizes, *given, f"--micro_batch_size={size}")
+        seen.append(float(re.search(r"activations ([\d.]+)", out)[1]))
+        assert "\nteacher: " not in out
+    assert seen[0] == seen[2] == pytest.approx(4 * seen[1], abs=0.3) and seen[1] > 1
+
+
+# The paper's set-up, as DESIGN.md has it
+PAPER = dict(method="ddk", gamma=0.2, temperature=1.0, alpha=0.5, interval=1000, val_samples=500, max_steps=30_000,
+             lr=3e-5, min_lr=3e-6, warmup_steps=1000, optimizer="adamw", mixture="", stop_ratio=0.0)
+PAPER_TEXT = ["common_crawl", "c4", "stack", "wikipedia", "books", "arxiv", "stackexchange", "chinese_books",
+              "chinese_common_crawl", "openwebmath"]
+
+
+@pytest.mark.parametrize("preset, family, teacher, student, names", [
+    ("qwen1.5-14b-1.8b", "qwen2", "Qwen1.5-14B", "Qwen1.5-1.8B", PAPER_TEXT),
+    ("qwen1.5-14b-4b", "qwen2", "Qwen1.5-14B", "Qwen1.5-4B", PAPER_TEXT),
+    ("qwen1.5-7b-1.8b", "qwen2", "Qwen1.5-7B", "Qwen1.5-1.8B", PAPER_TEXT),
+    ("llama2-13b-tinyllama-1.1b", "llama", "Llama-2-13b-hf", "TinyLlama-1.1B", PAPER_TEXT),
+    ("starcoder-15.5b-3b", "gpt_bigcode", "starcoder", "starcoderbase-3b",
+     ["python", "java", "typescript", "c_sharp"])])
+def test_a_preset_of_the_paper_needs_only_its_folders(
+        run_main, data_dir, tmp_path, monkeypatch, preset, family, teacher, student, names):
+    monkeypatch.chdir(tmp_path)
+    for name in (teacher, student):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=300,
+                     max_position_embeddings=4096)
+        sizes |= dict(n_embd=8, n_layer=1, n_head=2, n_positions=8192) if family == "gpt_bigcode" else {}
+        (tmp_path / "models" / name / "config.json").write_text(json.dumps({"model_type": family, **sizes}))
+    bins = tmp_path / "data" / preset
+    bins.mkdir(parents=True)
+    meta = json.loads((data_dir / "meta.json").read_text())
+    meta["domains"], n_tokens = {}, 500 * 2048 + 1
+    for name in [*names, "another"]:
+        entries = [{"file": f"{name}.{side}.bin", "tokens": n_tokens, "documents": 1, "bytes": n_tokens, "sha256": ""}
+                   for side in ("train", "val")]
+        for entry in entries:
+            with open(bins / entry["file"], "wb") as file:
+                file.truncate(2 * n_tokens)  # takes no room
+        meta["domains"][name] = {"dtype": "uint16", "train": entries[:1], "val": entries[1]}
+    (bins / "meta.json").write_text(json.dumps(meta))
+
+    status, out, err = run_main(distill, f"--preset={preset}", "--dry_run")
+    assert (status, err) == (0, "")
+    assert "\ntokens: 15,728,640,000 in 30,000 steps; " in out  # the paper's 15 B
+    assert re.search(rf"; {len(names) * 500 * 2048:,} at each of 31 evaluations\n", out)
+    assert [name for name in [*names, "another"] if f"\n{name}: {500 * 2048:,} tokens; " in out] == names
+    resolved = dict(line.split(" = ", 1) for line in out.splitlines() if " = " in line)
+    wanted = dict(PAPER, teacher=f"models/{teacher}", student=f"models/{student}", domains=",".join(names),
+                  data_dir=f"data/{preset}", out_dir=f"out/{preset}-ddk-0")
+    assert {key: resolved[key] for key in wanted} == {key: str(value) for key, value in wanted.items()}
+    assert int(resolved["batch_size"]) * int(resolved["block_size"]) == pytest.approx(500_000, rel=0.05)
+    assert not (tmp_path / "out").exists()
+
+
+def test_domains_train_and_evaluate_on_these_only(config, data_dir, tmp_path, capsys):
+    settings = config(domains="signs,letters", method="kd")
+    folder = train(settings)
+    windows = TokenBins(data_dir, 16).n_windows
+    mixtures, (end,) = read_lines(tmp_path / "run", "mixture"), read_lines(tmp_path / "run", "end")
+    for line in mixtures:
+        assert list(line["domains"]) == list(line["r"]) == ["signs", "letters"]
+        assert line["r"]["signs"] == windows["signs"] / (windows["signs"] + windows["letters"])
+    assert sum(domain["tokens"] for domain in end["domains"].values()) == 8 * 8 * 16
+    assert list(end["domains"]) == ["signs", "letters"]
+    distill.report(settings, folder)
+    assert "digits" not in capsys.readouterr().out
+    signs = {"signs": torch.from_numpy(TokenBins(data_dir, 16).val_windows("signs", 5))}
+    alone = train(config(domains="signs", max_steps=0, out_dir=str(tmp_path / "alone")))
+    (line,) = read_lines(alone.parent, "mixture")
+    measured = distill.perplexities(GPT.from_pretrained(settings.teacher), signs, 257, 8)["signs"]
+    assert measured == line["domains"]["signs"]["teacher_ppl"] == mixtures[0]["domains"]["signs"]["teacher_ppl"]
+
+
+@pytest.mark.parametrize("steps, message", [
+    ((0, 8), "WARNING: THE TEACHER IS NEAR UNIFORM IN {}"),
+    ((8, 16), "WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {}"), ((16, 8), None)
+], ids=["near uniform", "behind", "good"])
+def test_a_bad_teacher_is_warned_of_before_the_first_step_and_in_the_report(
+        config, run_main, data_dir, tmp_path, steps, message):
+    """Teacher and student are one model, trained for so many steps each."""
+    run = config(teacher="", method="cpt", lr=2e-2, max_steps=16, save_every=8, keep=0, out_dir=str(tmp_path / "both"))
+    train(run)
+    train(replace(run, max_steps=0, out_dir=str(tmp_path / "new")))
+    teacher, student = (tmp_path / ("both" if step else "new") / f"step_{step:08d}" for step in steps)
+    status, out, _ = run_main(
+        distill, f"--data_dir={data_dir}", f"--teacher={teacher}", f"--student={student}", "--block_size=16",
+        "--batch_size=8", "--val_samples=5", "--max_steps=2", f"--out_dir={tmp_path / 'run'}", "--log_every=1",
+        "--device=cpu")
+    assert status == 0
+    before, after = out.split("step 1/2 ")
+    for part in (before, after):
+        assert part.count("WARNING") == (3 if message else 0)
+        for name in NAMES if message else []:
+            assert message.format(name) in part
+    for name, domain in read_lines(tmp_path / "run", "mixture")[0]["domains"].items():
+        told = f"{name}: teacher's perplexity {domain['teacher_ppl']:.2f}, student's {domain['student_ppl']:.2f}"
+        assert told in before
 
 
 def test_several_processes_are_refused_rather_than_left_to_overwrite_each_other(monkeypatch):

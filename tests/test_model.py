@@ -244,6 +244,9 @@ HUB = {  # a model of the hub → its config.json's keys, as transformers 4 wrot
     "Qwen2 window": dict(OF_4, model_type="qwen2", hidden_act="silu", max_position_embeddings=64, max_window_layers=2,
                          rms_norm_eps=1e-2, rope_theta=1000000.0, sliding_window=16, torch_dtype="bfloat16",
                          use_sliding_window=True),
+    "Qwen2 window above": dict(OF_4, model_type="qwen2", hidden_act="silu", max_position_embeddings=64,
+                               max_window_layers=3, rms_norm_eps=1e-2, rope_theta=1000000.0, sliding_window=16,
+                               torch_dtype="bfloat16", use_sliding_window=True),
     "Qwen3": dict(OF_4, model_type="qwen3", attention_bias=False, attention_dropout=0.0, head_dim=20,
                   hidden_act="silu", max_position_embeddings=64, max_window_layers=28, rms_norm_eps=1e-2,
                   rope_scaling=None, rope_theta=1000000, sliding_window=None, tie_word_embeddings=True,
@@ -272,8 +275,8 @@ def test_a_config_of_transformers_4_makes_the_same_network(name, tmp_path):
     theirs.save_pretrained(tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(written))
     ours = GPT.from_pretrained(tmp_path)
-    assert ours.config.context == (16 if written.get("sliding_window") == 16 and name != "Qwen1.5" else
-                                   written.get("max_position_embeddings", 64))
+    windowed = name in ("Qwen2 window", "starcoder2", "Mistral-v0.1")
+    assert ours.config.context == (16 if windowed else written.get("max_position_embeddings", 64))
     assert_same_logits(ours, theirs)
 
     ours.save_pretrained(tmp_path / "ours")
@@ -356,6 +359,18 @@ def test_more_tokens_than_learned_positions_are_refused(family):
     assert gpt(tokens(67, 1, 64)).shape == (1, 64, 67)
     with pytest.raises(ValueError, match="65 tokens.*64"):
         gpt(tokens(67, 1, 65))
+
+
+@pytest.mark.parametrize("layer_types, max_window_layers, context", [
+    (["full_attention"] * 3, 1, 64), (["full_attention", "sliding_attention", "full_attention"], 3, 24)])
+def test_layer_types_say_which_layers_slide_whatever_max_window_layers_is(layer_types, max_window_layers, context,
+                                                                          tmp_path):
+    theirs = transformers_model(Qwen2Config(**LLAMA, num_key_value_heads=2, use_sliding_window=True, sliding_window=24,
+                                            max_window_layers=max_window_layers, layer_types=layer_types))
+    theirs.save_pretrained(tmp_path)
+    ours = GPT.from_pretrained(tmp_path)
+    assert ours.config.context == context
+    assert_same_logits(ours, theirs)
 
 
 @torch.no_grad()
@@ -660,6 +675,27 @@ def test_a_setting_that_makes_it_another_network_is_refused(key, value, family, 
     edit_config(tmp_path / "model", **{key: value})
     with pytest.raises(ValueError, match=f"{'hidden_act' if 'act' in key[:3] else key} {value!r}".replace("'", ".")):
         GPT.from_pretrained(tmp_path / "model")
+
+
+OF_OTHERS = {  # family → settings that other families have, which transformers does not read for it
+    "llama": dict(sliding_window=8, use_sliding_window=True),
+    "mistral": dict(attention_bias=True, mlp_bias=True),
+    "qwen2": dict(attention_bias=False, mlp_bias=True),
+    "qwen3": dict(mlp_bias=True),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), dict(attention_bias=False, mlp_bias=False, head_dim=16, rope_theta=5.0,
+                                                  sliding_window=8, use_sliding_window=True)),
+    "starcoder2": dict(attention_bias=False, mlp_bias=False, rms_norm_eps=0.5),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_setting_that_only_other_families_have_changes_nothing(family, family_folders, tmp_path):
+    shutil.copytree(family_folders[family], tmp_path / "model")
+    before = GPT.from_pretrained(tmp_path / "model")
+    edit_config(tmp_path / "model", **OF_OTHERS[family])
+    after = GPT.from_pretrained(tmp_path / "model")
+    assert after.config == before.config
+    assert_same_weights(after, before)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
