@@ -23,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -92,6 +92,7 @@ class Config:
 
     def problems(self) -> list[str]:
         makes_models, made = self.preset == "quickstart", self.student.partition(":")[0] in ("scratch", "layers")
+        domains = self.domains.split(",")
         problems = [message for wrong, message in (
             *((folder and not os.path.isdir(folder), f"--{key}={folder}: no such folder")
               for key, folder in (("teacher", self.teacher), ("student", "" if made else self.student))),
@@ -112,6 +113,7 @@ class Config:
             (self.resume == "never" and any(Path(self.out_dir).resolve() in Path(name or ".").resolve().parents
                                             for name in (self.teacher, self.student)),
              f"--out_dir={self.out_dir}: holds the teacher or the student; name another folder"),
+            (len(set(domains)) < len(domains), f"--domains={self.domains}: name each once"),
             (self.mixture and self.method == "ddk_es", f"--mixture={self.mixture}: ddk_es draws all domains alike"),
             (self.batch_size % max(1, self.micro_batch_size),
              f"--batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size}"),
@@ -242,6 +244,11 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
 
 
 # ------------ Evaluation: ℓ_S and ℓ_T ---------------------------------------------------------------------------------
+
+def validation_windows(bins: TokenBins, count: int) -> dict[str, torch.Tensor]:
+    """The first `count` of each domain's validation, (count, block_size + 1) int64. UserError if there are fewer."""
+    return {name: torch.from_numpy(bins.val_windows(name, count)) for name in bins.names}
+
 
 @torch.no_grad()
 def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, batch: int,
@@ -411,22 +418,22 @@ def first_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
     return "the ids are alike, but merges, added tokens, normaliser or pre-tokenizer are not"
 
 
-def check_model(role: str, folder: str, model: GPTConfig, bins: TokenBins):
-    """UserError if a model cannot read the bins' windows, or its `folder` has another tokenizer than they."""
+def model_problems(role: str, folder: str, model: GPTConfig, bins: TokenBins) -> Iterator[str]:
+    """Why a model cannot read the bins' windows, or has another tokenizer in its `folder` than they."""
     if model.vocab_size < bins.vocab_size:
-        raise UserError(f"--{role}={folder}: has {model.vocab_size} ids, but the bins' tokenizer has "
-                        f"{bins.vocab_size}; make the bins anew with this model's tokenizer")
+        yield (f"--{role}={folder}: has {model.vocab_size} ids, but the bins' tokenizer has {bins.vocab_size}; make the "
+               "bins anew with this model's tokenizer")
     if model.context < bins.block_size:
-        raise UserError(f"--block_size={bins.block_size}: the {role} in {folder} reads at most {model.context} tokens")
+        yield f"--block_size={bins.block_size}: the {role} in {folder} reads at most {model.context} tokens"
     if not os.path.isdir(folder):  # made from scratch or of the teacher's layers
         return
     if (tokenizer := model_tokenizer(Path(folder), bins.tokenizer["eot_token"])) is None:
         print(f"WARNING: --{role}={folder} has no tokenizer files; its vocabulary covers the bins' ids, so it is taken")
     elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:
         difference = first_difference(saved_tokenizer(bins.dir, bins.tokenizer), tokenizer)
-        raise UserError(f"--{role}={folder}: its tokenizer ({tokenizer.name}, {tokenizer.vocab_size} ids) is not the "
-                        f"bins' ({bins.tokenizer['name']}, {bins.vocab_size} ids): {difference}. Make the bins anew "
-                        f"with data.py --tokenizer={folder}")
+        yield (f"--{role}={folder}: its tokenizer ({tokenizer.name}, {tokenizer.vocab_size} ids) is not the bins' "
+               f"({bins.tokenizer['name']}, {bins.vocab_size} ids): {difference}. Make the bins anew with data.py "
+               f"--tokenizer={folder}")
 
 
 def model_config(source: str, bins: TokenBins, teacher: GPTConfig | None = None) -> GPTConfig:
@@ -435,75 +442,69 @@ def model_config(source: str, bins: TokenBins, teacher: GPTConfig | None = None)
     if kind == "scratch":
         return GPTConfig.scratch(*map(int, size.split("x")), bins.vocab_size, bins.block_size)
     if kind == "layers":
+        if teacher is None:
+            raise UserError(f"--student={source}: the teacher cannot be read")
         if int(size) > teacher.num_hidden_layers:
             raise UserError(f"--student={source}: the teacher has {teacher.num_hidden_layers} layers")
         return replace(teacher, num_hidden_layers=int(size))
     return read_config(Path(source))
 
 
-@dataclass
-class Preflight:
-    """What is known of a run before any weight is read."""
-    bins: TokenBins
-    mixture: dict[str, float]  # base proportions; {}: natural
-    windows: dict[str, torch.Tensor]  # for validation, (val_samples, block_size + 1) a domain
-    models: dict[str, GPTConfig]  # teacher, if there is one, and student
-    problems: list[str]
+def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig], list[str]]:
+    """The bins, the sizes of teacher (if there is one) and student, and all that does not fit, before a weight is read.
 
-
-def preflight(config: Config) -> Preflight:
-    """Open the bins and the models' config.json, and list what does not fit. UserError if there are no bins."""
-    bins = TokenBins(config.data_dir, config.block_size, list(filter(None, config.domains.split(","))))
-    windows, models, problems = {}, {}, []
+    UserError if there are no bins."""
+    bins = TokenBins(config.data_dir, config.block_size, [name for name in config.domains.split(",") if name])
+    models, problems = {}, []
     if (mixture := parse_mixture(config.mixture)) and set(mixture) != set(bins.names):
         problems.append(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
-    try:
-        for role, source in (("teacher", config.teacher), ("student", config.student)):
+    for role, source in (("teacher", config.teacher), ("student", config.student)):
+        try:
             if source:
                 models[role] = model_config(source, bins, models.get("teacher"))
-                check_model(role, source, models[role], bins)
-    except UserError as error:
-        problems.append(str(error))
+                problems += model_problems(role, source, models[role], bins)
+        except UserError as error:
+            problems.append(str(error))
     try:
-        windows = {name: torch.from_numpy(bins.val_windows(name, config.val_samples)) for name in bins.names}
+        validation_windows(bins, config.val_samples)
     except UserError as error:
         problems.append(str(error))
-    return Preflight(bins, mixture, windows, models, problems)
+    return bins, models, problems
 
 
 def dry_run(config: Config):
     """Print what a run would take on one device, estimated from sizes alone. UserError lists what is wrong."""
-    checked = preflight(config)
-    bins, width = checked.bins, 2 if config.dtype == "bfloat16" else 4
+    bins, models, problems = preflight(config)
+    width = 2 if config.dtype == "bfloat16" else 4
     flops, memory = {"teacher": 0}, {}  # of a forward pass, a token; GiB
-    for role, model in checked.models.items():
+    for role, model in models.items():
         with torch.device("meta"):
-            blocks, total = (sum(p.numel() for p in part.parameters()) for gpt in [GPT(model)] for part in (gpt.layers, gpt))
+            gpt = GPT(model)
+        blocks, total = (sum(p.numel() for p in part.parameters()) for part in (gpt.layers, gpt))
         heads, L, d = model.num_attention_heads * model.head_dim, model.num_hidden_layers, model.hidden_size
         # Two products over the causal half of T × T scores in each layer, besides those with the weights
         flops[role] = 2 * (blocks + model.vocab_size * d) + 2 * L * heads * config.block_size
         memory[role] = total * (width if role == "teacher" else 4) / 2**30
         print(f"{role}: {model.model_type}, {L} layers × {d}, {total / 1e6:,.1f} M parameters, of whose "
               f"{model.vocab_size:,} rows the divergence is over the tokenizer's {bins.vocab_size:,}")
-    if "student" in checked.models:
+    if "student" in models:
         passed = (config.micro_batch_size or config.batch_size) * config.block_size
         kept = 16 * d + width * (4 * heads + 2 * d + 4 * model.intermediate_size)  # bytes a token and layer
         memory |= {"gradients": 4 * total / 2**30, "AdamW": 8 * total / 2**30, "activations": kept * L * passed / 2**30}
-        tokens, evaluations = config.max_steps * config.batch_size * config.block_size, config.max_steps // config.interval
-        measured = len(bins.names) * config.val_samples * config.block_size
+        drawn, evaluations = config.max_steps * config.batch_size, -(-config.max_steps // config.interval) + 1
+        tokens, measured = drawn * config.block_size, len(bins.names) * config.val_samples * config.block_size
         training = tokens * (3 * flops["student"] + flops["teacher"] * (config.method != "cpt"))
-        evaluation = measured * ((evaluations + 1) * flops["student"] + flops["teacher"])
+        evaluation = measured * (evaluations * flops["student"] + flops["teacher"])
         print(f"memory: {', '.join(f'{part} {size:.1f}' for part, size in memory.items())}, in all "
               f"{sum(memory.values()):.1f} GiB\n"
-              f"tokens: {tokens:,} in {config.max_steps:,} steps; {measured:,} at each of {evaluations + 1} evaluations\n"
+              f"tokens: {tokens:,} in {config.max_steps:,} steps; {measured:,} at each of {evaluations} evaluations\n"
               f"FLOPs: {training:.2e} to train, {evaluation:.2e} to evaluate: "
               f"{(training + evaluation) / (0.4 * 312e12 * 3600):,.1f} hours of an A100 at 40 % of its bfloat16 peak")
-        drawn = config.max_steps * config.batch_size
         for name, n in bins.n_windows.items():
             print(f"{name}: {n * config.block_size:,} tokens; {drawn / sum(bins.n_windows.values()):.2f} epochs in "
                   f"natural proportions, {drawn / len(bins.names) / n:.2f} if all domains are drawn alike")
-    if checked.problems:
-        raise UserError("\n".join(checked.problems))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 @contextmanager
@@ -537,10 +538,10 @@ def train(config: Config) -> Path:
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
 
     # Everything cheap is checked before anything large is loaded.
-    checked = preflight(config)
-    if checked.problems:
-        raise UserError("\n".join(checked.problems))
-    bins, names, windows = checked.bins, checked.bins.names, checked.windows
+    bins, models, problems = preflight(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    names, windows = bins.names, validation_windows(bins, config.val_samples)
     content = {"data_dir": bins.content(), **{
         role: model_content(source) if os.path.isdir(source) else source
         for role, source in (("teacher", config.teacher), ("student", config.student))}}
@@ -575,7 +576,7 @@ def train(config: Config) -> Path:
     if kind == "scratch" and not resumed:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            student = GPT(checked.models["student"])
+            student = GPT(models["student"])
     elif kind == "layers" and not resumed:
         student = GPT.from_pretrained(config.teacher, torch.float32, layers=int(size))
     else:
@@ -583,7 +584,7 @@ def train(config: Config) -> Path:
     student.to(device)
     optimizers = make_optimizers(student, config)
     sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
-    sampler.probs = checked.mixture or sampler.probs
+    sampler.probs = parse_mixture(config.mixture) or sampler.probs
     base_probs = sampler.probs
     if resumed:
         print(f"{out_dir}: going on from {resumed.name}")
@@ -612,9 +613,9 @@ def train(config: Config) -> Path:
 
     with open(metrics_path, "a", encoding="utf-8") as metrics, stop_requests() as stop:
         if not resumed:
-            models = {role: model for role, model in (("teacher", teacher), ("student", student)) if model is not None}
             log("run", config=asdict(config), versions=environment(), base=dict(zip(names, base_probs.tolist())),
-                parameters={role: sum(p.numel() for p in model.parameters()) for role, model in models.items()})
+                parameters={role: sum(p.numel() for p in model.parameters())
+                            for role, model in (("teacher", teacher), ("student", student)) if model is not None})
         started, first_step = time.perf_counter(), state.step
         while True:
             # Evaluate, update r, log. `evaluated` keeps a resumed run from doing it twice.
@@ -743,7 +744,7 @@ def show_continuations(config: Config, folder: Path):
     bins = TokenBins(config.data_dir, config.block_size)
     tokenizer = model_tokenizer(folder)
     student = GPT.from_pretrained(folder, torch.float32)
-    prompts = torch.from_numpy(np.concatenate([bins.val_windows(name, 1) for name in bins.names])[:, :64])
+    prompts = torch.cat(list(validation_windows(bins, 1).values()))[:, :64]
     idx = student.generate(prompts, 96, temperature=0.7, vocab_size=bins.vocab_size,
                            generator=torch.Generator().manual_seed(config.seed))
     print("\nThe student goes on from 64 tokens of each domain's validation text (after the |):\n")
@@ -770,7 +771,8 @@ def quickstart(config: Config) -> Config:
     sizes = {role: getattr(config, role) or size for role, size in QUICKSTART_MODELS.items()}
     if config.dry_run:
         return replace(config, **sizes)
-    if problems := preflight(replace(config, **sizes)).problems:  # before minutes of training
+    *_, problems = preflight(replace(config, **sizes))  # before minutes of training
+    if problems:
         raise UserError("\n".join(problems))
     for role, steps, mixture in (
         ("teacher", config.pretrain_steps, "python=1,cpp=1,math=1,prose=1"),
