@@ -108,6 +108,8 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
         if entry.metadata.get("required") and not value:
             problems.append(f"--{entry.name}: give {entry.metadata['help']}")
     problems += config.problems() if hasattr(config, "problems") else []
+    if problems and os.environ.get("RANK", "0") != "0":  # rank 0 says the same
+        sys.exit(2)
     if problems:
         raise UserError("\n".join(problems))
     return config
@@ -124,7 +126,8 @@ def run_program(main: Callable):
     except BrokenPipeError:  # the reader of our output, such as head, has had enough
         os._exit(128 + 13)  # as SIGPIPE ends a program: a run cut short is no success
     except (UserError, OSError) as error:
-        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        prefix = f"rank {os.environ['RANK']}: error" if os.environ.get("RANK", "0") != "0" else "error"
+        print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -12,11 +12,13 @@ A run's `out_dir` holds `config.json`, `metrics.jsonl` (one JSON object a line) 
 open in transformers as they are. The same command again resumes from the newest whole one.
 """
 
+import fcntl
 import itertools
 import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -24,20 +26,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (TokenBins, Tokenizer, UserError, build_bins, digest, file_sha256, fsync, load_tokenizer,
-                  model_tokenizer, option, parse_config, print_config, quickstart_domains, read_meta, run_program,
-                  save_tokenizer, saved_tokenizer, write_text)
+from data import (TokenBins, Tokenizer, UserError, build_bins, digest, file_sha256, fsync, import_optional,
+                  load_tokenizer, model_tokenizer, option, parse_config, print_config, quickstart_domains, read_meta,
+                  run_program, save_tokenizer, saved_tokenizer, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import MixtureSampler, interval_probs, next_factor, read_metrics
 
@@ -81,18 +91,25 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16"] = option("auto", "of the products; auto: bfloat16 on cuda")
     compile: Literal["auto", "true", "false"] = option("auto", "torch.compile; auto: on cuda")
     device: str = option("auto", "auto: cuda, then mps, then cpu")
-    parallel: Literal["auto", "none"] = option("auto", "none: one process")
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = option(
+        "auto", "under torchrun; auto: fsdp (FSDP2) on GPUs, ddp on CPUs and with muon")
+    shard_teacher: bool = option(True, "with fsdp, the teacher is sharded too; false: whole on every device")
+    checkpoint_activations: bool = option(False, "recompute a block's activations in its backward pass: less memory")
+    timeout: float = option(30, "minutes after which a rank that hears nothing from the others gives up", least=0.1)
     save_every: int = option(1000, "steps between two checkpoints; 0: the last step only", least=0)
     export_dtype: Literal["fp32", "bf16"] = option("fp32", "of the weights in a checkpoint's model.safetensors")
     keep: int = option(2, "newest checkpoints to keep; 0: all", least=0)
     resume: Literal["auto", "never"] = option("auto", "never: set the run in out_dir aside and start anew")
+    tensorboard: bool = option(False, "write the metrics for TensorBoard too, into out_dir")
+    wandb: bool = option(False, "send the metrics to Weights & Biases too")
     log_every: int = option(10, "steps between two lines of progress", least=1)
     dry_run: bool = option(False, "only check, and print what the run would take; no weights are read")
     pretrain_steps: int = option(600, "quickstart: steps of its teacher; its student base trains half as many", least=1)
 
     def problems(self) -> list[str]:
         makes_models, made = self.preset == "quickstart", self.student.partition(":")[0] in ("scratch", "layers")
-        domains = self.domains.split(",")
+        domains, launched = self.domains.split(","), "WORLD_SIZE" in os.environ
+        world = int(os.environ.get("WORLD_SIZE", 1))
         problems = [message for wrong, message in (
             *((folder and not os.path.isdir(folder), f"--{key}={folder}: no such folder")
               for key, folder in (("teacher", self.teacher), ("student", "" if made else self.student))),
@@ -108,17 +125,23 @@ class Config:
             (self.stop_ratio and not self.teacher and not makes_models,
              f"--stop_ratio={self.stop_ratio}: a ratio needs a teacher; name its folder with --teacher"),
             (self.min_lr > self.lr, f"--min_lr={self.min_lr}: must not be above lr={self.lr}"),
-            (os.environ.get("WORLD_SIZE", "1") != "1", "WORLD_SIZE: one process only, so far; start without torchrun"),
+            (self.parallel == "none" and world > 1, f"--parallel=none: there are {world} processes; take ddp or fsdp"),
+            (self.parallel in ("ddp", "fsdp") and not (launched or self.dry_run),
+             f"--parallel={self.parallel}: start with torchrun --nproc_per_node=N distill.py"),
+            (self.parallel == "fsdp" and self.optimizer == "muon", "--optimizer=muon: not with fsdp; take ddp"),
             (os.path.isfile(self.out_dir), f"--out_dir={self.out_dir}: is a file; name a folder"),
             (self.resume == "never" and any(Path(self.out_dir).resolve() in Path(name or ".").resolve().parents
                                             for name in (self.teacher, self.student)),
              f"--out_dir={self.out_dir}: holds the teacher or the student; name another folder"),
             (len(set(domains)) < len(domains), f"--domains={self.domains}: name each once"),
             (self.mixture and self.method == "ddk_es", f"--mixture={self.mixture}: ddk_es draws all domains alike"),
-            (self.batch_size % max(1, self.micro_batch_size),
-             f"--batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size}"),
+            (self.batch_size % (max(1, self.micro_batch_size) * world),
+             f"--batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size or 1}"
+             + f" × {world} processes" * (world > 1)),
         ) if wrong]
-        for check, text in ((parse_mixture, self.mixture), (resolve_device, self.device)):
+        sinks = [name for name in ("tensorboard", "wandb") if getattr(self, name)]
+        for check, text in ((parse_mixture, self.mixture), (resolve_device, self.device),
+                            *((partial(import_optional, wanted_by=f"--{name}"), name) for name in sinks)):
             try:
                 check(text)
             except UserError as error:
@@ -231,6 +254,14 @@ def learning_rate(step: int, config: Config) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def forward_flops(model: GPT, block_size: int) -> int:
+    """Floating-point operations of a forward pass, a token."""
+    config = model.config
+    weights = sum(p.numel() for p in model.layers.parameters()) + config.vocab_size * config.hidden_size
+    # Two products over the causal half of T × T scores in each layer, besides those with the weights
+    return 2 * weights + 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * block_size
+
+
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """AdamW with decay on matrices only; with optimizer=muon, the blocks' matrices go to Muon instead."""
     hidden = [p for p in model.layers.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
@@ -251,21 +282,28 @@ def validation_windows(bins: TokenBins, count: int) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, batch: int,
-                 autocast=nullcontext()) -> dict[str, float]:
-    """exp of the mean next-token cross-entropy over each domain's windows (n, block_size + 1), in the paper's ℓ.
+def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, batch: int, autocast=nullcontext(),
+                 stopped: Callable[[], int] = lambda: 0) -> dict[str, float]:
+    """exp of the mean next-token cross-entropy over each domain's windows (n, block_size + 1): the paper's ℓ.
 
-    Over the tokenizer's ids alone (`vocab_size`), for teacher and student alike. Draws no random number."""
+    Over the tokenizer's ids alone (`vocab_size`), for teacher and student alike, `batch` windows a rank at a time.
+    Draws no random number. {} as soon as `stopped()`, asked after each batch, is not 0."""
     device, ppl = model.head_weight.device, {}
     for name, domain in windows.items():
         total = torch.zeros((), dtype=torch.float64)
-        for rows in domain.split(batch):
-            idx, targets = rows[:, :-1].to(device), rows[:, 1:].to(device)
+        for rows in domain.split(batch * world_size()):
+            mine = rows[rank()::world_size()]
+            # FSDP needs equally many forward passes on all ranks: one without windows makes one that counts nothing.
+            idx = (mine if len(mine) else rows[:1])[:, :-1].to(device)
+            targets = (mine[:, 1:] if len(mine) else torch.full_like(rows[:1, 1:], -100)).to(device)
             with autocast:
                 _, ce, _ = model(idx, loss_fn=lambda hidden, head: distillation_loss(
                     hidden, head[:vocab_size], None, None, targets, num_tokens=1))
             total += ce.double().cpu()
-        if not math.isfinite(mean := total.item() / domain[:, 1:].numel()):
+            if stopped():
+                return {}
+        mean = over_ranks(total).item() / domain[:, 1:].numel()
+        if not math.isfinite(mean):
             raise UserError(f"domain {name}: a model's loss is {mean}; its weights are damaged, or dtype is too coarse")
         ppl[name] = math.exp(min(mean, 700.0))
     return ppl
@@ -273,17 +311,144 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
 
 def teacher_perplexities(identity: str, cache: Path, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
     """ℓ_T, measured once: kept in `cache` under `identity`, which stands for teacher, bins, windows and precision."""
-    try:
-        known = json.loads(cache.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if identity not in known:
-        known[identity] = measure()
+    def read() -> dict:
         try:
-            write_text(cache, json.dumps(known, indent=1))
+            return json.loads(cache.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    def keep():
+        try:
+            write_text(cache, json.dumps({**read(), identity: ppl}, indent=1))
         except OSError as error:
             print(f"note: {cache} cannot be written ({error.strerror}); the teacher will be measured again next time")
-    return known[identity]
+
+    ppl = on_rank_0(lambda: read().get(identity))
+    if not ppl and (ppl := measure()):
+        on_rank_0(keep)
+    return ppl
+
+
+# ------------ Many processes ------------------------------------------------------------------------------------------
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The ranks' `values` summed, or as `op` says, on every rank."""
+    if dist.is_initialized():
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values, op)
+    return values
+
+
+def on_rank_0(make: Callable):
+    """What `make()` returns on rank 0, on every rank. A UserError there ends all of them, and rank 0 tells it."""
+    result = [None]
+    if rank() == 0:
+        try:
+            result = [make()]
+        except UserError as error:
+            result = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(result)
+    if isinstance(result[0], UserError):
+        refuse(str(result[0]))
+    return result[0]
+
+
+def refuse(message: str):
+    """End all ranks, which know the same; rank 0 tells it."""
+    raise UserError(message) if rank() == 0 else SystemExit(2)
+
+
+@contextmanager
+def process_group(config: Config):
+    """torch.distributed while the context lasts, if torchrun started this process. Rank 0 alone prints."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    cuda, status = resolve_device(config.device).type == "cuda", 0
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=config.timeout))
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
+            yield
+            dist.barrier()
+    except SystemExit as stop:
+        status = stop.code
+    except RuntimeError as error:
+        if not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
+            raise
+        raise UserError(f"another process is gone, or silent for {config.timeout} minutes "
+                        f"({str(error).splitlines()[0]}); the same command goes on from the last checkpoint") from None
+    if not cuda:  # gloo's threads sometimes abort a process that ends as usual
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    dist.destroy_process_group()
+    sys.exit(status)
+
+
+def load_model(source: str, config: Config, sizes: GPTConfig, dtype: torch.dtype) -> GPT:
+    """The model that `source` names, a folder, scratch:LxD or layers:N: whole on rank 0, on the others its sizes."""
+    def load() -> GPT:
+        kind, _, size = source.partition(":")
+        if kind == "scratch":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(config.seed)
+                return GPT(sizes)
+        if kind == "layers":
+            return GPT.from_pretrained(config.teacher, dtype, layers=int(size))
+        return GPT.from_pretrained(source, dtype)
+
+    with torch.device("meta"):
+        model = [GPT(sizes).to(dtype)]
+    on_rank_0(lambda: model.__setitem__(0, load()))
+    return model[0]
+
+
+def spread(model: GPT, config: Config, device: torch.device, shard: bool) -> GPT:
+    """Put load_model's result on every rank's `device`: whole, or a share of each tensor.
+
+    FSDP2 gathers a block, or what lies outside the blocks, while it computes, as the dtype of the products; gradients
+    are reduced in float32. Without `cast_forward_inputs` the rotary tables stay float32."""
+    if config.checkpoint_activations:
+        for layer in model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    if config.compile == "true" or config.compile == "auto" and device.type == "cuda":
+        for layer in model.layers:
+            layer.compile()  # in place: names, saving and loading stay as they are
+    if not dist.is_initialized():
+        return model.to(device)
+    whole = model.state_dict() if rank() == 0 else {}
+    model.to("meta")
+    if shard:
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
+        for part in [*model.layers, model]:
+            fully_shard(part, mp_policy=policy)
+    model.to_empty(device=device)
+    set_model_state_dict(model, whole, options=whole_tensors())
+    return model
+
+
+def synchronise(model: torch.nn.Module, last: bool):
+    """Reduce gradients over the ranks in the `last` of a step's micro-batches only."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    elif isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = last
+
+
+def whole_tensors() -> StateDictOptions:
+    """A checkpoint holds whole tensors, which rank 0 reads and writes: any number of ranks can go on from it."""
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=dist.is_initialized())
 
 
 # ------------ Checkpoints ---------------------------------------------------------------------------------------------
@@ -303,13 +468,17 @@ def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optim
                     bins: TokenBins, export_dtype: torch.dtype = torch.float32):
     """Write a model's folder with optimizer.pt, train_state.json and manifest.json under a temporary name, sync all of
     it to disk, then rename: it is whole or not there. An `export_dtype` that rounds the weights leaves the exact ones
-    in optimizer.pt."""
+    in optimizer.pt. All ranks call it, rank 0 writes."""
+    weights = get_model_state_dict(model, options=whole_tensors())
+    # Asked before the first update, an optimizer makes up a state in which it has made one.
+    moments = get_optimizer_state_dict(model, optimizers, options=whole_tensors()) if state.step else None
+    if rank():
+        return
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary, export_dtype)
-        torch.save({"optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                    "weights": None if export_dtype == torch.float32 else model.state_dict()},
+        model.save_pretrained(temporary, export_dtype, weights)
+        torch.save({"optimizer": moments, "weights": None if export_dtype == torch.float32 else weights},
                    temporary / "optimizer.pt")
         save_tokenizer(temporary, bins)
         write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
@@ -353,6 +522,20 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
     return None
 
 
+@contextmanager
+def locked(folder: Path):
+    """Hold a folder, made if missing, for this process alone. UserError if another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder}: another run is at work there; wait for its end, or name another folder") from None
+    finally:
+        os.close(descriptor)
+
+
 def free_name(path: Path) -> Path:
     """`path`, or with .1, .2, … behind it if that exists."""
     names = (path.with_name(f"{path.name}.{n}" if n else path.name) for n in itertools.count())
@@ -373,7 +556,8 @@ def model_content(folder: str) -> str:
 
 # Keys that do not change the experiment; folders are compared by content
 FREE_KEYS = {"preset", "out_dir", "data_dir", "teacher", "student", "micro_batch_size", "compile", "device", "parallel",
-             "save_every", "keep", "resume", "log_every", "pretrain_steps", "export_dtype", "dry_run"}
+             "save_every", "keep", "resume", "log_every", "pretrain_steps", "export_dtype", "dry_run", "shard_teacher",
+             "checkpoint_activations", "timeout", "tensorboard", "wandb"}
 
 
 def check_same_experiment(out_dir: Path, record: dict):
@@ -421,8 +605,8 @@ def first_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
 def model_problems(role: str, folder: str, model: GPTConfig, bins: TokenBins) -> Iterator[str]:
     """Why a model cannot read the bins' windows, or has another tokenizer in its `folder` than they."""
     if model.vocab_size < bins.vocab_size:
-        yield (f"--{role}={folder}: has {model.vocab_size} ids, but the bins' tokenizer has {bins.vocab_size}; make the "
-               "bins anew with this model's tokenizer")
+        yield (f"--{role}={folder}: has {model.vocab_size} ids, but the bins' tokenizer has {bins.vocab_size}; make "
+               "the bins anew with this model's tokenizer")
     if model.context < bins.block_size:
         yield f"--block_size={bins.block_size}: the {role} in {folder} reads at most {model.context} tokens"
     if not os.path.isdir(folder):  # made from scratch or of the teacher's layers
@@ -473,33 +657,40 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig], list[str
 
 
 def dry_run(config: Config):
-    """Print what a run would take on one device, estimated from sizes alone. UserError lists what is wrong."""
+    """Print what a run would take, estimated from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says.
+
+    UserError lists what is wrong."""
     bins, models, problems = preflight(config)
-    width = 2 if config.dtype == "bfloat16" else 4
-    flops, memory = {"teacher": 0}, {}  # of a forward pass, a token; GiB
+    width, world = 2 if config.dtype == "bfloat16" else 4, int(os.environ.get("WORLD_SIZE", 1))
+    sharded = {"student": world > 1 and config.parallel != "ddp"}
+    sharded["teacher"] = sharded["student"] and config.shard_teacher
+    flops, memory = {"teacher": 0}, {}  # of a forward pass, a token; bytes
     for role, model in models.items():
         with torch.device("meta"):
             gpt = GPT(model)
-        blocks, total = (sum(p.numel() for p in part.parameters()) for part in (gpt.layers, gpt))
-        heads, L, d = model.num_attention_heads * model.head_dim, model.num_hidden_layers, model.hidden_size
-        # Two products over the causal half of T × T scores in each layer, besides those with the weights
-        flops[role] = 2 * (blocks + model.vocab_size * d) + 2 * L * heads * config.block_size
-        memory[role] = total * (width if role == "teacher" else 4) / 2**30
+        total, block = (sum(p.numel() for p in part.parameters()) for part in (gpt, gpt.layers[0]))
+        L, d, share = model.num_hidden_layers, model.hidden_size, world if sharded[role] else 1
+        flops[role] = forward_flops(gpt, config.block_size)
+        memory[role] = total * (width if role == "teacher" else 4) / share
+        if sharded[role]:  # what lies outside the blocks, and the block at work and the next one
+            memory["gathered"] = memory.get("gathered", 0) + width * (total - (L - 2) * block)
         print(f"{role}: {model.model_type}, {L} layers × {d}, {total / 1e6:,.1f} M parameters, of whose "
               f"{model.vocab_size:,} rows the divergence is over the tokenizer's {bins.vocab_size:,}")
     if "student" in models:
-        passed = (config.micro_batch_size or config.batch_size) * config.block_size
-        kept = 16 * d + width * (4 * heads + 2 * d + 4 * model.intermediate_size)  # bytes a token and layer
-        memory |= {"gradients": 4 * total / 2**30, "AdamW": 8 * total / 2**30, "activations": kept * L * passed / 2**30}
+        kept = 16 * d + width * (4 * model.num_attention_heads * model.head_dim + 2 * d + 4 * model.intermediate_size)
+        layers = 1 + L * width * d / kept if config.checkpoint_activations else L  # kept whole, in effect
+        passed = (config.micro_batch_size or config.batch_size // world) * config.block_size
+        memory |= {"gradients": 4 * total / share, "AdamW": 8 * total / share, "activations": kept * layers * passed}
         drawn, evaluations = config.max_steps * config.batch_size, -(-config.max_steps // config.interval) + 1
         tokens, measured = drawn * config.block_size, len(bins.names) * config.val_samples * config.block_size
         training = tokens * (3 * flops["student"] + flops["teacher"] * (config.method != "cpt"))
         evaluation = measured * (evaluations * flops["student"] + flops["teacher"])
-        print(f"memory: {', '.join(f'{part} {size:.1f}' for part, size in memory.items())}, in all "
-              f"{sum(memory.values()):.1f} GiB\n"
+        hours = (training + evaluation) / (0.4 * 312e12 * 3600)
+        print(f"memory: {', '.join(f'{part} {size / 2**30:.1f}' for part, size in memory.items())}, in all "
+              f"{sum(memory.values()) / 2**30:.1f} GiB on each of {world} devices\n"
               f"tokens: {tokens:,} in {config.max_steps:,} steps; {measured:,} at each of {evaluations} evaluations\n"
-              f"FLOPs: {training:.2e} to train, {evaluation:.2e} to evaluate: "
-              f"{(training + evaluation) / (0.4 * 312e12 * 3600):,.1f} hours of an A100 at 40 % of its bfloat16 peak")
+              f"FLOPs: {training:.2e} to train, {evaluation:.2e} to evaluate: {hours:,.1f} hours of an A100 at 40 % of "
+              f"its bfloat16 peak, {hours / world:,.1f} of {world}")
         for name, n in bins.n_windows.items():
             print(f"{name}: {n * config.block_size:,} tokens; {drawn / sum(bins.n_windows.values()):.2f} epochs in "
                   f"natural proportions, {drawn / len(bins.names) / n:.2f} if all domains are drawn alike")
@@ -507,9 +698,49 @@ def dry_run(config: Config):
         raise UserError("\n".join(problems))
 
 
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense, bfloat16
+
+
+def utilisation(device: torch.device, flops_per_s: float) -> str:
+    """Memory of this process, and the share of the GPUs' peak that is used where it is known, for a progress line."""
+    if device.type != "cuda":
+        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return f"  {kib / (2**20 if sys.platform == 'linux' else 2**30):.1f} GiB"
+    peak = next((peak for name, peak in PEAK_FLOPS.items() if name in torch.cuda.get_device_name(device)), None)
+    used = f"  MFU {flops_per_s / (peak * world_size()):.0%}" if peak else ""
+    return f"{used}  {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
+
+
+def open_sinks(config: Config, step: int, stack: ExitStack) -> list[Callable[[dict], None]]:
+    """Functions that also get each line of metrics.jsonl, as --tensorboard and --wandb ask for."""
+    sinks = []
+    if config.tensorboard:
+        writer = import_optional("torch.utils.tensorboard", "--tensorboard").SummaryWriter(
+            config.out_dir, purge_step=step + 1)
+        stack.callback(writer.close)
+        sinks.append(lambda line: [writer.add_scalar(key, value, line["step"]) for key, value in scalars(line).items()])
+    if config.wandb:
+        run = import_optional("wandb", "--wandb").init(
+            project="ddk", name=config.out_dir, id=digest(config.out_dir)[:16], resume="allow", config=asdict(config))
+        stack.callback(run.finish)
+        sinks.append(lambda line: run.log(scalars(line), step=line["step"]))
+    return sinks
+
+
+def scalars(line: dict) -> dict[str, float]:
+    """The numbers of a line of metrics.jsonl, as kind/key, or domain/key where there is one for each domain."""
+    numbers = {f"{line['kind']}/{key}": value for key, value in line.items() if key != "step"}
+    numbers |= {f"{name}/r": share for name, share in line.get("r", {}).items()}
+    numbers |= {f"{name}/{key}": value for name, domain in line.get("domains", {}).items()
+                for key, value in domain.items()}
+    return {key: value for key, value in numbers.items() if isinstance(value, int | float)}
+
+
 @contextmanager
 def stop_requests():
-    """A list that SIGTERM, SIGUSR1 and Ctrl-C are added to while the context lasts; a second Ctrl-C exits at once."""
+    """A function, the same on all ranks: the number of a signal that one of them got while the context lasts, else 0.
+
+    SIGTERM, SIGUSR1 and Ctrl-C count; a second Ctrl-C exits at once."""
     received = []
 
     def receive(number, frame):
@@ -519,13 +750,49 @@ def stop_requests():
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        yield received
+        yield lambda: int(over_ranks(torch.tensor(max(received, default=0)), dist.ReduceOp.MAX))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 # ------------ Alg. 1 --------------------------------------------------------------------------------------------------
+
+def is_last(config: Config, state: TrainState) -> bool:
+    """Whether no update follows: the steps are done, or stop_ratio is reached."""
+    reached = config.stop_ratio and state.evaluated == state.step and max(
+        domain["ratio"] for domain in state.domains.values()) <= config.stop_ratio
+    return bool(reached or state.step >= config.max_steps)
+
+
+def start_run(config: Config, stack: ExitStack):
+    """Check all that is cheap, lock the run's folder until `stack` closes, and find the checkpoint to go on from.
+
+    In this order: nothing there → start; another experiment → refuse; finished → say so; else the newest whole
+    checkpoint, or the start if there is none. → bins, models' sizes, their content, state, checkpoint, whether done"""
+    out_dir = Path(config.out_dir)
+    bins, models, problems = preflight(config)
+    if problems:
+        raise UserError("\n".join(problems))
+    content = {"data_dir": bins.content(), **{
+        role: model_content(source) if os.path.isdir(source) else source
+        for role, source in (("teacher", config.teacher), ("student", config.student))}}
+    record = {"config": asdict(config), "content": content}
+    if config.resume == "never" and out_dir.exists():
+        with locked(out_dir):
+            os.replace(out_dir, free_name(out_dir))
+    check_same_experiment(out_dir, record)
+    stack.enter_context(locked(out_dir))
+    write_text(out_dir / "config.json", json.dumps(record, indent=1))
+    resumed, metrics = newest_checkpoint(out_dir), out_dir / "metrics.jsonl"
+    state = read_state(resumed) if resumed else TrainState()
+    if (finished := bool(resumed) and is_last(config, state) and any(
+            line["kind"] == "end" for line in read_metrics(metrics))):
+        print(f"{out_dir}: this run is finished (step {state.step})")
+    else:
+        rewind_metrics(metrics, state if resumed else TrainState(step=-1))
+    return bins, models, content, state, resumed, finished
+
 
 def train(config: Config) -> Path:
     """Run Alg. 1, or the arm that `method` names, to its end; returns the last checkpoint's folder.
@@ -535,92 +802,81 @@ def train(config: Config) -> Path:
     out_dir, device = Path(config.out_dir), resolve_device(config.device)
     if config.dtype == "auto":
         config = replace(config, dtype="bfloat16" if device.type == "cuda" else "float32")
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16")
+    parallel = "none" if not dist.is_initialized() else config.parallel if config.parallel != "auto" else (
+        "fsdp" if device.type == "cuda" and config.optimizer == "adamw" else "ddp")
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16" and parallel != "fsdp")
 
-    # Everything cheap is checked before anything large is loaded.
-    bins, models, problems = preflight(config)
-    if problems:
-        raise UserError("\n".join(problems))
-    names, windows = bins.names, validation_windows(bins, config.val_samples)
-    content = {"data_dir": bins.content(), **{
-        role: model_content(source) if os.path.isdir(source) else source
-        for role, source in (("teacher", config.teacher), ("student", config.student))}}
+    with ExitStack() as stack:
+        bins, models, content, state, resumed, finished = on_rank_0(lambda: start_run(config, stack))
+        if finished:
+            return resumed
+        names, windows = bins.names, validation_windows(bins, config.val_samples)
+        teacher, teacher_ppl = None, dict.fromkeys(names)
+        if config.teacher:
+            teacher = load_model(config.teacher, config, models["teacher"], getattr(torch, config.dtype))
+            teacher = spread(teacher.requires_grad_(False), config, device, parallel == "fsdp" and config.shard_teacher)
+        student = load_model(str(resumed or config.student), config, models["student"], torch.float32)
+        saved = torch.load(resumed / "optimizer.pt", weights_only=True) if resumed and rank() == 0 else {}
+        if saved.get("weights"):
+            student.load_state_dict(saved["weights"])
+        spread(student, config, device, parallel == "fsdp")
+        trained = DistributedDataParallel(student) if parallel == "ddp" else student
+        optimizers = make_optimizers(student, config)
+        if state.step:
+            set_optimizer_state_dict(student, optimizers, saved.get("optimizer", {}), options=whole_tensors())
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                # Loading makes lists of tuples such as betas; a resumed run's checkpoints are to be the same to the bit.
+                group.update({k: tuple(v) for k, v in group.items() if isinstance(v, list) and k != "params"})
+        sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
+        sampler.probs = parse_mixture(config.mixture) or sampler.probs
+        base_probs = sampler.probs
+        if resumed:
+            print(f"{out_dir}: going on from {resumed.name}")
+            sampler.load_state_dict(state.sampler)
+        share = config.batch_size // world_size()
+        mine = slice(rank() * share, (rank() + 1) * share)
+        micro_batch_size = config.micro_batch_size or share
+        tokens_per_step = config.batch_size * config.block_size
+        flops = 3 * forward_flops(student, config.block_size) + (
+            forward_flops(teacher, config.block_size) if teacher and config.method != "cpt" else 0)
 
-    # Resume, in this order: nothing there → start; another experiment → refuse; finished → say so; else go on from
-    # the newest whole checkpoint, or from the start if there is none.
-    record = {"config": asdict(config), "content": content}
-    if config.resume == "never" and out_dir.exists():
-        os.replace(out_dir, free_name(out_dir))
-    check_same_experiment(out_dir, record)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    write_text(out_dir / "config.json", json.dumps(record, indent=1))
-    resumed = newest_checkpoint(out_dir)
-    state = read_state(resumed) if resumed else TrainState()
+        def draw() -> tuple[dict, np.ndarray, torch.Tensor]:
+            """The sampler's state, then from the next global batch: each window's domain, and this rank's windows."""
+            before = sampler.state_dict()
+            domain_ids, window_ids = sampler.next_batch()
+            windows = torch.from_numpy(bins.train_windows(domain_ids[mine], window_ids[mine]))
+            return before, domain_ids, windows.pin_memory() if device.type == "cuda" else windows
 
-    def is_last() -> bool:
-        reached = config.stop_ratio and state.evaluated == state.step and max(
-            domain["ratio"] for domain in state.domains.values()) <= config.stop_ratio
-        return bool(reached or state.step >= config.max_steps)
+        def measure(model: GPT) -> dict[str, float]:
+            return perplexities(model, windows, bins.vocab_size, micro_batch_size, autocast, stopped)
 
-    metrics_path = out_dir / "metrics.jsonl"
-    if resumed and is_last() and state.evaluated == state.step and any(
-            line["kind"] == "end" for line in read_metrics(metrics_path)):
-        print(f"{out_dir}: this run is finished (step {state.step})")
-        return resumed
-    rewind_metrics(metrics_path, state if resumed else TrainState(step=-1))
+        metrics_path = out_dir / "metrics.jsonl" if rank() == 0 else os.devnull
+        metrics = stack.enter_context(open(metrics_path, "a", encoding="utf-8"))
+        sinks = open_sinks(config, state.step, stack) if rank() == 0 else []
 
-    teacher = GPT.from_pretrained(config.teacher, getattr(torch, config.dtype)) if config.teacher else None
-    if teacher is not None:
-        teacher.requires_grad_(False).to(device)
-    kind, _, size = config.student.partition(":")
-    if kind == "scratch" and not resumed:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            student = GPT(models["student"])
-    elif kind == "layers" and not resumed:
-        student = GPT.from_pretrained(config.teacher, torch.float32, layers=int(size))
-    else:
-        student = GPT.from_pretrained(resumed or config.student, torch.float32)
-    student.to(device)
-    optimizers = make_optimizers(student, config)
-    sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
-    sampler.probs = parse_mixture(config.mixture) or sampler.probs
-    base_probs = sampler.probs
-    if resumed:
-        print(f"{out_dir}: going on from {resumed.name}")
-        saved = torch.load(resumed / "optimizer.pt", map_location=device, weights_only=True)
-        for optimizer, optimizer_state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
-        student.load_state_dict(saved["weights"] or student.state_dict())
-        sampler.load_state_dict(state.sampler)
-    if config.compile == "true" or config.compile == "auto" and device.type == "cuda":
-        for layer in [*student.layers, *(teacher.layers if teacher else [])]:
-            layer.compile()  # in place: names, saving and loading stay as they are
+        def log(kind: str, **values):
+            line = {"kind": kind, "step": state.step, **values}
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+            for sink in sinks:
+                sink(line)
 
-    micro_batch_size = config.micro_batch_size or config.batch_size
-    tokens_per_step = config.batch_size * config.block_size
-
-    def measure(model: GPT) -> dict[str, float]:
-        return perplexities(model, windows, bins.vocab_size, micro_batch_size, autocast)
-
-    identity = digest(content["teacher"], bins.content(), config.block_size, config.val_samples, config.dtype)
-    teacher_ppl = dict.fromkeys(names) if teacher is None else teacher_perplexities(
-        identity, Path(config.data_dir) / "teacher_ppl.json", lambda: measure(teacher))
-
-    def log(kind: str, **values):
-        metrics.write(json.dumps({"kind": kind, "step": state.step, **values}) + "\n")
-        metrics.flush()
-
-    with open(metrics_path, "a", encoding="utf-8") as metrics, stop_requests() as stop:
+        stopped = stack.enter_context(stop_requests())
+        identity = digest(content["teacher"], bins.content(), config.block_size, config.val_samples, config.dtype)
+        if teacher is not None:
+            cache = Path(config.data_dir) / "teacher_ppl.json"
+            teacher_ppl = teacher_perplexities(identity, cache, lambda: measure(teacher))
+            if number := stopped():
+                sys.exit(128 + number)  # nothing is done yet that could be saved
         if not resumed:
             log("run", config=asdict(config), versions=environment(), base=dict(zip(names, base_probs.tolist())),
                 parameters={role: sum(p.numel() for p in model.parameters())
                             for role, model in (("teacher", teacher), ("student", student)) if model is not None})
-        started, first_step = time.perf_counter(), state.step
+        started, first_step, ahead = time.perf_counter(), state.step, None
         while True:
             # Evaluate, update r, log. `evaluated` keeps a resumed run from doing it twice.
-            if state.evaluated != state.step and (state.step % config.interval == 0 or is_last()):
-                student_ppl = measure(student)
+            due = state.evaluated != state.step and (state.step % config.interval == 0 or is_last(config, state))
+            if due and (student_ppl := measure(student)):
                 state.domains = {name: {
                     "student_ppl": student_ppl[name], "teacher_ppl": teacher_ppl[name],
                     "ratio": teacher_ppl[name] and student_ppl[name] / teacher_ppl[name],
@@ -642,51 +898,59 @@ def train(config: Config) -> Path:
                         print("\n".join([*teacher_warnings(state.domains, bins.vocab_size), *(
                             f"{name}: teacher's perplexity {domain['teacher_ppl']:.2f}, student's "
                             f"{domain['student_ppl']:.2f}" for name, domain in state.domains.items())]), flush=True)
-            last = is_last()
+            number = stopped()  # of a signal; it may have cut the evaluation short
+            last = is_last(config, state) and not number
 
             # Save
             folder = out_dir / f"step_{state.step:08d}"
             due = state.step and config.save_every and state.step % config.save_every == 0
-            if (last or due or stop) and folder != resumed:
-                state.sampler = sampler.state_dict()
+            if (last or due or number) and folder != resumed:
+                state.sampler = ahead[0] if ahead else sampler.state_dict()
                 save_checkpoint(folder, student, optimizers, state, bins,
                                 {"fp32": torch.float32, "bf16": torch.bfloat16}[config.export_dtype])
-                for old in checkpoints(out_dir)[:-config.keep] if config.keep else []:
+                for old in checkpoints(out_dir)[:-config.keep] if config.keep and rank() == 0 else []:
                     shutil.rmtree(old)
             if last:
                 log("end", domains=state.domains)
-            if stop:
-                print(f"{out_dir}: stopped by {signal.Signals(stop[0]).name}, saved as {folder.name}; "
+            if number:
+                print(f"{out_dir}: stopped by {signal.Signals(number).name}, saved as {folder.name}; "
                       "the same command goes on from there")
-                sys.exit(128 + stop[0])
+                sys.exit(128 + number)
             if last:
                 break
 
             # One update
             lr = learning_rate(state.step, config)
             step_started = time.perf_counter()
-            domain_ids, window_ids = sampler.next_batch()
-            batch = torch.from_numpy(bins.train_windows(domain_ids, window_ids))
-            sums = torch.zeros(3, dtype=torch.float64)  # loss, ce, kl
-            for rows in batch.split(micro_batch_size):
-                idx, targets = rows[:, :-1].to(device), rows[:, 1:].to(device)
+            _, domain_ids, batch = ahead or draw()
+            waited = time.perf_counter() - step_started
+            micro_batches = batch.to(device, non_blocking=True).split(micro_batch_size)
+            sums = torch.zeros(3, device=device)  # loss, ce, kl
+            for i, rows in enumerate(micro_batches):
+                idx, targets = rows[:, :-1], rows[:, 1:]
+                synchronise(trained, i + 1 == len(micro_batches))
                 with autocast:
                     teacher_hidden = teacher_head = None
                     if teacher is not None and config.method != "cpt":
                         with torch.no_grad():
                             teacher_hidden, teacher_head = teacher(idx, loss_fn=lambda hidden, head: (hidden, head))
-                    losses = student(idx, loss_fn=lambda hidden, head: distillation_loss(
+                    losses = trained(idx, loss_fn=lambda hidden, head: distillation_loss(
                         hidden, head, teacher_hidden, teacher_head, targets, gamma=config.gamma,
                         temperature=config.temperature, vocab_size=bins.vocab_size, num_tokens=tokens_per_step))
-                losses[0].backward()
-                sums += torch.stack(losses).detach().double().cpu()
-            grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf).item()
-            loss, ce, kl = sums.tolist()
+                (losses[0] * world_size()).backward()  # DDP and FSDP average over ranks; Eq. 3's mean is over tokens
+                sums += torch.stack(losses).detach()
+            grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
+            # The next batch is read while a GPU still computes; not across an update of r, which it has to follow.
+            ahead = None
+            if (state.step + 1) % config.interval and state.step + 1 < config.max_steps:
+                ahead = draw()
+            loss, ce, kl = over_ranks(sums).tolist()
+            grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
             if not math.isfinite(loss + grad_norm):
                 drawn = ", ".join(names[i] for i in np.unique(domain_ids))
-                raise UserError(f"step {state.step}: loss {loss}, gradient norm {grad_norm} on windows of {drawn}. The "
-                                f"update was not made, nor a checkpoint. Lower --lr={config.lr}, or check the data: "
-                                f"python data.py --verify={config.data_dir}")
+                refuse(f"step {state.step}: loss {loss}, gradient norm {grad_norm} on windows of {drawn}. The update "
+                       f"was not made, nor a checkpoint. Lower --lr={config.lr}, or check the data: "
+                       f"python data.py --verify={config.data_dir}")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -701,7 +965,8 @@ def train(config: Config) -> Path:
                 tokens_per_s=tokens_per_s, eta_s=eta)
             if state.step % config.log_every == 0 or state.step == config.max_steps:
                 print(f"step {state.step}/{config.max_steps}  loss {loss:.3f}  ce {ce:.3f}  kl {kl:.3f}  lr {lr:.1e}  "
-                      f"{tokens_per_s:,.0f} tokens/s  ETA {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)
+                      f"{tokens_per_s:,.0f} tokens/s{utilisation(device, flops * tokens_per_s)}  data "
+                      f"{waited / (now - step_started):.1%}  ETA {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)
     return folder
 
 
@@ -759,21 +1024,26 @@ QUICKSTART_MODELS = {"teacher": "scratch:4x128", "student": "scratch:2x96"}
 QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 5_000_000, "math": 800_000, "prose": 600_000}
 
 
+def make_quickstart_bins(data_dir: Path):
+    if not (data_dir / "meta.json").is_file():
+        with locked(data_dir):
+            print(f"Collecting text into {data_dir} …", flush=True)
+            build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES), val_fraction=0.1)
+
+
 def quickstart(config: Config) -> Config:
     """Make what the quickstart lacks, in `data_dir`: bins, a teacher, a student base. Returns `config` with its models.
 
     `train` trains both with no teacher: the teacher on all domains alike, the base mostly on code, since small models
     are strong in some domains and weak in others. Every arm and seed then starts from the same two."""
     data_dir = Path(config.data_dir)
-    if not (data_dir / "meta.json").is_file():
-        print(f"Collecting text into {data_dir} …", flush=True)
-        build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES), val_fraction=0.1)
+    on_rank_0(lambda: make_quickstart_bins(data_dir))
     sizes = {role: getattr(config, role) or size for role, size in QUICKSTART_MODELS.items()}
     if config.dry_run:
         return replace(config, **sizes)
-    *_, problems = preflight(replace(config, **sizes))  # before minutes of training
+    *_, problems = on_rank_0(lambda: preflight(replace(config, **sizes)))  # before minutes of training
     if problems:
-        raise UserError("\n".join(problems))
+        refuse("\n".join(problems))
     for role, steps, mixture in (
         ("teacher", config.pretrain_steps, "python=1,cpp=1,math=1,prose=1"),
         ("student", (config.pretrain_steps + 1) // 2, "python=.495,cpp=.495,math=.005,prose=.005"),
@@ -782,7 +1052,7 @@ def quickstart(config: Config) -> Config:
             base = resolve_config(**{**PRESETS["quickstart"], "preset": "custom", "method": "cpt", "optimizer": "muon",
                                      "student": sizes[role], "max_steps": steps, "mixture": mixture, "interval": 10**9,
                                      "lr": 1e-2, "min_lr": 1e-3, "keep": 1, "log_every": 50, "dtype": "float32",
-                                     "device": config.device, "compile": config.compile,
+                                     "device": config.device, "compile": config.compile, "timeout": config.timeout,
                                      "data_dir": str(data_dir), "out_dir": str(data_dir / role)})
             print(f"\nThe {role}: {sizes[role]}, {steps} steps, kept in {base.out_dir}", flush=True)
             try:
@@ -795,12 +1065,18 @@ def quickstart(config: Config) -> Config:
 
 def main():
     config = parse_config(Config, make=resolve_config)
-    print_config(config)
-    if config.preset == "quickstart":
-        config = quickstart(config)
-    if config.dry_run:
-        return dry_run(config)
-    folder = train(config)
+    with process_group(config):
+        print_config(config)
+        if config.preset == "quickstart":
+            config = quickstart(config)
+        if config.dry_run:
+            return on_rank_0(lambda: dry_run(config))
+        folder = train(config)
+        on_rank_0(lambda: tell(config, folder))
+
+
+def tell(config: Config, folder: Path):
+    """Print what a run gave, where it lies and what to try next."""
     report(config, folder)
     if config.preset == "quickstart":
         show_continuations(config, folder)

@@ -336,9 +336,11 @@ class GPT(nn.Module):
                 break
         return idx
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None):
-        """Write `config.json` and `model.safetensors` as transformers would for this family (None: as held)."""
-        folder, own = Path(folder), self.state_dict()
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None, state: dict | None = None):
+        """Write `config.json` and `model.safetensors` as transformers would for this family; `dtype` None: as held.
+
+        `state`: the whole tensors of a model that itself holds only shards."""
+        folder, own = Path(folder), self.state_dict() if state is None else state
         folder.mkdir(parents=True, exist_ok=True)
         state = {key: pack(key, [own[name].to("cpu", dtype) for name in names], self.config).contiguous()
                  for key, names in checkpoint_tensors(self).items()}

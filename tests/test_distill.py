@@ -827,12 +827,6 @@ def test_a_bad_teacher_is_warned_of_before_the_first_step_and_in_the_report(
         assert told in before
 
 
-def test_several_processes_are_refused_rather_than_left_to_overwrite_each_other(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE"):
-        distill.parse_config(distill.Config, [], make=resolve_config)
-
-
 def test_of_a_key_given_twice_the_last_wins():
     config = distill.parse_config(distill.Config, ["--seed=1", "--seed=2"], make=resolve_config)
     assert config.seed == 2 and config.out_dir == "out/quickstart-ddk-2"
