@@ -27,11 +27,11 @@ import shutil
 import sys
 import sysconfig
 import time
-import types
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -43,69 +43,72 @@ class UserError(ValueError):
     """Something the user can mend: programs print its message without a traceback and exit with status 2."""
 
 
+@contextmanager
+def readable(source: str | Path, mend: str):
+    """Whatever fails within becomes a UserError: `source` cannot be read, why, and how to `mend` it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each format's library has its own kinds
+        raise UserError(f"{source}: cannot be read ({type(error).__name__}: {error}); {mend}") from None
+
+
 def option(default, help: str, least: float = -math.inf, most: float = math.inf, required: bool = False):
     """A dataclass field that is a command-line key; a number must be finite and from `least` to `most`."""
     return field(default=default, metadata={"help": help, "least": least, "most": most, "required": required})
 
 
-def convert(text: str, kind):
-    """The value that `text` stands for as a `kind`: str, int, float, bool, a Literal, or one of them | None."""
-    if isinstance(kind, types.UnionType):
-        return None if text.lower() == "none" else convert(text, typing.get_args(kind)[0])
+def convert(text: str | None, kind):
+    """`text` as a `kind`: str, int, float, bool, a Literal, or one of them | None. ValueError says what it must be."""
+    if text is None:
+        raise ValueError("needs a value")
     if kind is bool:
         return convert(text.lower(), typing.Literal["true", "false"]) == "true"
-    if allowed := choices(kind):
-        if text not in allowed:
-            raise ValueError(f"must be one of {' '.join(word or repr(word) for word in allowed)}")
-        return text
+    allowed = typing.get_args(kind)
+    if type(None) in allowed:
+        return None if text.lower() == "none" else convert(text, allowed[0])
+    if allowed and text not in allowed:
+        raise ValueError(f"must be one of {' '.join(word or repr(word) for word in allowed)}")
     try:
-        return kind(text)
+        return text if allowed else kind(text)
     except ValueError:
         raise ValueError("must be a whole number" if kind is int else "must be a number") from None
 
 
-def choices(kind) -> tuple[str, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
-
-
 def parse_config(cls, argv: list[str] | None = None, make: Callable | None = None):
-    """A `cls` from --key=value arguments; of a key given twice the last wins.
+    """A `cls` from --key=value arguments, of which the last wins, and from words for its field `sources` if it has one.
 
-    `make(**given)` builds it (default: cls); its `problems()` lists what contradicts what. Words without a dash go to
-    its field `sources`, if it has one. UserError lists everything that is wrong at once."""
-    kinds = typing.get_type_hints(cls)
-    takes_words = kinds.pop("sources", None) is not None
+    `make(**given)` builds it (default: cls); its `problems()`, if any, lists what contradicts what. UserError lists
+    everything that is wrong at once."""
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for entry in (entry for entry in fields(cls) if entry.name in kinds):
-        parser.add_argument(f"--{entry.name}", nargs="?", default=argparse.SUPPRESS,
-                            metavar="|".join(filter(None, choices(kinds[entry.name]))) or "VALUE",
+    kinds, given, problems = typing.get_type_hints(cls), {}, []
+    options = [entry for entry in fields(cls) if entry.metadata]
+    for entry in options:
+        kind = kinds[entry.name]
+        words = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ["VALUE"]
+        parser.add_argument(f"--{entry.name}", nargs="?", const="true" if kind is bool else None,
+                            default=argparse.SUPPRESS, metavar="|".join(filter(None, words)),
                             help=f"{entry.metadata['help']} (default: {entry.default!r})".replace("%", "%%"))
-    known, rest = parser.parse_known_args(argv)
-    problems, given = [], {}
+    if "sources" in kinds:
+        parser.add_argument("sources", nargs="*", metavar="NAME=GLOB")
+    known, unknown = parser.parse_known_intermixed_args(argv)
     for key, text in vars(known).items():
         try:
-            if text is None and kinds[key] is not bool:
-                raise ValueError("needs a value")
-            text = "true" if text is None else text
-            given[key] = convert(text, kinds[key])
+            given[key] = text if key == "sources" else convert(text, kinds[key])
         except ValueError as error:
-            problems.append(f"--{key}: {error}" if text is None else f"--{key}={text}: {error}")
-    for word in rest:
-        if word.startswith("-"):
-            near = difflib.get_close_matches(word.lstrip("-").partition("=")[0], kinds, n=1)
-            problems.append(f"{word}: unknown key; " + (f"did you mean --{near[0]}?" if near else "--help lists them"))
-        elif not takes_words:
-            problems.append(f"{word}: not a key; arguments are written --key=value")
-    if takes_words:
-        given["sources"] = [word for word in rest if not word.startswith("-")]
+            problems.append(f"--{key}{'' if text is None else '='}{text or ''}: {error}")
+    for word in unknown:
+        near = difflib.get_close_matches(word.lstrip("-").partition("=")[0], kinds, n=1)
+        problems.append(f"{word}: unknown; " + (f"did you mean --{near[0]}=…?" if near else "--help lists the keys"))
     config = (make or cls)(**given)
-    for entry in fields(cls):
-        value, least, most = getattr(config, entry.name), entry.metadata.get("least"), entry.metadata.get("most")
+    for entry in options:
+        value, least, most = getattr(config, entry.name), entry.metadata["least"], entry.metadata["most"]
         if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):
             problems.append(f"--{entry.name}={value}: must be " + (
                 f"from {least} to {most}" if most < math.inf else f"a finite number, {least} or more"))
-        if entry.metadata.get("required") and not value:
+        if entry.metadata["required"] and not value:
             problems.append(f"--{entry.name}: give {entry.metadata['help']}")
     problems += config.problems() if hasattr(config, "problems") else []
     if problems:
@@ -121,8 +124,6 @@ def run_program(main: Callable):
     """Run `main` as a program: a UserError is one message and status 2, Ctrl-C status 130; neither a traceback."""
     try:
         main()
-    except BrokenPipeError:  # the reader of our output, such as head, has had enough
-        os._exit(128 + 13)  # as SIGPIPE ends a program: a run cut short is no success
     except (UserError, OSError) as error:
         print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
@@ -183,46 +184,36 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
 
     `eot` is the token that ends a document, if not the tokenizer's own (`eos_token` in tokenizer_config.json).
     UserError if there is no such tokenizer or token, or it would have to be downloaded and cannot."""
-    path = Path(source)
-    if source != "bytes" and (path.is_dir() or path.suffix == ".json"):
+    path, names = Path(source), tiktoken.list_encoding_names()
+    if source != "bytes" and (path.is_dir() or path.name == "tokenizer.json"):
         return _huggingface_tokenizer(path / "tokenizer.json" if path.is_dir() else path, eot)
     if source == "bytes":  # no merges: a piece is as many tokens as bytes, and short pieces are quick to search
         encoding = tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={END_OF_TEXT: 256},
                                      mergeable_ranks={bytes([byte]): byte for byte in range(256)})
-    elif source in tiktoken.list_encoding_names():
-        try:
+    elif source in names:
+        with readable(f"--tokenizer={source}", "tiktoken downloads it; set TIKTOKEN_CACHE_DIR to a folder that has it"):
             encoding = tiktoken.get_encoding(source)
-        except OSError as error:
-            raise UserError(f"--tokenizer={source}: tiktoken downloads it at first use, and could not "
-                            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it") from None
     else:
         raise UserError(f"--tokenizer={source}: neither bytes, nor a folder or file with a tokenizer.json, nor one of "
-                        f"tiktoken's {' '.join(tiktoken.list_encoding_names())}")
+                        f"tiktoken's {' '.join(names)}")
     special, eot = encoding._special_tokens, eot or END_OF_TEXT
     if eot not in special:
         raise UserError(f"--eot={eot}: not a special token of {source}, which has {' '.join(special)}")
     ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
-    known = settings_digest(bytes_settings()) if source == "bytes" else digest(ranks, encoding._pat_str, special)
-
-    def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of Python's lock while it encodes
-            return list(pool.map(lambda text: encoding.encode_to_numpy(text, disallowed_special=()), texts))
-
-    return Tokenizer(name=str(source), vocab_size=encoding.max_token_value + 1, eot=special[eot], eot_token=eot,
-                     fingerprint=known, encode_batch=encode_batch, decode=encoding.decode)
+    encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
+    pool = ThreadPoolExecutor(os.cpu_count())  # tiktoken lets go of Python's lock while it encodes
+    return Tokenizer(
+        name=str(source), vocab_size=encoding.max_token_value + 1, eot=special[eot], eot_token=eot,
+        fingerprint=settings_digest(bytes_settings()) if source == "bytes" else digest(ranks, encoding._pat_str, special),
+        encode_batch=lambda texts: list(pool.map(encode, texts)), decode=encoding.decode)
 
 
 def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
-    if not path.is_file() or path.name != "tokenizer.json":
-        raise UserError(f"--tokenizer={path}: no tokenizer.json; transformers' save_pretrained writes one")
-    tokenizers = import_optional("tokenizers", f"--tokenizer={path}")
-    config_path = path.with_name("tokenizer_config.json")
-    try:
+    tokenizers, config = import_optional("tokenizers", f"--tokenizer={path}"), path.with_name("tokenizer_config.json")
+    with readable(f"--tokenizer={path}", "transformers' save_pretrained writes it and tokenizer_config.json"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        eos = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token") if config_path.is_file() else None
+        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
         eot = eot or (eos["content"] if isinstance(eos, dict) else eos) or ""
-    except Exception as error:  # the library raises no narrower kind
-        raise UserError(f"--tokenizer={path}: it or tokenizer_config.json cannot be read: {error}") from None
     tokenizer.encode_special_tokens = True  # … as plain text
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -253,19 +244,17 @@ def save_tokenizer(folder: Path, bins: "TokenBins"):
         write_text(folder / "tokenizer_config.json", json.dumps({
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": entry["eot_token"],
             "clean_up_tokenization_spaces": False}))
-    write_text(folder / "generation_config.json", json.dumps(dict.fromkeys(("eos_token_id", "pad_token_id"), entry["eot"])))
+    ends = dict.fromkeys(("eos_token_id", "pad_token_id"), entry["eot"])
+    write_text(folder / "generation_config.json", json.dumps(ends))
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
     """The tokenizer of a model's folder; None if there is none. `eot` as in load_tokenizer."""
-    path = folder / TOKENIZER_META
-    if not path.is_file():
-        return load_tokenizer(folder, eot) if (folder / "tokenizer.json").is_file() else None
-    try:
-        return saved_tokenizer(folder, json.loads(path.read_text(encoding="utf-8")))
-    except (LookupError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not as a run writes it ({type(error).__name__}: {error}); copy it again") from None
+    if (path := folder / TOKENIZER_META).is_file():
+        with readable(path, "copy it again from where a run wrote it"):
+            return saved_tokenizer(folder, json.loads(path.read_text(encoding="utf-8")))
+    return load_tokenizer(folder, eot) if (folder / "tokenizer.json").is_file() else None
 
 
 def import_optional(module: str, wanted_by: str):
@@ -282,13 +271,12 @@ def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
     domains, problems = {}, []
     for word in sources:
         name, _, pattern = word.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or not pattern:
-            problems.append(f"{word}: write NAME=GLOB, with letters, digits, - and _ in NAME")
-            continue
         pattern = os.path.join(glob.escape(pattern), "**") if os.path.isdir(pattern) else pattern
         files = {Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)}
-        if not files:
-            problems.append(f"{word}: no file matches {pattern}")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            problems.append(f"{word}: write NAME=GLOB, with letters, digits, - and _ in NAME")
+        elif not files:
+            problems.append(f"{word}: no file matches {pattern!r}")
         domains[name] = sorted(files.union(domains.get(name, [])))
     if problems:
         raise UserError("\n".join(problems))
@@ -320,7 +308,7 @@ def read_documents(paths: Iterable[Path], text_key: str = "text", left_out: Coun
 def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str | None]:
     """Texts as they stand; None for a record without one."""
     how = dict(mode="rt", encoding="utf-8", errors="surrogateescape", newline="\n")
-    try:
+    with readable(path, "copy it again"):
         if path.suffix == ".parquet":
             parquet = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
             if text_key not in parquet.schema_arrow.names:
@@ -328,16 +316,13 @@ def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str | N
             for rows in parquet.iter_batches(columns=[text_key], batch_size=1024):
                 yield from rows.column(0).to_pylist()
         elif re.search(r"\.jsonl$|\.jsonl?\.(gz|zst)$", path.name):
-            zst = path.suffix == ".zst"
-            opener = import_optional("zstandard", str(path)).open if zst else gzip.open if path.suffix == ".gz" else open
+            opener = {".jsonl": open, ".gz": gzip.open}.get(path.suffix) or import_optional("zstandard", str(path)).open
             with opener(path, **how) as lines:
                 for number, line in enumerate(lines, 1):
                     if not line.strip():
                         continue
-                    try:
+                    with readable(f"{path}, line {number}", "it must be one JSON record"):
                         record = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise UserError(f"{path}, line {number}: not JSON ({error})") from None
                     yield record.get(text_key) if isinstance(record, dict) else None
         else:
             with open(path, **how) as file:
@@ -346,10 +331,6 @@ def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str | N
                 for piece in pieces:
                     left_out[f"more documents than files, since texts are cut at {PIECE:,} characters"] += 1
                     yield piece
-    except UserError:
-        raise
-    except Exception as error:  # each format's library has its own kinds
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); copy it again") from None
 
 
 FORMAT_VERSION = 1
@@ -388,24 +369,18 @@ def validation_split(texts: Iterable[str], val_fraction: float, val_bytes: int, 
     Returns (the largest hash that is validation, bytes of all documents, identity of the documents in their order).
     It depends on the set of documents alone, equal documents fall on one side, and there is one at least on each
     (UserError if there are not two). Memory grows with `val_bytes`, not with the input."""
-    smallest: dict[int, int] = {}  # hash → bytes of all its copies
-    heap: list[int] = []  # the same hashes, negated: the largest comes first
-    kept, total, dropped, content = 0, 0, False, hashlib.sha256()
+    heap, kept, total, largest, content = [], 0, 0, -1, hashlib.sha256()
     for key, _, size, _ in hashed(texts, f"{name}, choosing validation"):
-        total, kept = total + size, kept + size
         content.update(key.to_bytes(16, "big"))
-        if key not in smallest:
-            heapq.heappush(heap, -key)
-        smallest[key] = smallest.get(key, 0) + size
-        while kept - smallest[-heap[0]] >= val_bytes:
-            kept -= smallest.pop(-heapq.heappop(heap))
-            dropped = True
-    candidates = sorted(smallest) if dropped else sorted(smallest)[:-1]  # one is left for training
-    if not candidates:
-        raise UserError(f"domain {name}: {len(smallest)} distinct documents; at least two are needed, for training and "
-                        "validation")
-    budget, used = min(val_fraction * total, val_bytes), itertools.accumulate(smallest[key] for key in candidates)
-    threshold = max([candidates[0], *(key for key, size in zip(candidates, used) if size <= budget)])
+        total, kept, largest = total + size, kept + size, max(largest, key)
+        heapq.heappush(heap, (-key, size))  # negated: the largest hash comes first
+        while kept - heap[0][1] > val_bytes:  # what is left exceeds the limit still, so that one is for training
+            kept -= heapq.heappop(heap)[1]
+    keys, sizes = zip(*sorted((-negated, size) for negated, size in heap)) if heap else ([largest], [0])
+    if keys[0] == largest:
+        raise UserError(f"domain {name}: at least two distinct documents are needed, for training and validation")
+    budget, used = min(val_fraction * total, val_bytes), dict(zip(keys, itertools.accumulate(sizes)))  # … up to a hash
+    threshold = max([keys[0], *(key for key in used if used[key] <= budget and key < largest)])
     return threshold, total, content.hexdigest()
 
 
@@ -573,30 +548,25 @@ class TokenBins:
 
 
 def read_meta(data_dir: Path, key: str = "--data_dir") -> dict:
-    """meta.json of a bins folder, checked against the files beside it. UserError names what is wrong; `key` is how the
-    user gave the folder."""
+    """meta.json of a bins folder, checked against the files beside it. UserError names what is wrong, and the `key`
+    that the folder was given by."""
     path = data_dir / "meta.json"
     if not path.is_file():
         raise UserError(f"{key}={data_dir}: no meta.json there; make bins with data.py --out_dir={data_dir}")
-    try:
+    with readable(path, "copy the folder again, or delete meta.json and make the bins anew"):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is read")
+            raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
         if not {"name", "eot_token", "fingerprint"} <= set(meta["tokenizer"]) or meta["tokenizer"]["vocab_size"] < 1:
-            raise KeyError("tokenizer")
+            raise ValueError("entries of the tokenizer are missing")
         sizes = dict.fromkeys(meta["tokenizer"]["files"])
         for domain in meta["domains"].values():
             for entry in [*domain["train"], domain["val"]]:
                 sizes[entry["file"]], _ = entry["tokens"] * np.dtype(domain["dtype"]).itemsize, entry["sha256"]
         for name, size in sizes.items():
             file = data_dir / name
-            if file.parent != data_dir or not file.is_file():
-                raise ValueError(f"{file} is not in the folder")
-            if size not in (None, file.stat().st_size):
-                raise ValueError(f"{file} has {file.stat().st_size} bytes, not {size}")
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not as data.py writes it, or its files are not ({type(error).__name__}: {error}); "
-                        "copy the folder again, or delete meta.json and make the bins anew") from None
+            if file.parent != data_dir or not file.is_file() or size not in (None, file.stat().st_size):
+                raise ValueError(f"{file} is not in the folder, or not of {size} bytes")
     return meta
 
 
@@ -667,10 +637,9 @@ class DataConfig:
     sources: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
-        return [] if self.verify else [message for wrong, message in (
-            (not self.out_dir, "--out_dir: name the folder to write to"),
-            (not self.sources, "no sources: write NAME=GLOB for each domain"),
-        ) if wrong]
+        needed = {"--out_dir: name the folder to write to": self.out_dir,
+                  "no sources: write NAME=GLOB for each domain": self.sources}
+        return [problem for problem, value in needed.items() if not value and not self.verify]
 
 
 def main():
