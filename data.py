@@ -44,14 +44,14 @@ class UserError(ValueError):
 
 
 @contextmanager
-def readable(source: str | Path, mend: str):
-    """Whatever fails within becomes a UserError: `source` cannot be read, why, and how to `mend` it."""
+def blame(source: str | Path, mend: str):
+    """Whatever fails within becomes a UserError: that it was at `source`, why, and how to `mend` it."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # each format's library has its own kinds
-        raise UserError(f"{source}: cannot be read ({type(error).__name__}: {error}); {mend}") from None
+        raise UserError(f"{source}: {type(error).__name__}: {error}; {mend}") from None
 
 
 def option(default, help: str, least: float = -math.inf, most: float = math.inf, required: bool = False):
@@ -191,7 +191,7 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
         encoding = tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={END_OF_TEXT: 256},
                                      mergeable_ranks={bytes([byte]): byte for byte in range(256)})
     elif source in names:
-        with readable(f"--tokenizer={source}", "tiktoken downloads it; set TIKTOKEN_CACHE_DIR to a folder that has it"):
+        with blame(f"--tokenizer={source}", "tiktoken downloads it; set TIKTOKEN_CACHE_DIR to a folder that has it"):
             encoding = tiktoken.get_encoding(source)
     else:
         raise UserError(f"--tokenizer={source}: neither bytes, nor a folder or file with a tokenizer.json, nor one of "
@@ -210,7 +210,7 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
 
 def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
     tokenizers, config = import_optional("tokenizers", f"--tokenizer={path}"), path.with_name("tokenizer_config.json")
-    with readable(f"--tokenizer={path}", "transformers' save_pretrained writes it and tokenizer_config.json"):
+    with blame(f"--tokenizer={path}", "transformers' save_pretrained writes it and tokenizer_config.json"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
         eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
         eot = eot or (eos["content"] if isinstance(eos, dict) else eos) or ""
@@ -252,18 +252,16 @@ def save_tokenizer(folder: Path, bins: "TokenBins"):
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
     """The tokenizer of a model's folder; None if there is none. `eot` as in load_tokenizer."""
     if (path := folder / TOKENIZER_META).is_file():
-        with readable(path, "copy it again from where a run wrote it"):
+        with blame(path, "copy it again from where a run wrote it"):
             return saved_tokenizer(folder, json.loads(path.read_text(encoding="utf-8")))
     return load_tokenizer(folder, eot) if (folder / "tokenizer.json").is_file() else None
 
 
 def import_optional(module: str, wanted_by: str):
     """A package that only some formats need. UserError says how to get it."""
-    try:
+    package = module.partition(".")[0]
+    with blame(wanted_by, f"pip install {package}"):
         return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UserError(f"{wanted_by}: needs the package {package}: pip install {package}") from None
 
 
 def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
@@ -308,7 +306,7 @@ def read_documents(paths: Iterable[Path], text_key: str = "text", left_out: Coun
 def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str | None]:
     """Texts as they stand; None for a record without one."""
     how = dict(mode="rt", encoding="utf-8", errors="surrogateescape", newline="\n")
-    with readable(path, "copy it again"):
+    with blame(path, "copy it again"):
         if path.suffix == ".parquet":
             parquet = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
             if text_key not in parquet.schema_arrow.names:
@@ -321,7 +319,7 @@ def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str | N
                 for number, line in enumerate(lines, 1):
                     if not line.strip():
                         continue
-                    with readable(f"{path}, line {number}", "it must be one JSON record"):
+                    with blame(f"{path}, line {number}", "it must be one JSON record"):
                         record = json.loads(line)
                     yield record.get(text_key) if isinstance(record, dict) else None
         else:
@@ -363,37 +361,27 @@ def hashed(texts: Iterable[str], doing: str, n_bytes: int = 0) -> Iterator[Docum
             print(f"{doing}: {position / 1e6:,.0f}{left}, {speed / 1e6:.1f} MB/s", flush=True)
 
 
-def validation_split(texts: Iterable[str], val_fraction: float, val_bytes: int, name: str = "") -> tuple[int, int, str]:
+def validation_split(texts: Iterable[str], val_fraction: float, val_bytes: int,
+                     name: str = "") -> tuple[list[Document], int, str]:
     """Validation is the documents with the smallest hashes: up to `val_fraction` of all bytes and `val_bytes`.
 
-    Returns (the largest hash that is validation, bytes of all documents, identity of the documents in their order).
-    It depends on the set of documents alone, equal documents fall on one side, and there is one at least on each
-    (UserError if there are not two). Memory grows with `val_bytes`, not with the input."""
+    Returns (them in the order of hashes, bytes of all documents, identity of all in their order). Equal documents fall
+    on one side, and there is one at least on each (UserError if there are not two). Memory grows with `val_bytes`."""
     heap, kept, total, largest, content = [], 0, 0, -1, hashlib.sha256()
-    for key, _, size, _ in hashed(texts, f"{name}, choosing validation"):
-        content.update(key.to_bytes(16, "big"))
-        total, kept, largest = total + size, kept + size, max(largest, key)
-        heapq.heappush(heap, (-key, size))  # negated: the largest hash comes first
-        while kept - heap[0][1] > val_bytes:  # what is left exceeds the limit still, so that one is for training
-            kept -= heapq.heappop(heap)[1]
-    keys, sizes = zip(*sorted((-negated, size) for negated, size in heap)) if heap else ([largest], [0])
-    if keys[0] == largest:
+    for document in hashed(texts, f"{name}, choosing validation"):
+        content.update(document.key.to_bytes(16, "big"))
+        total, kept, largest = total + document.size, kept + document.size, max(largest, document.key)
+        heapq.heappush(heap, (-document.key, document))  # the largest hash comes first
+        while kept - heap[0][1].size > val_bytes:  # what is left is more than validation may be
+            kept -= heapq.heappop(heap)[1].size
+    candidates = sorted(document for _, document in heap)
+    if not candidates or candidates[0].key == largest:
         raise UserError(f"domain {name}: at least two distinct documents are needed, for training and validation")
-    budget, used = min(val_fraction * total, val_bytes), dict(zip(keys, itertools.accumulate(sizes)))  # … up to a hash
-    threshold = max([keys[0], *(key for key in used if used[key] <= budget and key < largest)])
-    return threshold, total, content.hexdigest()
-
-
-def _batches(documents: Iterable[Document], n_bytes: int = 1_000_000) -> Iterator[list[Document]]:
-    """Lists of documents: enough to keep all cores busy, too little to matter for memory."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += document.size
-        if size >= n_bytes:
-            yield batch
-            batch, size = [], 0
-    yield batch
+    sizes = itertools.accumulate(document.size for document in candidates)
+    used = dict(zip((document.key for document in candidates), sizes))  # bytes up to a hash, with all its copies
+    budget = min(val_fraction * total, val_bytes)
+    threshold = max([candidates[0].key, *(key for key in used if used[key] <= budget and key < largest)])
+    return [document for document in candidates if document.key <= threshold], total, content.hexdigest()
 
 
 def _write_bin(path: Path, dtype: str, documents: Iterable[Document], tokenizer: Tokenizer) -> dict:
@@ -401,7 +389,9 @@ def _write_bin(path: Path, dtype: str, documents: Iterable[Document], tokenizer:
     temporary, sha256 = path.with_name(path.name + ".tmp"), hashlib.sha256()
     counts = Counter(tokens=0, documents=0, bytes=0)
     with open(temporary, "wb") as file:
-        for batch in _batches(documents):
+        # About a megabyte at a time keeps all cores busy, and is too little to matter for memory.
+        for _, batch in itertools.groupby(documents, lambda document: document.start >> 20):
+            batch = list(batch)
             for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch])):
                 raw = np.append(ids, tokenizer.eot).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
                 file.write(raw)
@@ -412,33 +402,13 @@ def _write_bin(path: Path, dtype: str, documents: Iterable[Document], tokenizer:
     return {"file": path.name, **counts, "sha256": sha256.hexdigest()}
 
 
-def _train_and_validation(documents: Iterable[Document], threshold: int, n_bytes: int, train: list[str],
-                          val: str) -> Iterator[tuple[str, Iterable[Document]]]:
-    """Each bin's file and its documents, the validation last, in the order of hashes.
-
-    Shard k of `train` holds the documents that start in the k-th part of the bytes, so shards are done one by one."""
-    validation, empty = [], dict.fromkeys(train)  # at most val_bytes of text
-
-    def for_training() -> Iterator[Document]:
-        for document in documents:
-            if document.key <= threshold:
-                validation.append(document)
-            else:
-                yield document
-
-    for shard, group in itertools.groupby(for_training(), lambda document: document.start * len(train) // n_bytes):
-        del empty[train[shard]]
-        yield train[shard], group
-    yield from ((file, []) for file in empty)
-    yield val, sorted(validation)
-
-
 def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Callable[[], Iterable[str]]], *,
                val_fraction: float = 0.05, val_bytes: int = 32_000_000, shards: int = 1) -> dict:
     """Write the bins of `domains` and, last, meta.json to `out_dir`; returns the latter.
 
     `domains` maps a name to a function that starts its documents anew: read once for the split, once to encode. Killed
-    and started again on the same documents, it keeps the bins that were finished."""
+    and started again on the same documents, it keeps the bins that were finished. Shard k holds the documents that
+    start in the k-th part of a domain's bytes, so that shards are finished one by one."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if (out_dir / "meta.json").exists() or any(path.parent.samefile(out_dir) for path in tokenizer.files):
@@ -450,16 +420,24 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
     partial = out_dir / "partial.json"  # plan of a domain → its finished bins
     plans = json.loads(partial.read_text(encoding="utf-8")) if partial.is_file() else {}
     for name, start in domains.items():
-        threshold, n_bytes, content = validation_split(start(), val_fraction, val_bytes, name)
+        validation, n_bytes, content = validation_split(start(), val_fraction, val_bytes, name)
+        threshold = validation[-1].key
         finished = plans.setdefault(digest(name, entry, threshold, content, shards), {})
-        train = [f"{name}.train.{k:03d}.bin" for k in range(shards)] if shards > 1 else [f"{name}.train.bin"]
-        val = f"{name}.val.bin"
-        for file, documents in _train_and_validation(hashed(start(), name, n_bytes), threshold, n_bytes, train, val):
+
+        def write(file: str, documents: Iterable[Document]) -> dict:
             # A finished bin is made anew if another build wrote over it.
             if file not in finished or file_sha256(out_dir / file) != finished[file]["sha256"]:
                 finished[file] = _write_bin(out_dir / file, dtype, documents, tokenizer)
                 write_text(partial, json.dumps(plans))
-        meta["domains"][name] = {"dtype": dtype, "train": [finished[file] for file in train], "val": finished[val]}
+            return finished[file]
+
+        files = [f"{name}.train.{k:03d}.bin" for k in range(shards)] if shards > 1 else [f"{name}.train.bin"]
+        train = (document for document in hashed(start(), name, n_bytes) if document.key > threshold)
+        written = {k: write(files[k], documents) for k, documents in itertools.groupby(
+            train, lambda document: document.start * shards // n_bytes)}
+        meta["domains"][name] = {
+            "dtype": dtype, "train": [written.get(k) or write(file, []) for k, file in enumerate(files)],
+            "val": write(f"{name}.val.bin", hashed((document.text for document in validation), name))}
     for path in tokenizer.files:
         shutil.copyfile(path, out_dir / path.name)
     write_text(out_dir / "meta.json", json.dumps(meta, indent=1))
@@ -553,7 +531,7 @@ def read_meta(data_dir: Path, key: str = "--data_dir") -> dict:
     path = data_dir / "meta.json"
     if not path.is_file():
         raise UserError(f"{key}={data_dir}: no meta.json there; make bins with data.py --out_dir={data_dir}")
-    with readable(path, "copy the folder again, or delete meta.json and make the bins anew"):
+    with blame(path, "copy the folder again, or delete meta.json and make the bins anew"):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
