@@ -200,12 +200,12 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
     if eot not in special:
         raise UserError(f"--eot={eot}: not a special token of {source}, which has {' '.join(special)}")
     ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
+    known = settings_digest(bytes_settings()) if source == "bytes" else digest(ranks, encoding._pat_str, special)
     encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
     pool = ThreadPoolExecutor(os.cpu_count())  # tiktoken lets go of Python's lock while it encodes
-    return Tokenizer(
-        name=str(source), vocab_size=encoding.max_token_value + 1, eot=special[eot], eot_token=eot,
-        fingerprint=settings_digest(bytes_settings()) if source == "bytes" else digest(ranks, encoding._pat_str, special),
-        encode_batch=lambda texts: list(pool.map(encode, texts)), decode=encoding.decode)
+    return Tokenizer(name=str(source), vocab_size=encoding.max_token_value + 1, eot=special[eot], eot_token=eot,
+                     fingerprint=known, decode=encoding.decode,
+                     encode_batch=lambda texts: list(pool.map(encode, texts)))
 
 
 def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
@@ -271,10 +271,10 @@ def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
         name, _, pattern = word.partition("=")
         pattern = os.path.join(glob.escape(pattern), "**") if os.path.isdir(pattern) else pattern
         files = {Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)}
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or not pattern:
             problems.append(f"{word}: write NAME=GLOB, with letters, digits, - and _ in NAME")
         elif not files:
-            problems.append(f"{word}: no file matches {pattern!r}")
+            problems.append(f"{word}: no file matches {pattern}")
         domains[name] = sorted(files.union(domains.get(name, [])))
     if problems:
         raise UserError("\n".join(problems))
@@ -347,8 +347,7 @@ def content_hash(raw: bytes) -> int:
 
 
 def hashed(texts: Iterable[str], doing: str, n_bytes: int = 0) -> Iterator[Document]:
-    """The documents of a domain. Prints every five seconds how far it is; with an ETA if `n_bytes`, their size, is
-    known."""
+    """The documents of a domain. Prints every five seconds how far it is; with an ETA if their `n_bytes` are known."""
     position, started, said = 0, time.monotonic(), time.monotonic()
     for text in texts:
         raw = text.encode()
@@ -367,20 +366,22 @@ def validation_split(texts: Iterable[str], val_fraction: float, val_bytes: int,
 
     Returns (them in the order of hashes, bytes of all documents, identity of all in their order). Equal documents fall
     on one side, and there is one at least on each (UserError if there are not two). Memory grows with `val_bytes`."""
-    heap, kept, total, largest, content = [], 0, 0, -1, hashlib.sha256()
+    heap, kept, total, smallest, largest, content = [], 0, 0, math.inf, -1, hashlib.sha256()
     for document in hashed(texts, f"{name}, choosing validation"):
         content.update(document.key.to_bytes(16, "big"))
-        total, kept, largest = total + document.size, kept + document.size, max(largest, document.key)
+        total, kept = total + document.size, kept + document.size
+        smallest, largest = min(smallest, document.key), max(largest, document.key)
         heapq.heappush(heap, (-document.key, document))  # the largest hash comes first
-        while kept - heap[0][1].size > val_bytes:  # what is left is more than validation may be
+        # What is left is more than validation may be. The smallest hash is validation anyway, with all its copies.
+        while kept - heap[0][1].size > val_bytes and heap[0][1].key > smallest:
             kept -= heapq.heappop(heap)[1].size
-    candidates = sorted(document for _, document in heap)
-    if not candidates or candidates[0].key == largest:
+    if smallest >= largest:
         raise UserError(f"domain {name}: at least two distinct documents are needed, for training and validation")
+    candidates = sorted(document for _, document in heap)
     sizes = itertools.accumulate(document.size for document in candidates)
     used = dict(zip((document.key for document in candidates), sizes))  # bytes up to a hash, with all its copies
     budget = min(val_fraction * total, val_bytes)
-    threshold = max([candidates[0].key, *(key for key in used if used[key] <= budget and key < largest)])
+    threshold = max([smallest, *(key for key in used if used[key] <= budget and key < largest)])
     return [document for document in candidates if document.key <= threshold], total, content.hexdigest()
 
 
@@ -486,7 +487,7 @@ class TokenBins:
         self.domains = {name: meta["domains"][name] for name in self.names}
         self.vocab_size = self.tokenizer["vocab_size"]
         # The first window of each shard, and behind them the number of all
-        self._starts = {name: np.cumsum([0, *map(self._count, domain["train"])]) for name, domain in self.domains.items()}
+        self._starts = {name: np.cumsum([0, *map(self._count, self.domains[name]["train"])]) for name in self.names}
         self.n_windows = {name: int(starts[-1]) for name, starts in self._starts.items()}
         if empty := [name for name, n in self.n_windows.items() if not n]:
             raise UserError(f"--block_size={block_size}: no train text that long in {' '.join(empty)} of {self.dir}")
@@ -500,8 +501,8 @@ class TokenBins:
         # Read, not mapped: the pages that a mapping has touched are this process's memory until it is closed.
         window = np.fromfile(path, dtype, self.block_size + 1, offset=int(i) * self.block_size * dtype.itemsize)
         if window.max() >= self.vocab_size:
-            raise UserError(f"{path}: holds the id {window.max()}; the tokenizer has {self.vocab_size} ids; see data.py "
-                            f"--verify={self.dir}, or make the bins anew")
+            raise UserError(f"{path}: holds the id {window.max()}; the tokenizer has {self.vocab_size} ids; see "
+                            f"data.py --verify={self.dir}, or make the bins anew")
         return window.astype(np.int64)
 
     def train_windows(self, domain_ids: np.ndarray, window_ids: np.ndarray) -> np.ndarray:
@@ -630,7 +631,8 @@ def main():
         left_out[name] = Counter()  # anew each time: files are read twice, but counted once
         return read_documents(files, config.text_key, left_out[name])
 
-    domains = {name: functools.partial(documents, name, files) for name, files in expand_sources(config.sources).items()}
+    sources = expand_sources(config.sources)
+    domains = {name: functools.partial(documents, name, files) for name, files in sources.items()}
     tokenizer = load_tokenizer(config.tokenizer, config.eot)
     print_config(config)
     try:

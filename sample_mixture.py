@@ -206,8 +206,9 @@ def read_metrics(path: Path, key: str = "") -> list[dict]:
     with blame(f"{key}{path}", "name the metrics.jsonl in a run's out_dir"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         metrics = [json.loads(line) for line in lines if line.endswith("\n")]
-        if not all({"kind", "step"} <= set(line) and ("domains" in line or line["kind"] != "mixture") for line in metrics):
-            raise ValueError("a line without kind, step or domains")
+        needed = {"mixture": {"kind", "step", "domains"}}
+        if not all(needed.get(line["kind"], {"kind", "step"}) <= set(line) for line in metrics):
+            raise ValueError("a line without step or domains")
         return metrics
 
 
