@@ -101,7 +101,8 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
             problems.append(f"--{key}{'' if text is None else '='}{text or ''}: {error}")
     for word in unknown:
         near = difflib.get_close_matches(word.lstrip("-").partition("=")[0], kinds, n=1)
-        problems.append(f"{word}: unknown; " + (f"did you mean --{near[0]}=…?" if near else "--help lists the keys"))
+        problems.append(f"{word}: {'unknown' if word.startswith('-') else 'not a'} key; " + (
+            f"did you mean --{near[0]}=…?" if near else "write --key=value; --help lists the keys"))
     config = (make or cls)(**given)
     for entry in options:
         value, least, most = getattr(config, entry.name), entry.metadata["least"], entry.metadata["most"]
