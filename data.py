@@ -11,12 +11,12 @@ which tokenizer made them, and the size and sha256 of each. What the four progra
 import argparse
 import ast
 import difflib
+import functools
 import glob
 import gzip
 import hashlib
 import heapq
 import importlib.util
-import io
 import itertools
 import json
 import math
@@ -27,11 +27,11 @@ import shutil
 import sys
 import sysconfig
 import time
-import types
 import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -43,69 +43,73 @@ class UserError(ValueError):
     """Something the user can mend: programs print its message without a traceback and exit with status 2."""
 
 
+@contextmanager
+def blame(source: str | Path, mend: str):
+    """Whatever fails within becomes a UserError: that it was at `source`, why, and how to `mend` it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # each format's library has its own kinds
+        raise UserError(f"{source}: {type(error).__name__}: {error}; {mend}") from None
+
+
 def option(default, help: str, least: float = -math.inf, most: float = math.inf, required: bool = False):
     """A dataclass field that is a command-line key; a number must be finite and from `least` to `most`."""
     return field(default=default, metadata={"help": help, "least": least, "most": most, "required": required})
 
 
-def convert(text: str, kind):
-    """The value that `text` stands for as a `kind`: str, int, float, bool, a Literal, or one of them | None."""
-    if isinstance(kind, types.UnionType):
-        return None if text.lower() == "none" else convert(text, typing.get_args(kind)[0])
+def convert(text: str | None, kind):
+    """`text` as a `kind`: str, int, float, bool, a Literal, or one of them | None. ValueError says what it must be."""
+    if text is None:
+        raise ValueError("needs a value")
     if kind is bool:
         return convert(text.lower(), typing.Literal["true", "false"]) == "true"
-    if allowed := choices(kind):
-        if text not in allowed:
-            raise ValueError(f"must be one of {' '.join(word or repr(word) for word in allowed)}")
-        return text
+    allowed = typing.get_args(kind)
+    if type(None) in allowed:
+        return None if text.lower() == "none" else convert(text, allowed[0])
+    if allowed and text not in allowed:
+        raise ValueError(f"must be one of {' '.join(word or repr(word) for word in allowed)}")
     try:
-        return kind(text)
+        return text if allowed else kind(text)
     except ValueError:
         raise ValueError("must be a whole number" if kind is int else "must be a number") from None
 
 
-def choices(kind) -> tuple[str, ...]:
-    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
-
-
 def parse_config(cls, argv: list[str] | None = None, make: Callable | None = None):
-    """A `cls` from --key=value arguments; of a key given twice the last wins.
+    """A `cls` from --key=value arguments, of which the last wins, and from words for its field `sources` if it has one.
 
-    `make(**given)` builds it (default: cls); its `problems()` lists what contradicts what. Words without a dash go to
-    its field `sources`, if it has one. UserError lists everything that is wrong at once."""
-    kinds = typing.get_type_hints(cls)
-    takes_words = kinds.pop("sources", None) is not None
+    `make(**given)` builds it (default: cls); its `problems()`, if any, lists what contradicts what. UserError lists
+    everything that is wrong at once."""
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    for entry in (entry for entry in fields(cls) if entry.name in kinds):
-        parser.add_argument(f"--{entry.name}", nargs="?", default=argparse.SUPPRESS,
-                            metavar="|".join(filter(None, choices(kinds[entry.name]))) or "VALUE",
+    kinds, given, problems = typing.get_type_hints(cls), {}, []
+    options = [entry for entry in fields(cls) if entry.metadata]
+    for entry in options:
+        kind = kinds[entry.name]
+        words = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ["VALUE"]
+        parser.add_argument(f"--{entry.name}", nargs="?", const="true" if kind is bool else None,
+                            default=argparse.SUPPRESS, metavar="|".join(filter(None, words)),
                             help=f"{entry.metadata['help']} (default: {entry.default!r})".replace("%", "%%"))
-    known, rest = parser.parse_known_args(argv)
-    problems, given = [], {}
+    if "sources" in kinds:
+        parser.add_argument("sources", nargs="*", metavar="NAME=GLOB")
+    known, unknown = parser.parse_known_intermixed_args(argv)
     for key, text in vars(known).items():
         try:
-            if text is None and kinds[key] is not bool:
-                raise ValueError("needs a value")
-            text = "true" if text is None else text
-            given[key] = convert(text, kinds[key])
+            given[key] = text if key == "sources" else convert(text, kinds[key])
         except ValueError as error:
-            problems.append(f"--{key}: {error}" if text is None else f"--{key}={text}: {error}")
-    for word in rest:
-        if word.startswith("-"):
-            near = difflib.get_close_matches(word.lstrip("-").partition("=")[0], kinds, n=1)
-            problems.append(f"{word}: unknown key; " + (f"did you mean --{near[0]}?" if near else "--help lists them"))
-        elif not takes_words:
-            problems.append(f"{word}: not a key; arguments are written --key=value")
-    if takes_words:
-        given["sources"] = [word for word in rest if not word.startswith("-")]
+            problems.append(f"--{key}{'' if text is None else '='}{text or ''}: {error}")
+    for word in unknown:
+        near = difflib.get_close_matches(word.lstrip("-").partition("=")[0], kinds, n=1)
+        problems.append(f"{word}: {'unknown' if word.startswith('-') else 'not a'} key; " + (
+            f"did you mean --{near[0]}=…?" if near else "write --key=value; --help lists the keys"))
     config = (make or cls)(**given)
-    for entry in fields(cls):
-        value, least, most = getattr(config, entry.name), entry.metadata.get("least"), entry.metadata.get("most")
+    for entry in options:
+        value, least, most = getattr(config, entry.name), entry.metadata["least"], entry.metadata["most"]
         if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):
             problems.append(f"--{entry.name}={value}: must be " + (
                 f"from {least} to {most}" if most < math.inf else f"a finite number, {least} or more"))
-        if entry.metadata.get("required") and not value:
+        if entry.metadata["required"] and not value:
             problems.append(f"--{entry.name}: give {entry.metadata['help']}")
     problems += config.problems() if hasattr(config, "problems") else []
     if problems and os.environ.get("RANK", "0") != "0":  # rank 0 says the same
@@ -123,8 +127,6 @@ def run_program(main: Callable):
     """Run `main` as a program: a UserError is one message and status 2, Ctrl-C status 130; neither a traceback."""
     try:
         main()
-    except BrokenPipeError:  # the reader of our output, such as head, has had enough
-        os._exit(128 + 13)  # as SIGPIPE ends a program: a run cut short is no success
     except (UserError, OSError) as error:
         prefix = f"rank {os.environ['RANK']}: error" if os.environ.get("RANK", "0") != "0" else "error"
         print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr)
@@ -186,46 +188,36 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
 
     `eot` is the token that ends a document, if not the tokenizer's own (`eos_token` in tokenizer_config.json).
     UserError if there is no such tokenizer or token, or it would have to be downloaded and cannot."""
-    path = Path(source)
-    if source != "bytes" and (path.is_dir() or path.suffix == ".json"):
+    path, names = Path(source), tiktoken.list_encoding_names()
+    if source != "bytes" and (path.is_dir() or path.name == "tokenizer.json"):
         return _huggingface_tokenizer(path / "tokenizer.json" if path.is_dir() else path, eot)
     if source == "bytes":  # no merges: a piece is as many tokens as bytes, and short pieces are quick to search
         encoding = tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={END_OF_TEXT: 256},
                                      mergeable_ranks={bytes([byte]): byte for byte in range(256)})
-    elif source in tiktoken.list_encoding_names():
-        try:
+    elif source in names:
+        with blame(f"--tokenizer={source}", "tiktoken downloads it; set TIKTOKEN_CACHE_DIR to a folder that has it"):
             encoding = tiktoken.get_encoding(source)
-        except OSError as error:
-            raise UserError(f"--tokenizer={source}: tiktoken downloads it at first use, and could not "
-                            f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it") from None
     else:
         raise UserError(f"--tokenizer={source}: neither bytes, nor a folder or file with a tokenizer.json, nor one of "
-                        f"tiktoken's {' '.join(tiktoken.list_encoding_names())}")
+                        f"tiktoken's {' '.join(names)}")
     special, eot = encoding._special_tokens, eot or END_OF_TEXT
     if eot not in special:
         raise UserError(f"--eot={eot}: not a special token of {source}, which has {' '.join(special)}")
     ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
     known = settings_digest(bytes_settings()) if source == "bytes" else digest(ranks, encoding._pat_str, special)
-
-    def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:  # tiktoken lets go of Python's lock while it encodes
-            return list(pool.map(lambda text: encoding.encode_to_numpy(text, disallowed_special=()), texts))
-
+    encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
+    pool = ThreadPoolExecutor(os.cpu_count())  # tiktoken lets go of Python's lock while it encodes
     return Tokenizer(name=str(source), vocab_size=encoding.max_token_value + 1, eot=special[eot], eot_token=eot,
-                     fingerprint=known, encode_batch=encode_batch, decode=encoding.decode)
+                     fingerprint=known, decode=encoding.decode,
+                     encode_batch=lambda texts: list(pool.map(encode, texts)))
 
 
 def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
-    if not path.is_file() or path.name != "tokenizer.json":
-        raise UserError(f"--tokenizer={path}: no tokenizer.json; transformers' save_pretrained writes one")
-    tokenizers = import_optional("tokenizers", f"--tokenizer={path}")
-    config_path = path.with_name("tokenizer_config.json")
-    try:
+    tokenizers, config = import_optional("tokenizers", f"--tokenizer={path}"), path.with_name("tokenizer_config.json")
+    with blame(f"--tokenizer={path}", "transformers' save_pretrained writes it and tokenizer_config.json"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        eos = json.loads(config_path.read_text(encoding="utf-8")).get("eos_token") if config_path.is_file() else None
+        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
         eot = eot or (eos["content"] if isinstance(eos, dict) else eos) or ""
-    except Exception as error:  # the library raises no narrower kind
-        raise UserError(f"--tokenizer={path}: it or tokenizer_config.json cannot be read: {error}") from None
     tokenizer.encode_special_tokens = True  # … as plain text
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -256,28 +248,24 @@ def save_tokenizer(folder: Path, bins: "TokenBins"):
         write_text(folder / "tokenizer_config.json", json.dumps({
             "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": entry["eot_token"],
             "clean_up_tokenization_spaces": False}))
-    write_text(folder / "generation_config.json", json.dumps(dict.fromkeys(("eos_token_id", "pad_token_id"), entry["eot"])))
+    ends = dict.fromkeys(("eos_token_id", "pad_token_id"), entry["eot"])
+    write_text(folder / "generation_config.json", json.dumps(ends))
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
     """The tokenizer of a model's folder; None if there is none. `eot` as in load_tokenizer."""
-    path = folder / TOKENIZER_META
-    if not path.is_file():
-        return load_tokenizer(folder, eot) if (folder / "tokenizer.json").is_file() else None
-    try:
-        return saved_tokenizer(folder, json.loads(path.read_text(encoding="utf-8")))
-    except (LookupError, TypeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path}: not as a run writes it ({type(error).__name__}: {error}); copy it again") from None
+    if (path := folder / TOKENIZER_META).is_file():
+        with blame(path, "copy it again from where a run wrote it"):
+            return saved_tokenizer(folder, json.loads(path.read_text(encoding="utf-8")))
+    return load_tokenizer(folder, eot) if (folder / "tokenizer.json").is_file() else None
 
 
 def import_optional(module: str, wanted_by: str):
     """A package that only some formats need. UserError says how to get it."""
-    try:
+    package = module.partition(".")[0]
+    with blame(wanted_by, f"pip install {package}"):
         return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise UserError(f"{wanted_by}: needs the package {package}: pip install {package}") from None
 
 
 def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
@@ -285,12 +273,11 @@ def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
     domains, problems = {}, []
     for word in sources:
         name, _, pattern = word.partition("=")
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or not pattern:
-            problems.append(f"{word}: write NAME=GLOB, with letters, digits, - and _ in NAME")
-            continue
         pattern = os.path.join(glob.escape(pattern), "**") if os.path.isdir(pattern) else pattern
         files = {Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)}
-        if not files:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or not pattern:
+            problems.append(f"{word}: write NAME=GLOB, with letters, digits, - and _ in NAME")
+        elif not files:
             problems.append(f"{word}: no file matches {pattern}")
         domains[name] = sorted(files.union(domains.get(name, [])))
     if problems:
@@ -299,18 +286,12 @@ def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
 
 
 def read_documents(paths: Iterable[Path], text_key: str = "text", left_out: Counter | None = None) -> Iterator[str]:
-    """The documents of `paths` in order: each line of a .jsonl(.gz|.zst), row of a .parquet, else the whole file (in
-    pieces of 8 MB if it is larger, so that memory does not grow with it).
+    """The documents of `paths` in order: lines of JSON in .jsonl and .json(l).gz|zst, rows of .parquet, else the whole
+    file (in pieces of 8 million characters, so that memory does not grow with it).
 
     `left_out` counts, by reason, what is not a document or had to be mended. UserError on a line that is not JSON."""
     left_out = Counter() if left_out is None else left_out
     for text in (text for path in paths for text in _read_file(path, text_key, left_out)):
-        if isinstance(text, bytes):
-            try:
-                text = text.decode()
-            except UnicodeDecodeError:
-                left_out["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
-                text = text.decode(errors="replace")
         if not isinstance(text, str):
             left_out[f"records without a text under the key {text_key}"] += 1
         elif "\0" in text[:65536]:
@@ -318,118 +299,64 @@ def read_documents(paths: Iterable[Path], text_key: str = "text", left_out: Coun
         elif not text.strip():
             left_out["empty documents"] += 1
         else:
+            try:
+                text.encode()
+            except UnicodeEncodeError:  # a byte that files are opened to escape, or half a pair from a JSON string
+                left_out["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
+                text = re.sub("[\ud800-\udfff]", "\ufffd", text)
             yield text
 
 
-def _open_lines(path: Path):
-    if path.suffix == ".zst":
-        return io.BufferedReader(import_optional("zstandard", str(path)).open(path, "rb"))
-    return gzip.open(path) if path.suffix == ".gz" else open(path, "rb")
-
-
-def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[bytes | str | None]:
-    """Texts as they stand; as bytes where they may not be UTF-8; None for a record without one."""
-    name = path.name.removesuffix(".gz").removesuffix(".zst")
-    try:
-        if name.endswith(".parquet"):
+def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str | None]:
+    """Texts as they stand; None for a record without one."""
+    how = dict(mode="rt", encoding="utf-8", errors="surrogateescape", newline="\n")
+    with blame(path, "copy it again"):
+        if path.suffix == ".parquet":
             parquet = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
             if text_key not in parquet.schema_arrow.names:
                 raise UserError(f"{path}: no column {text_key}; --text_key={'|'.join(parquet.schema_arrow.names)}")
             for rows in parquet.iter_batches(columns=[text_key], batch_size=1024):
                 yield from rows.column(0).to_pylist()
-        elif name.endswith(".jsonl"):
-            with _open_lines(path) as lines:
+        elif re.search(r"\.jsonl$|\.jsonl?\.(gz|zst)$", path.name):
+            opener = {".jsonl": open, ".gz": gzip.open}.get(path.suffix) or import_optional("zstandard", str(path)).open
+            with opener(path, **how) as lines:
                 for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        try:
-                            record = json.loads(line.decode(errors="surrogateescape"))
-                        except json.JSONDecodeError as error:
-                            raise UserError(f"{path}, line {number}: not JSON ({error})") from None
-                        text = record.get(text_key) if isinstance(record, dict) else None
-                        # JSON can hold half a surrogate pair, which UTF-8 cannot.
-                        yield text.encode(errors="surrogatepass") if isinstance(text, str) else None
+                    if not line.strip():
+                        continue
+                    with blame(f"{path}, line {number}", "it must be one JSON record"):
+                        record = json.loads(line)
+                    yield record.get(text_key) if isinstance(record, dict) else None
         else:
-            with open(path, "rb") as file:
-                yield file.read(PIECE) + file.readline(PIECE)  # up to a line's end
-                while piece := file.read(PIECE) + file.readline(PIECE):
-                    left_out[f"more documents than files, since texts are cut at {PIECE:,} bytes"] += 1
+            with open(path, **how) as file:
+                pieces = iter(lambda: file.read(PIECE) + file.readline(PIECE), "")  # up to a line's end
+                yield next(pieces, "")
+                for piece in pieces:
+                    left_out[f"more documents than files, since texts are cut at {PIECE:,} characters"] += 1
                     yield piece
-    except UserError:
-        raise
-    except Exception as error:  # each format's library has its own kinds
-        raise UserError(f"{path}: cannot be read ({type(error).__name__}: {error}); copy it again") from None
 
 
 FORMAT_VERSION = 1
-PIECE = 8_000_000  # bytes of a text file that become one document, about
+PIECE = 8_000_000  # characters of a text file that become one document, about
 
 
-def content_hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")
+class Document(typing.NamedTuple):
+    key: int  # of its content: equal for equal texts
+    start: int  # bytes of the domain before it
+    size: int  # bytes
+    text: str
 
 
-def validation_split(documents: Iterable[str], val_fraction: float, val_bytes: int) -> tuple[int, int, str]:
-    """Validation is the documents with the smallest hashes: up to `val_fraction` of all bytes and `val_bytes`.
-
-    Returns (the largest hash that is validation, bytes of all documents, identity of the documents in their order).
-    It depends on the set of documents alone, equal documents fall on one side, and there is one at least on each
-    (ValueError if there are not two). Memory grows with `val_bytes`, not with the input."""
-    smallest: dict[int, int] = {}  # hash → bytes of all its copies
-    heap: list[int] = []  # the same hashes, negated: the largest comes first
-    kept, total, dropped, content = 0, 0, False, hashlib.sha256()
-    for text in documents:
-        key, size = content_hash(text), len(text.encode())
-        total, kept = total + size, kept + size
-        content.update(key.to_bytes(16, "big"))
-        if key not in smallest:
-            heapq.heappush(heap, -key)
-        smallest[key] = smallest.get(key, 0) + size
-        while kept - smallest[-heap[0]] >= val_bytes:
-            kept -= smallest.pop(-heapq.heappop(heap))
-            dropped = True
-    candidates = sorted(smallest) if dropped else sorted(smallest)[:-1]  # one is left for training
-    if not candidates:
-        raise ValueError(f"{len(smallest)} distinct documents; at least two are needed, for training and validation")
-    budget, used = min(val_fraction * total, val_bytes), itertools.accumulate(smallest[key] for key in candidates)
-    threshold = max([candidates[0], *(key for key, size in zip(candidates, used) if size <= budget)])
-    return threshold, total, content.hexdigest()
+def content_hash(raw: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(raw).digest()[:16], "big")
 
 
-def _write_bin(path: Path, dtype: str, documents: Iterable[str], tokenizer: Tokenizer) -> dict:
-    """Write one bin under a temporary name, make it durable, name it; returns its entry of meta.json."""
-    temporary, sha256 = path.with_name(path.name + ".tmp"), hashlib.sha256()
-    counts = Counter(tokens=0, documents=0, bytes=0)
-    with open(temporary, "wb") as file:
-        for texts in _batches(documents):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts)):
-                raw = np.append(ids, tokenizer.eot).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-                file.write(raw)
-                sha256.update(raw)
-                counts.update(tokens=len(ids) + 1, documents=1, bytes=len(text.encode()))
-    fsync(temporary)
-    os.replace(temporary, path)
-    return {"file": path.name, **counts, "sha256": sha256.hexdigest()}
-
-
-def _batches(documents: Iterable[str], n_chars: int = 1_000_000) -> Iterator[list[str]]:
-    """Lists of documents: enough to keep all cores busy, too little to matter for memory."""
-    batch, size = [], 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= n_chars:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def with_progress(documents: Iterable[str], doing: str, n_bytes: int = 0) -> Iterator[str]:
-    """Pass `documents` on, and print every five seconds how far it is; with an ETA if `n_bytes`, their size, is known.
-    """
+def hashed(texts: Iterable[str], doing: str, n_bytes: int = 0) -> Iterator[Document]:
+    """The documents of a domain. Prints every five seconds how far it is; with an ETA if their `n_bytes` are known."""
     position, started, said = 0, time.monotonic(), time.monotonic()
-    for text in documents:
-        yield text
-        position += len(text.encode())
+    for text in texts:
+        raw = text.encode()
+        yield Document(content_hash(raw), position, len(raw), text)
+        position += len(raw)
         if time.monotonic() - said > 5:
             said = time.monotonic()
             speed = position / (said - started)
@@ -437,26 +364,47 @@ def with_progress(documents: Iterable[str], doing: str, n_bytes: int = 0) -> Ite
             print(f"{doing}: {position / 1e6:,.0f}{left}, {speed / 1e6:.1f} MB/s", flush=True)
 
 
-def _write_domain(name: str, documents: Iterable[str], threshold: int, n_bytes: int, shards: int,
-                  write: Callable[[str, Iterable[str]], dict]) -> tuple[list[dict], dict]:
-    """(entries of the train bins, entry of the validation bin), as `write` returns them for a file and its documents.
-    Shard k holds the documents that start in the k-th part of the domain's bytes, so shards are finished one by one."""
-    files = [f"{name}.train.{k:03d}.bin" for k in range(shards)] if shards > 1 else [f"{name}.train.bin"]
-    validation = []  # at most val_bytes of text
+def validation_split(texts: Iterable[str], val_fraction: float, val_bytes: int,
+                     name: str = "") -> tuple[list[Document], int, str]:
+    """Validation is the documents with the smallest hashes: up to `val_fraction` of all bytes and `val_bytes`.
 
-    def train() -> Iterator[tuple[str, str]]:
-        position = 0
-        for text in with_progress(documents, name, n_bytes):
-            if content_hash(text) <= threshold:
-                validation.append(text)
-            else:
-                yield files[position * shards // n_bytes], text
-            position += len(text.encode())
+    Returns (them in the order of hashes, bytes of all documents, identity of all in their order). Equal documents fall
+    on one side, and there is one at least on each (UserError if there are not two). Memory grows with `val_bytes`."""
+    heap, kept, total, smallest, largest, content = [], 0, 0, math.inf, -1, hashlib.sha256()
+    for document in hashed(texts, f"{name}, choosing validation"):
+        content.update(document.key.to_bytes(16, "big"))
+        total, kept = total + document.size, kept + document.size
+        smallest, largest = min(smallest, document.key), max(largest, document.key)
+        heapq.heappush(heap, (-document.key, document))  # the largest hash comes first
+        # What is left is more than validation may be. The smallest hash is validation anyway, with all its copies.
+        while kept - heap[0][1].size > val_bytes and heap[0][1].key > smallest:
+            kept -= heapq.heappop(heap)[1].size
+    if smallest >= largest:
+        raise UserError(f"domain {name}: at least two distinct documents are needed, for training and validation")
+    candidates = sorted(document for _, document in heap)
+    sizes = itertools.accumulate(document.size for document in candidates)
+    used = dict(zip((document.key for document in candidates), sizes))  # bytes up to a hash, with all its copies
+    budget = min(val_fraction * total, val_bytes)
+    threshold = max([smallest, *(key for key in used if used[key] <= budget and key < largest)])
+    return [document for document in candidates if document.key <= threshold], total, content.hexdigest()
 
-    written = {file: write(file, (text for _, text in group))
-               for file, group in itertools.groupby(train(), key=lambda document: document[0])}
-    entries = [written[file] if file in written else write(file, []) for file in files]
-    return entries, write(f"{name}.val.bin", sorted(validation, key=content_hash))
+
+def _write_bin(path: Path, dtype: str, documents: Iterable[Document], tokenizer: Tokenizer) -> dict:
+    """Write one bin under a temporary name, make it durable, name it; returns its entry of meta.json."""
+    temporary, sha256 = path.with_name(path.name + ".tmp"), hashlib.sha256()
+    counts = Counter(tokens=0, documents=0, bytes=0)
+    with open(temporary, "wb") as file:
+        # About a megabyte at a time keeps all cores busy, and is too little to matter for memory.
+        for _, batch in itertools.groupby(documents, lambda document: document.start >> 20):
+            batch = list(batch)
+            for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch])):
+                raw = np.append(ids, tokenizer.eot).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+                file.write(raw)
+                sha256.update(raw)
+                counts.update(tokens=len(ids) + 1, documents=1, bytes=document.size)
+    fsync(temporary)
+    os.replace(temporary, path)
+    return {"file": path.name, **counts, "sha256": sha256.hexdigest()}
 
 
 def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Callable[[], Iterable[str]]], *,
@@ -464,7 +412,8 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
     """Write the bins of `domains` and, last, meta.json to `out_dir`; returns the latter.
 
     `domains` maps a name to a function that starts its documents anew: read once for the split, once to encode. Killed
-    and started again on the same documents, it keeps the bins that were finished."""
+    and started again on the same documents, it keeps the bins that were finished. Shard k holds the documents that
+    start in the k-th part of a domain's bytes, so that shards are finished one by one."""
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     if (out_dir / "meta.json").exists() or any(path.parent.samefile(out_dir) for path in tokenizer.files):
@@ -475,23 +424,25 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
             "domains": {}}
     partial = out_dir / "partial.json"  # plan of a domain → its finished bins
     plans = json.loads(partial.read_text(encoding="utf-8")) if partial.is_file() else {}
-    for name, documents in domains.items():
-        try:
-            threshold, n_bytes, content = validation_split(
-                with_progress(documents(), f"{name}, choosing validation"), val_fraction, val_bytes)
-        except ValueError as error:
-            raise UserError(f"domain {name}: {error}") from None
+    for name, start in domains.items():
+        validation, n_bytes, content = validation_split(start(), val_fraction, val_bytes, name)
+        threshold = validation[-1].key
         finished = plans.setdefault(digest(name, entry, threshold, content, shards), {})
 
-        def write(file: str, texts: Iterable[str]) -> dict:
+        def write(file: str, documents: Iterable[Document]) -> dict:
             # A finished bin is made anew if another build wrote over it.
             if file not in finished or file_sha256(out_dir / file) != finished[file]["sha256"]:
-                finished[file] = _write_bin(out_dir / file, dtype, texts, tokenizer)
+                finished[file] = _write_bin(out_dir / file, dtype, documents, tokenizer)
                 write_text(partial, json.dumps(plans))
             return finished[file]
 
-        train, val = _write_domain(name, documents(), threshold, n_bytes, shards, write)
-        meta["domains"][name] = {"dtype": dtype, "train": train, "val": val}
+        files = [f"{name}.train.{k:03d}.bin" for k in range(shards)] if shards > 1 else [f"{name}.train.bin"]
+        train = (document for document in hashed(start(), name, n_bytes) if document.key > threshold)
+        written = {k: write(files[k], documents) for k, documents in itertools.groupby(
+            train, lambda document: document.start * shards // n_bytes)}
+        meta["domains"][name] = {
+            "dtype": dtype, "train": [written.get(k) or write(file, []) for k, file in enumerate(files)],
+            "val": write(f"{name}.val.bin", hashed((document.text for document in validation), name))}
     for path in tokenizer.files:
         shutil.copyfile(path, out_dir / path.name)
     write_text(out_dir / "meta.json", json.dumps(meta, indent=1))
@@ -539,37 +490,32 @@ class TokenBins:
         self.tokenizer, self.names = meta["tokenizer"], names or list(meta["domains"])
         self.domains = {name: meta["domains"][name] for name in self.names}
         self.vocab_size = self.tokenizer["vocab_size"]
-        self.n_windows = {name: sum(map(self._count, domain["train"])) for name, domain in self.domains.items()}
+        # The first window of each shard, and behind them the number of all
+        self._starts = {name: np.cumsum([0, *map(self._count, self.domains[name]["train"])]) for name in self.names}
+        self.n_windows = {name: int(starts[-1]) for name, starts in self._starts.items()}
         if empty := [name for name, n in self.n_windows.items() if not n]:
             raise UserError(f"--block_size={block_size}: no train text that long in {' '.join(empty)} of {self.dir}")
 
     def _count(self, entry: dict) -> int:
         return max(entry["tokens"] - 1, 0) // self.block_size
 
-    def _read(self, name: str, entries: list[dict], window_ids: np.ndarray) -> np.ndarray:
-        """Windows (n, block_size + 1) int64 of a domain, numbered through its shards `entries`."""
-        ends = np.cumsum([self._count(entry) for entry in entries])
-        shards = np.searchsorted(ends, window_ids, side="right")
-        windows = np.empty((len(window_ids), self.block_size + 1), dtype=np.int64)
-        for shard in np.unique(shards):
-            rows, entry = np.flatnonzero(shards == shard), entries[shard]
-            starts = (window_ids[rows] - (ends[shard] - self._count(entry))) * self.block_size
-            # Mapped anew each time: the pages that a mapping has touched are this process's memory until it is closed.
-            tokens = np.memmap(self.dir / entry["file"], mode="r",
-                               dtype=np.dtype(self.domains[name]["dtype"]).newbyteorder("<"))
-            windows[rows] = tokens[starts[:, None] + np.arange(self.block_size + 1)]
-            if windows[rows].max() >= self.vocab_size:
-                raise UserError(f"{self.dir / entry['file']}: holds the id {windows[rows].max()}; the tokenizer has "
-                                f"{self.vocab_size} ids; see data.py --verify={self.dir}, or make the bins anew")
-        return windows
+    def _window(self, name: str, entry: dict, i: int) -> np.ndarray:
+        """Window i of one bin of a domain, (block_size + 1,) int64."""
+        path, dtype = self.dir / entry["file"], np.dtype(self.domains[name]["dtype"]).newbyteorder("<")
+        # Read, not mapped: the pages that a mapping has touched are this process's memory until it is closed.
+        window = np.fromfile(path, dtype, self.block_size + 1, offset=int(i) * self.block_size * dtype.itemsize)
+        if window.max() >= self.vocab_size:
+            raise UserError(f"{path}: holds the id {window.max()}; the tokenizer has {self.vocab_size} ids; see "
+                            f"data.py --verify={self.dir}, or make the bins anew")
+        return window.astype(np.int64)
 
     def train_windows(self, domain_ids: np.ndarray, window_ids: np.ndarray) -> np.ndarray:
         """The windows that MixtureSampler.next_batch names, in its order: (B, block_size + 1) int64."""
-        windows = np.empty((len(domain_ids), self.block_size + 1), dtype=np.int64)
-        for domain in np.unique(domain_ids):
-            rows, name = np.flatnonzero(domain_ids == domain), self.names[domain]
-            windows[rows] = self._read(name, self.domains[name]["train"], window_ids[rows])
-        return windows
+        windows = []
+        for name, i in zip((self.names[domain] for domain in domain_ids), window_ids):
+            shard = np.searchsorted(self._starts[name], i, side="right") - 1
+            windows.append(self._window(name, self.domains[name]["train"][shard], i - self._starts[name][shard]))
+        return np.stack(windows)
 
     def val_windows(self, name: str, count: int) -> np.ndarray:
         """Windows 0 … count−1 of a domain's validation, (count, block_size + 1) int64. UserError if there are fewer."""
@@ -577,45 +523,40 @@ class TokenBins:
         if self._count(entry) < count:
             raise UserError(f"--val_samples={count}: domain {name} of {self.dir} has {self._count(entry)} validation "
                             f"windows of {self.block_size} tokens; ask for no more, or raise --val_fraction in data.py")
-        return self._read(name, [entry], np.arange(count))
+        return np.stack([self._window(name, entry, i) for i in range(count)])
 
     def content(self) -> str:
         """Identity of the tokens, wherever they lie: over each bin's sha256 and the tokenizer."""
         return digest(self.domains, self.tokenizer["fingerprint"])
 
 
-def read_meta(data_dir: Path) -> dict:
-    """meta.json of a bins folder, checked against the files beside it. UserError names what is wrong."""
-    path, anew = data_dir / "meta.json", "copy it again, or delete meta.json and make the bins anew"
+def read_meta(data_dir: Path, key: str = "--data_dir") -> dict:
+    """meta.json of a bins folder, checked against the files beside it. UserError names what is wrong, and the `key`
+    that the folder was given by."""
+    path = data_dir / "meta.json"
     if not path.is_file():
-        raise UserError(f"--data_dir={data_dir}: no meta.json there; make bins with data.py --out_dir={data_dir}")
-    try:
+        raise UserError(f"{key}={data_dir}: no meta.json there; make bins with data.py --out_dir={data_dir}")
+    with blame(path, "copy the folder again, or delete meta.json and make the bins anew"):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{path}: format version {meta['format_version']}, but {FORMAT_VERSION} is read; {anew}")
+            raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
+        if not {"name", "eot_token", "fingerprint"} <= set(meta["tokenizer"]) or meta["tokenizer"]["vocab_size"] < 1:
+            raise ValueError("entries of the tokenizer are missing")
         sizes = dict.fromkeys(meta["tokenizer"]["files"])
         for domain in meta["domains"].values():
             for entry in [*domain["train"], domain["val"]]:
                 sizes[entry["file"]], _ = entry["tokens"] * np.dtype(domain["dtype"]).itemsize, entry["sha256"]
         for name, size in sizes.items():
             file = data_dir / name
-            if file.parent != data_dir or not file.is_file():
-                raise UserError(f"{file}: named in meta.json, but not in its folder; {anew}")
-            if size is not None and file.stat().st_size != size:
-                raise UserError(f"{file}: {file.stat().st_size} bytes, but {size} by meta.json; {anew}")
-        if not {"name", "eot_token", "fingerprint"} <= set(meta["tokenizer"]) or meta["tokenizer"]["vocab_size"] < 1:
-            raise KeyError("tokenizer")
-    except UserError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not as data.py writes it ({type(error).__name__}: {error}); {anew}") from None
+            if file.parent != data_dir or not file.is_file() or size not in (None, file.stat().st_size):
+                raise ValueError(f"{file} is not in the folder, or not of {size} bytes")
     return meta
 
 
 def verify(data_dir: Path):
     """Re-hash every bin of a folder. UserError lists those that changed since."""
     changed = []
-    for domain in read_meta(data_dir)["domains"].values():
+    for domain in read_meta(data_dir, "--verify")["domains"].values():
         for entry in [*domain["train"], domain["val"]]:
             if file_sha256(data_dir / entry["file"]) != entry["sha256"]:
                 changed.append(entry["file"])
@@ -629,39 +570,40 @@ def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterab
 
     Math is sympy's docstrings, for their formulas and worked examples; prose is Python's topics and numpy's docstrings.
     """
-    def files(root: str, suffix: str, leave_out: str) -> list[Path]:
-        folder = Path(importlib.util.find_spec(root).submodule_search_locations[0] if root != "stdlib"
-                      else sysconfig.get_path("stdlib"))
-        names = (path.relative_to(folder).as_posix() for path in folder.rglob(f"*{suffix}"))
-        # By the hash of their names, so that the first few megabytes are a sample of all.
-        return [folder / name for name in sorted(names, key=content_hash) if not re.search(leave_out, name)]
+    def without_licence(text: str) -> str:
+        head = re.match(r"(\s*(#[^\n]*\n|//[^\n]*\n|/\*.*?\*/))+", text, re.DOTALL)
+        return text[head.end():] if head and re.search("copyright|licen[cs]e", head[0], re.I) else text
 
-    def source(paths: list[Path]) -> Iterator[str]:
-        for text in read_documents(paths):  # without leading comments, if those are a licence
-            head = re.match(r"(\s*(#[^\n]*\n|//[^\n]*\n|/\*.*?\*/))+", text, re.DOTALL)
-            yield text[head.end():] if head and re.search("copyright|licen[cs]e", head[0], re.I) else text
-
-    def docstrings(paths: list[Path]) -> Iterator[str]:
+    def docstrings(text: str) -> str:
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        for text in read_documents(paths):
-            nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
-            yield "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
+        nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
+        return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
-    def first(documents: Iterable[str], n_bytes: int) -> Iterator[str]:
-        for text in itertools.takewhile(lambda _: n_bytes > 0, documents):
+    sources = {  # package, suffix, paths left out, what is taken of a file
+        "python": ("stdlib", ".py", r"(^|/)(site-packages|tests?|idlelib|encodings|pydoc_data)/", without_licence),
+        "cpp": ("torch", ".h", r"^(?!include/)|ATen/(ops|[^/]*$)|google/|sleef", without_licence),
+        "math": ("sympy", ".py", r"tests/|parsing/", docstrings),
+        "prose": ("numpy", ".py", r"tests/|_pyinstaller/", docstrings),
+    }
+
+    def documents(name: str) -> Iterator[str]:
+        package, suffix, left_out, take = sources[name]
+        folder = Path(sysconfig.get_path("stdlib") if package == "stdlib"
+                      else importlib.util.find_spec(package).submodule_search_locations[0])
+        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob(f"*{suffix}")}
+        # By the hash of their names, so that the first few megabytes are a sample of all
+        chosen = [paths[path] for path in sorted(paths, key=lambda path: content_hash(path.encode()))
+                  if not re.search(left_out, path)]
+        first, left = pydoc_data.topics.topics.values() if name == "prose" else (), n_bytes[name]
+        for text in itertools.chain(first, map(take, read_documents(chosen))):
+            if left <= 0:
+                return
             # Tables, of characters or of constants, are mostly digits and signs.
             if len(text) > 200 and sum(map(str.isalpha, text)) > 0.4 * len(text):
-                n_bytes -= len(text.encode())
+                left -= len(text.encode())
                 yield text
 
-    documents = {
-        "python": lambda: source(files("stdlib", ".py", r"(^|/)(site-packages|tests?|idlelib|encodings|pydoc_data)/")),
-        "cpp": lambda: source(files("torch", ".h", r"^(?!include/)|ATen/(ops|[^/]*$)|google/|sleef")),
-        "math": lambda: docstrings(files("sympy", ".py", r"tests/|parsing/")),
-        "prose": lambda: itertools.chain(pydoc_data.topics.topics.values(),
-                                         docstrings(files("numpy", ".py", r"tests/|_pyinstaller/"))),
-    }
-    return {name: lambda name=name: first(documents[name](), n_bytes[name]) for name in n_bytes}
+    return {name: functools.partial(documents, name) for name in n_bytes}
 
 
 @dataclass
@@ -678,38 +620,36 @@ class DataConfig:
     sources: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
-        return [] if self.verify else [message for wrong, message in (
-            (not self.out_dir, "--out_dir: name the folder to write to"),
-            (not self.sources, "no sources: write NAME=GLOB for each domain"),
-        ) if wrong]
+        needed = {"--out_dir: name the folder to write to": self.out_dir,
+                  "no sources: write NAME=GLOB for each domain": self.sources}
+        return [problem for problem, value in needed.items() if not value and not self.verify]
 
 
 def main():
     config = parse_config(DataConfig)
     if config.verify:
         return verify(Path(config.verify))
-    left_out = Counter()
+    left_out = {}
 
-    def documents(files: list[Path]) -> Callable[[], Iterable[str]]:
-        counters = iter([left_out, Counter()])  # read twice, counted once
-        return lambda: read_documents(files, config.text_key, next(counters))
+    def documents(name: str, files: list[Path]) -> Iterator[str]:
+        left_out[name] = Counter()  # anew each time: files are read twice, but counted once
+        return read_documents(files, config.text_key, left_out[name])
 
-    domains = {name: documents(files) for name, files in expand_sources(config.sources).items()}
+    sources = expand_sources(config.sources)
+    domains = {name: functools.partial(documents, name, files) for name, files in sources.items()}
     tokenizer = load_tokenizer(config.tokenizer, config.eot)
     print_config(config)
     try:
         meta = build_bins(config.out_dir, tokenizer, domains, shards=config.shards, val_fraction=config.val_fraction,
                           val_bytes=config.val_bytes)
-    except UserError as error:
-        reasons = [f"left out: {count} {reason}" for reason, count in left_out.items()]
-        raise UserError("\n".join([str(error), *reasons])) from None
+    finally:  # a domain may have too few documents for the same reasons
+        for reason, count in sum(left_out.values(), Counter()).items():
+            print(f"note: {count} {reason}")
     print(f"{'domain':16}{'documents':>12}{'MB':>10}{'train tokens':>16}{'validation':>14}")
     for name, domain in meta["domains"].items():
         entries, val_tokens = [*domain["train"], domain["val"]], domain["val"]["tokens"]
         n, size, tokens = (sum(entry[key] for entry in entries) for key in ("documents", "bytes", "tokens"))
         print(f"{name:16}{n:12,}{size / 1e6:10.1f}{tokens - val_tokens:16,}{val_tokens:14,}")
-    for reason, count in left_out.items():
-        print(f"note: {count} {reason}")
     print(f"wrote {config.out_dir}")
 
 

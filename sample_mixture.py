@@ -1,10 +1,8 @@
 """The data mixture of DDK: how much of each domain the student sees next, and which windows those are.
 
 `discrepancy_factor` is Eq. 1, `smooth_update` Eq. 2; `next_factor` and `interval_probs` say which of them an arm draws
-by, and `MixtureSampler` draws: the global batch of every step, each domain walked without replacement and cycled.
-
-Nothing here knows of models or ranks. As a program it shows a mixture, replays r from the perplexities that a run
-logged, and draws the paper's Fig. 3:
+by; `MixtureSampler` draws. Nothing here knows of models or ranks. As a program it shows a mixture, replays r from the
+perplexities that a run logged, and draws the paper's Fig. 3:
 
     python sample_mixture.py --data_dir=data/quickstart
     python sample_mixture.py --metrics=out/quickstart-ddk-0/metrics.jsonl --alpha=0.8 --plot=mixture.png
@@ -20,30 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from data import TokenBins, UserError, import_optional, option, parse_config, run_program, saved_tokenizer
-
-
-def _ratios_below_max(student_ppl, teacher_ppl, factor=None) -> np.ndarray:
-    """ℓ_S/ℓ_T less the largest of them (of those with a factor above 0), (N,) float64.
-
-    A softmax needs no more than these differences. They are taken in exact arithmetic: a float64 ratio of 1e6 is
-    already off by 1e-10, and the exp that follows would pass that on."""
-    student, teacher = np.asarray(student_ppl, dtype=np.float64), np.asarray(teacher_ppl, dtype=np.float64)
-    if student.ndim != 1 or student.shape != teacher.shape or not student.size:
-        raise ValueError(f"student_ppl {student.shape} and teacher_ppl {teacher.shape} must be two equally long, "
-                         "non-empty lists: one perplexity a domain")
-    for name, ppl in (("student_ppl", student), ("teacher_ppl", teacher)):
-        if not (np.isfinite(ppl) & (ppl >= 1)).all():
-            raise ValueError(f"{name} {ppl.tolist()} must be finite and at least 1: perplexities, not losses")
-    ratios = [Fraction(s) / Fraction(t) for s, t in zip(student.tolist(), teacher.tolist())]
-    counted = np.ones(len(ratios)) if factor is None else _weights("factor", factor, len(ratios))
-    largest = max(ratio for ratio, weight in zip(ratios, counted) if weight > 0)
-    return np.array([float(ratio - largest) for ratio in ratios])
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
+from data import TokenBins, UserError, blame, import_optional, option, parse_config, run_program, saved_tokenizer
 
 
 def _weights(name: str, weights, n: int) -> np.ndarray:
@@ -53,12 +28,33 @@ def _weights(name: str, weights, n: int) -> np.ndarray:
     return weights
 
 
+def _weighted_softmax(weights, student_ppl, teacher_ppl) -> np.ndarray:
+    """ψ/Σψ with ψ[i] = weights[i] · exp(ℓ_S[i] / ℓ_T[i]), (N,) float64.
+
+    The largest ratio is subtracted first, in exact arithmetic: a float64 ratio of 1e6 is already off by 1e-10, and the
+    exp that follows would pass that on."""
+    student, teacher = np.asarray(student_ppl, dtype=np.float64), np.asarray(teacher_ppl, dtype=np.float64)
+    if student.ndim != 1 or student.shape != teacher.shape or not student.size:
+        raise ValueError(f"student_ppl {student.shape} and teacher_ppl {teacher.shape} must be two equally long, "
+                         "non-empty lists: one perplexity a domain")
+    for name, ppl in (("student_ppl", student), ("teacher_ppl", teacher)):
+        if not (np.isfinite(ppl) & (ppl >= 1)).all():
+            raise ValueError(f"{name} {ppl.tolist()} must be finite and at least 1: perplexities, not losses")
+    weights = _weights("factor", weights, len(student))
+    ratios = [Fraction(s) / Fraction(t) for s, t in zip(student.tolist(), teacher.tolist())]
+    largest = max(ratio for ratio, weight in zip(ratios, weights) if weight > 0)
+    with np.errstate(divide="ignore"):  # log 0 = −inf: a domain that α = 1 has driven to 0 stays there, as in Eq. 2
+        log_psi = np.log(weights) + [float(ratio - largest) for ratio in ratios]
+    psi = np.exp(log_psi - log_psi.max())
+    return psi / psi.sum()
+
+
 def discrepancy_factor(student_ppl, teacher_ppl) -> np.ndarray:
     """Eq. 1: r[i] = softmax_i(ℓ_S[i] / ℓ_T[i]), the domain discrepancy factor.
 
-    Takes two lists of N perplexities (≥ 1) and returns (N,) float64 that sums to 1. ValueError on empty or unequal
-    lists and on a perplexity that is not finite or below 1."""
-    return _softmax(_ratios_below_max(student_ppl, teacher_ppl))
+    Takes two lists of N perplexities and returns (N,) float64 that sums to 1. ValueError on empty or unequal lists and
+    on a perplexity that is not finite or below 1."""
+    return _weighted_softmax(np.ones(np.size(student_ppl)), student_ppl, teacher_ppl)
 
 
 def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
@@ -66,12 +62,10 @@ def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.nd
 
     `factor` is r_t, (N,) weights; the rest as in `discrepancy_factor`. ValueError also on α outside [0, 1] and on a
     factor that is negative, not finite, all zero or of another length."""
-    ratios = _ratios_below_max(student_ppl, teacher_ppl, factor)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha} must lie in [0, 1]")
-    with np.errstate(divide="ignore"):  # log 0 = −inf: a domain that α = 1 has driven to 0 stays there, as in Eq. 2
-        log_psi = np.log(np.asarray(factor, dtype=np.float64)) + ratios
-    return alpha * _softmax(log_psi) + (1 - alpha) / len(ratios)
+    psi = _weighted_softmax(factor, student_ppl, teacher_ppl)
+    return alpha * psi + (1 - alpha) / len(psi)
 
 
 def next_factor(method: str, factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
@@ -108,7 +102,7 @@ def _hash(*words) -> np.ndarray:
     return state
 
 
-def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray, rounds: int = 8) -> np.ndarray:
+def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
     """The element at `index` of a pseudo-random permutation of 0 … n−1 that `key` selects. All (B,), uint64.
 
     Nothing is stored, so a domain of 1e9 windows costs no more than one of ten. A Feistel network permutes an a × b
@@ -121,11 +115,9 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray, rounds:
     while walking.size:
         rows, columns, keys = a[walking], b[walking], key[walking]
         left, right = index[walking] // columns, index[walking] % columns
-        for turn in range(rounds):
-            if turn % 2:
-                right = (right + _hash(keys, turn, left) % columns) % columns
-            else:
-                left = (left + _hash(keys, turn, right) % rows) % rows
+        for turn in range(8):  # an even number, so that left and right end as they began
+            left, right = right, (left + _hash(keys, turn, right) % rows) % rows
+            rows, columns = columns, rows
         index[walking] = left * columns + right
         walking = walking[index[walking] >= n[walking]]
     return index
@@ -134,14 +126,12 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray, rounds:
 class MixtureSampler:
     """Draws the global batch of each step: which domains, by `probs`, and which of their windows.
 
-    A function of (seed, step, what was drawn before) that knows neither ranks nor micro-batches nor evaluation.
-    `n_windows`: train windows of each domain (at least 1), in the order of `probs` and of domain ids."""
+    It knows neither ranks nor micro-batches nor evaluation. `n_windows`: train windows of each domain, at least 1."""
 
     def __init__(self, n_windows: dict[str, int], batch_size: int, seed: int):
-        if not n_windows or min(n_windows.values()) < 1:
-            raise ValueError(f"n_windows {dict(n_windows)}: at least one domain, and one window in each, are needed")
-        if batch_size < 1:
-            raise ValueError(f"batch_size {batch_size} must be at least 1")
+        if not n_windows or min(*n_windows.values(), batch_size) < 1:
+            raise ValueError(f"n_windows {n_windows}, batch_size {batch_size}: at least one domain, with one window in "
+                             "each, and one window a batch are needed")
         self.names, self.n_windows = list(n_windows), np.array(list(n_windows.values()), dtype=np.int64)
         self.batch_size, self.seed = batch_size, seed
         self.step = 0  # batches drawn
@@ -174,23 +164,19 @@ class MixtureSampler:
     def next_batch(self) -> tuple[np.ndarray, np.ndarray]:
         """(domain_ids, window_ids), both (B,) int64, of the next step.
 
-        Systematic sampling: B evenly spaced points, with one random start, over the domains laid end to end. Each
-        domain gets B · probs windows to within one at every step, not just in the long run as with independent draws.
-        """
+        Systematic sampling: B evenly spaced points, with one random start, over the domains laid end to end, so that
+        each gets B · probs windows to within one at every step, not just in the long run."""
         start = int(_hash(self.seed, _START, self.step)[0] >> np.uint64(32)) / 2**32  # in [0, 1), exact
         edges = np.append(0, np.cumsum(self.probs))
         edges /= edges[-1]  # ends on 1 exactly, and a last domain of probability 0 stays empty
         counts = np.diff(np.ceil(self.batch_size * edges - start)).astype(np.int64)
 
         # Shuffle the places among the domains. The k-th place that falls to a domain gets its k-th window from here.
-        in_order = np.repeat(np.arange(len(counts)), counts)
         places = keyed_permutation(np.arange(self.batch_size), self.batch_size, _hash(self.seed, _PLACES, self.step))
-        domain_ids = in_order[places.astype(np.int64)]
-        by_domain = np.argsort(domain_ids, kind="stable")
-        first_place = np.cumsum(counts) - counts
+        domain_ids = np.repeat(np.arange(len(counts)), counts)[places.astype(np.int64)]
         position = np.empty(self.batch_size, dtype=np.int64)
-        position[by_domain] = self.drawn[in_order] + np.arange(self.batch_size) - first_place[in_order]
-
+        for domain, count in enumerate(counts):
+            position[domain_ids == domain] = self.drawn[domain] + np.arange(count)
         self.drawn += counts
         self.step += 1
         return domain_ids, self.windows(domain_ids, position)
@@ -215,30 +201,15 @@ class MixtureSampler:
         self.drawn = np.array([state["drawn"][name] for name in self.names], dtype=np.int64)
 
 
-def read_metrics(path: Path) -> list[dict]:
+def read_metrics(path: Path, key: str = "") -> list[dict]:
     """The lines of a run's metrics.jsonl; a torn last line, left by a run that was killed, is not one."""
-    if not path.is_file():
-        raise UserError(f"--metrics={path}: no such file; a run writes it to its out_dir")
-    try:
+    with blame(f"{key}{path}", "name the metrics.jsonl in a run's out_dir"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         metrics = [json.loads(line) for line in lines if line.endswith("\n")]
-        if not all("kind" in line and "step" in line and ("domains" in line or line["kind"] != "mixture")
-                   for line in metrics):
-            raise ValueError("a line without kind, step or domains")
+        needed = {"mixture": {"kind", "step", "domains"}}
+        if not all(needed.get(line["kind"], {"kind", "step"}) <= set(line) for line in metrics):
+            raise ValueError("a line without step or domains")
         return metrics
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"--metrics={path}: not a run's metrics.jsonl ({error})") from None
-
-
-def replay(lines: list[dict], base: dict[str, float], method: str, alpha: float) -> list[dict[str, float]]:
-    """The r of each `mixture` line as `method` and `alpha` make it from the perplexities logged there."""
-    factor, replayed = None, []
-    base_probs = np.array([base[name] for name in lines[0]["domains"]])
-    for line in lines:
-        measured = [[domain[key] for domain in line["domains"].values()] for key in ("student_ppl", "teacher_ppl")]
-        factor = next_factor(method, factor, *measured, alpha)
-        replayed.append(dict(zip(line["domains"], interval_probs(method, line["t"], factor, base_probs).tolist())))
-    return replayed
 
 
 def plot(lines: list[dict], replayed: list[dict[str, float]], path: str):
@@ -252,28 +223,9 @@ def plot(lines: list[dict], replayed: list[dict[str, float]], path: str):
     shares.set(xlabel="step", ylabel="share of the next interval's data (r)", ylim=(0, None))
     ratios.set(xlabel="step", ylabel="student perplexity / teacher perplexity")
     ratios.legend()
-    try:
+    with blame(f"--plot={path}", "name a .png in a folder that exists"):
         figure.savefig(path, dpi=150)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--plot={path}: cannot be written ({error})") from None
     print(f"wrote {path}")
-
-
-def show_draws(bins: TokenBins, sampler: MixtureSampler, steps: int):
-    """Print what `steps` batches draw from each domain, and the domain's next window as text."""
-    tokenizer = saved_tokenizer(bins.dir, bins.tokenizer)
-    for _ in range(steps):
-        sampler.next_batch()
-    print(f"{steps} steps of {sampler.batch_size} windows of {bins.block_size} tokens:\n\n"
-          f"{'domain':16}{'windows':>12}{'wanted':>9}{'drawn':>9}{'tokens':>14}{'epochs':>9}")
-    for name, windows, wanted, drawn, epochs in zip(sampler.names, sampler.n_windows, sampler.probs, sampler.drawn,
-                                                    sampler.epochs):
-        print(f"{name:16}{windows:12,}{wanted:9.2%}{drawn / sampler.drawn.sum():9.2%}{drawn * bins.block_size:14,}"
-              f"{epochs:9.3f}")
-    for domain, name in enumerate(bins.names):
-        window = sampler.windows(np.array([domain]), sampler.drawn[domain:domain + 1])
-        ids = bins.train_windows(np.array([domain]), window)[0]
-        print(f"\n--- {name}, window {window[0]}\n{tokenizer.decode(ids.tolist())}")
 
 
 @dataclass
@@ -290,37 +242,61 @@ class MixtureConfig:
     seed: int = option(0, "order of the data", least=0)
 
     def problems(self) -> list[str]:
-        return [message for wrong, message in (
-            (not self.data_dir and not self.metrics, "--data_dir or --metrics: name at least one"),
-            (self.plot and not self.metrics, f"--plot={self.plot}: needs --metrics"),
-        ) if wrong]
+        return (["--data_dir or --metrics: name at least one"] * (not self.data_dir and not self.metrics)
+                + [f"--plot={self.plot}: needs --metrics"] * bool(self.plot and not self.metrics))
+
+
+def show_replay(config: MixtureConfig) -> dict[str, float]:
+    """Print and plot r as `method` and `alpha` make it from the perplexities that a run logged; returns the last."""
+    metrics = read_metrics(Path(config.metrics), "--metrics=")
+    run = {"config": {}, **next((line for line in metrics if line["kind"] == "run"), {})}
+    lines = [line for line in metrics if line["kind"] == "mixture"]
+    if not lines or any(domain["ratio"] is None for domain in lines[0]["domains"].values()):
+        raise UserError(f"--metrics={config.metrics}: no perplexities of a student and a teacher in it")
+    method = config.method or run["config"].get("method", "ddk")
+    alpha = run["config"].get("alpha", 0.5) if config.alpha is None else config.alpha
+    names, base, factor, replayed = list(lines[0]["domains"]), run.get("base", lines[0]["r"]), None, []
+    for line in lines:
+        measured = [[line["domains"][name][key] for name in names] for key in ("student_ppl", "teacher_ppl")]
+        factor = next_factor(method, factor, *measured, alpha)
+        r = interval_probs(method, line["t"], factor, np.array([base[name] for name in names]))
+        replayed.append(dict(zip(names, r.tolist())))
+    print(f"r by {method}, α = {alpha}\n{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in replayed[0]))
+    for line, r in zip(lines, replayed):
+        print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r.values()))
+    difference = max(abs(line["r"][name] - r[name]) for line, r in zip(lines, replayed) for name in r)
+    print(f"largest difference to the r of the run: {difference:.1e}\n")
+    if config.plot:
+        plot(lines, replayed, config.plot)
+    return replayed[-1]
+
+
+def show_draws(config: MixtureConfig, r: dict[str, float] | None):
+    """Print what `config.steps` batches by `r` draw from each domain, and the domain's next window as text."""
+    bins = TokenBins(config.data_dir, config.block_size)
+    if r and set(r) != set(bins.names):
+        raise UserError(f"--metrics={config.metrics}: a run on {' '.join(r)}; the bins are {' '.join(bins.names)}")
+    tokenizer = saved_tokenizer(bins.dir, bins.tokenizer)
+    sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
+    sampler.probs = r or sampler.probs
+    for _ in range(config.steps):
+        sampler.next_batch()
+    print(f"{config.steps} steps of {config.batch_size} windows of {config.block_size} tokens:\n\n"
+          f"{'domain':16}{'windows':>12}{'wanted':>9}{'drawn':>9}{'tokens':>14}{'epochs':>9}")
+    for i, name in enumerate(bins.names):
+        print(f"{name:16}{sampler.n_windows[i]:12,}{sampler.probs[i]:9.2%}{sampler.drawn[i] / sampler.drawn.sum():9.2%}"
+              f"{sampler.drawn[i] * config.block_size:14,}{sampler.epochs[i]:9.3f}")
+    domain_ids = np.arange(len(bins.names))
+    window_ids = sampler.windows(domain_ids, sampler.drawn)
+    for name, window, ids in zip(bins.names, window_ids, bins.train_windows(domain_ids, window_ids)):
+        print(f"\n--- {name}, window {window}\n{tokenizer.decode(ids.tolist())}")
 
 
 def main():
-    config, r = parse_config(MixtureConfig), None
-    if config.metrics:
-        metrics = read_metrics(Path(config.metrics))
-        run = next((line for line in metrics if line["kind"] == "run"), {})
-        lines = [line for line in metrics if line["kind"] == "mixture"]
-        if not lines or any(domain["ratio"] is None for domain in lines[0]["domains"].values()):
-            raise UserError(f"--metrics={config.metrics}: no perplexities of a student and a teacher in it")
-        method = config.method or run.get("config", {}).get("method", "ddk")
-        alpha = run.get("config", {}).get("alpha", 0.5) if config.alpha is None else config.alpha
-        replayed = replay(lines, run.get("base", lines[0]["r"]), method, alpha)
-        print(f"r by {method}, α = {alpha}\n{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in replayed[0]))
-        for line, r in zip(lines, replayed):
-            print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r.values()))
-        difference = max(abs(line["r"][name] - r[name]) for line, r in zip(lines, replayed) for name in r)
-        print(f"largest difference to the r of the run: {difference:.1e}\n")
-        if config.plot:
-            plot(lines, replayed, config.plot)
+    config = parse_config(MixtureConfig)
+    r = show_replay(config) if config.metrics else None
     if config.data_dir:
-        bins = TokenBins(config.data_dir, config.block_size)
-        sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
-        if r and set(r) != set(bins.names):
-            raise UserError(f"--metrics={config.metrics}: a run on {' '.join(r)}; the bins are {' '.join(bins.names)}")
-        sampler.probs = r or sampler.probs
-        show_draws(bins, sampler, config.steps)
+        show_draws(config, r)
 
 
 if __name__ == "__main__":

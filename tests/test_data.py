@@ -266,7 +266,7 @@ def compressed(name: str, raw: bytes) -> bytes:
     return gzip.compress(raw[:20]) + gzip.compress(raw[20:]) if name.endswith(".gz") else raw
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "c4-train.00000.json.gz", "a.json.zst"])
 def test_each_line_of_jsonl_is_a_document(tmp_path, name):
     (tmp_path / name).write_bytes(compressed(name, RECORDS.encode()))
     assert documents(tmp_path / name) == (["one é", "two\nlines"], Counter())
@@ -394,6 +394,16 @@ def test_duplicates_never_straddle_the_split(tmp_path):
     copies = random.Random(0).sample(ARTICLES * 3, 3 * len(ARTICLES))
     train, val = sides(tmp_path, copies, val_fraction=0.3)
     assert not set(train) & set(val) and Counter(train + val) == Counter(copies)
+
+
+@pytest.mark.parametrize("val_bytes", [1, 20, 40, 60, 100, 200, 1000])
+def test_no_copy_is_lost_whatever_the_limit(tmp_path, val_bytes):
+    rng = random.Random(val_bytes)
+    for i in range(5):
+        texts = rng.choices([f"{'text' * 5} {n}" for n in range(rng.choice([2, 3, 8]))], k=20) + ["text 0", "text 1"]
+        train, val = sides(tmp_path / str(i), texts, val_bytes=val_bytes, val_fraction=0.9)
+        assert Counter(train + val) == Counter(texts) and not set(train) & set(val) and val[0] == min(texts, key=by_hash)
+        assert sum(len(text) for text in val) <= val_bytes or len(set(val)) == 1
 
 
 @pytest.mark.parametrize("limits, most", [
@@ -723,6 +733,16 @@ def test_the_program_writes_bins_and_tells_what_it_left_out(program, tmp_path):
     counts = {reason: int(count) for count, *words in notes for reason in ("UTF-8", "empty", "binary", "body")
               if reason in " ".join(words)}
     assert counts == {"UTF-8": 1, "empty": 1, "binary": 1, "body": 2}  # once, though the files are read twice
+
+
+def test_a_folder_to_verify_is_named_by_its_own_key(program, tmp_path):
+    status, _, stderr = program(f"--verify={tmp_path}")
+    assert status == 2 and f"--verify={tmp_path}" in stderr and "--data_dir" not in stderr
+
+
+def test_a_json_file_is_one_document_as_it_stands(tmp_path):
+    (tmp_path / "a.json").write_text(RECORDS)
+    assert documents(tmp_path / "a.json")[0] == [RECORDS]
 
 
 def test_the_program_verifies(program, tmp_path):
