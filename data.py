@@ -127,6 +127,8 @@ def run_program(main: Callable):
     """Run `main` as a program: a UserError is one message and status 2, Ctrl-C status 130; neither a traceback."""
     try:
         main()
+    except BrokenPipeError:  # the reader of our output, such as head, has had enough
+        os._exit(128 + 13)  # as SIGPIPE ends a program: a run cut short is no success
     except (UserError, OSError) as error:
         prefix = f"rank {os.environ['RANK']}: error" if os.environ.get("RANK", "0") != "0" else "error"
         print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr)
