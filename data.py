@@ -48,8 +48,8 @@ def blame(source: str | Path, mend: str):
     """Whatever fails within becomes a UserError: that it was at `source`, why, and how to `mend` it."""
     try:
         yield
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
     except Exception as error:  # each format's library has its own kinds
         raise UserError(f"{source}: {type(error).__name__}: {error}; {mend}") from None
 

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from data import UserError, load_tokenizer, model_tokenizer, option, parse_config, run_program, write_text
+from data import UserError, blame, load_tokenizer, model_tokenizer, option, parse_config, run_program, write_text
 
 
 @dataclass(frozen=True)
@@ -444,11 +444,9 @@ def weight_files(folder: Path) -> list[Path]:
         if not index.is_file():
             raise UserError(f"{folder}: no model.safetensors, nor an index of shards; other formats are not read, "
                             "convert them with transformers' save_pretrained")
-        try:
+        with blame(index, "no index of shards; copy it again"):
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = [folder / name for name in sorted(set(weight_map.values()))]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{index}: no index of shards ({type(error).__name__}: {error}); copy it again") from None
     for path in files:
         if path.parent != folder or not path.is_file():
             raise UserError(f"{path}: a shard named in {index.name}, but not a file in its folder; copy it there")
@@ -459,11 +457,8 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
     """Which file holds each tensor of a model's folder. Buffers that hold no weights are left out."""
     held = {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt") as file:
-                keys = [key for key in file.keys() if not re.search(BUFFERS, key)]
-        except SafetensorError as error:
-            raise UserError(f"{path}: not a whole safetensors file ({error}); copy it again") from None
+        with blame(path, "not a whole safetensors file; copy it again"), safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if not re.search(BUFFERS, key)]
         for key in keys:
             if key in held and not read_tensor(held[key], key).equal(read_tensor(path, key)):
                 raise UserError(f"{path}: {key} is not as in {held[key]}; copy both again")
@@ -484,12 +479,8 @@ def read_config(folder: Path) -> GPTConfig:
         raise UserError(f"{folder}: a run's folder; name one of the step_ folders in it")
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; a model's folder in Hugging Face's format is needed")
-    try:
+    with blame(path, "not the config.json of a model that is known"):
         return GPTConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not a model's config.json ({type(error).__name__}: {error})") from None
 
 
 def resolve_device(name: str) -> torch.device:
