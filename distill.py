@@ -13,6 +13,7 @@ open in transformers as they are. The same command again resumes from the newest
 """
 
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -25,11 +26,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -141,7 +142,7 @@ class Config:
         ) if wrong]
         sinks = [name for name in ("tensorboard", "wandb") if getattr(self, name)]
         for check, text in ((parse_mixture, self.mixture), (resolve_device, self.device),
-                            *((partial(import_optional, wanted_by=f"--{name}"), name) for name in sinks)):
+                            *((functools.partial(import_optional, wanted_by=f"--{name}"), name) for name in sinks)):
             try:
                 check(text)
             except UserError as error:
@@ -218,31 +219,137 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
     return ce + gamma * kl, ce.detach(), kl.detach()
 
 
+def exponentials(z):
+    """z (n, V) → z − max z, its exp, and the sum of that (n, 1), in float32 or better.
+
+    So softmax(z) is exp / sum and log softmax(z) is z − max z − log sum, and nothing overflows."""
+    z = z.to(torch.promote_types(z.dtype, torch.float32))
+    z = z - z.amax(dim=-1, keepdim=True)
+    e = z.exp()
+    return z, e, e.sum(dim=-1, keepdim=True)
+
+
+def eq3_rows(z_S, z_T, targets, counted, gamma, T, direction, vocab_size, wants_gradient):
+    """Eq. 3 of n tokens, from logits (n, V_S) and (n, V_T) or None → sums of CE and KL; z_S becomes its own gradient.
+
+    With s = softmax(z_S) over all rows, p = softmax(z_T/T) and q = softmax(z_S/T) over vocab_size ids:
+        ∂CE/∂z_S = s − onehot(target)
+        forward:  KL = Σ p (log p − log q)    ∂KL/∂z_S = (q − p) / T
+        reverse:  KL = Σ q (log q − log p)    ∂KL/∂z_S = q ⊙ (log q − log p − KL) / T
+    targets and counted (1, or 0 at −100) are (n, 1). The gradient's entry at the target is returned (n, 1), not yet
+    in place: one write a row, which inside this one pass over the logits would be a comparison an entry."""
+    z, e, total = exponentials(z_S)
+    ce = counted * (total.log() - z.gather(-1, targets))
+    kl = torch.zeros_like(ce)
+    if z_T is not None:
+        is_s = T == 1 and vocab_size == z_S.shape[-1]
+        z_q, e_q, total_q = (z, e, total) if is_s else exponentials(z_S[:, :vocab_size] / T)
+        z_p, e_p, total_p = exponentials(z_T[:, :vocab_size] / T)
+        gap, offset = z_p - z_q, (total_q / total_p).log()  # log p − log q is gap + offset
+        if direction == "forward":
+            kl = counted * ((e_p * gap).sum(dim=-1, keepdim=True) / total_p + offset)
+        else:
+            kl = -counted * ((e_q * gap).sum(dim=-1, keepdim=True) / total_q + offset)
+    if not wants_gradient:
+        return ce.sum(), kl.sum(), None
+    gradient = e * (counted / total)
+    if z_T is not None:
+        q = e_q * (counted * gamma / T / total_q)
+        of_kl = q - e_p * (counted * gamma / T / total_p) if direction == "forward" else -q * (gap + (offset + kl))
+        gradient = gradient + F.pad(of_kl, (0, z_S.shape[-1] - vocab_size))
+    z_S.copy_(gradient)
+    return ce.sum(), kl.sum(), gradient.gather(-1, targets) - counted
+
+
+@functools.cache
+def compiled_eq3_rows():
+    """eq3_rows with its passes over the logits fused; as it stands, said once, where torch.compile does not work."""
+    choices = [torch.compile(eq3_rows), eq3_rows]
+
+    def rows(*args):
+        try:
+            return choices[0](*args)
+        except Exception as error:
+            if len(choices) == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            warnings.warn(f"torch.compile does not work here, the loss is slower without: {str(error)[:300]}")
+            del choices[0]
+            return rows(*args)
+    return rows
+
+
+class FusedEq3(torch.autograd.Function):
+    """Eq. 3 whose forward pass makes the gradients too, chunk by chunk, while the logits are there."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, num_tokens, chunk_size, *settings):
+        wanted = [torch.zeros_like(x, dtype=dtype) if needed else None for x, dtype, needed in zip(
+            (hidden, head), (None, torch.promote_types(head.dtype, torch.float32)), ctx.needs_input_grad)]
+        (of_hidden, of_head), ctx.head_dtype = wanted, head.dtype
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden, head, teacher_hidden, teacher_head = (
+                None if x is None else x.to(torch.get_autocast_dtype(x.device.type))
+                for x in (hidden, head, teacher_hidden, teacher_head))
+        counted = (targets != -100).to(torch.promote_types(hidden.dtype, torch.float32))
+        targets, losses = targets.clamp(min=0), counted.new_zeros(2)
+        # To compile takes seconds, too long for little. A CPU takes as many rows at a time as stay in its cache.
+        eq3 = compiled_eq3_rows() if hidden.is_cuda or len(targets) * len(head) > 2**24 else eq3_rows
+        n_rows = chunk_size if hidden.is_cuda else torch.get_num_threads() * max(1, 2**18 // len(head))
+        logits_S, logits_T = (None if x is None else x.new_empty(chunk_size, len(x)) for x in (head, teacher_head))
+        for start in range(0, len(targets), chunk_size):
+            chunk = slice(start, start + chunk_size)
+            z_S, z_T = logits_S[:len(targets[chunk])], None
+            torch.mm(hidden[chunk], head.T, out=z_S)
+            if teacher_head is not None:
+                z_T = torch.mm(teacher_hidden[chunk], teacher_head.T, out=logits_T[:len(z_S)])
+            for rows in (slice(first, first + n_rows) for first in range(0, len(z_S), n_rows)):
+                ce, kl, at_target = eq3(z_S[rows], None if z_T is None else z_T[rows], targets[chunk][rows],
+                                        counted[chunk][rows], *settings, any(ctx.needs_input_grad))
+                losses += torch.stack((ce, kl))
+                if at_target is not None:
+                    z_S[rows].scatter_(-1, targets[chunk][rows], at_target.to(z_S.dtype))
+            if of_hidden is not None:
+                of_hidden[chunk] = z_S @ head
+            if of_head is not None and of_head.dtype == z_S.dtype:
+                of_head.addmm_(z_S.T, hidden[chunk])
+            elif of_head is not None:  # float32 sums of bfloat16 products
+                of_head += z_S.T @ hidden[chunk]
+        ctx.save_for_backward(of_hidden, of_head)
+        ctx.num_tokens = num_tokens
+        ce, kl = losses / num_tokens
+        ctx.mark_non_differentiable(ce, kl)
+        return ce + settings[0] * kl, ce, kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, of_loss, *_):
+        of_hidden, of_head = (x if x is None else x.mul_(of_loss / ctx.num_tokens) for x in ctx.saved_tensors)
+        return of_hidden, None if of_head is None else of_head.to(ctx.head_dtype), *[None] * 10
+
+
 def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, *, gamma: float = 0.2,
                       temperature: float = 1.0, direction: str = "forward", vocab_size: int | None = None,
                       num_tokens=None, chunk_size: int | None = None):
-    """Eq. 3 from hidden states (…, d) and heads (V, d), without ever holding the logits of all tokens.
+    """Eq. 3 from hidden states (…, d) and heads (V, d), never holding the logits of all tokens or making them twice.
 
-    The rest is dense_distillation_loss's. Logits are made for `chunk_size` tokens at a time (default: about 16 million
-    of them), and again in the backward pass. Gradients reach student_hidden and student_head."""
-    hidden, targets = student_hidden.flatten(0, -2), targets.flatten()
-    teacher_hidden = None if teacher_hidden is None else teacher_hidden.detach().flatten(0, -2)
-    if num_tokens is None:
-        num_tokens = (targets != -100).sum().clamp(min=1)
-
-    def chunk_loss(hidden, student_head, teacher_hidden, targets):
-        teacher_logits = None if teacher_hidden is None else F.linear(teacher_hidden, teacher_head.detach())
-        return dense_distillation_loss(
-            F.linear(hidden, student_head), teacher_logits, targets, gamma=gamma, temperature=temperature,
-            direction=direction, vocab_size=vocab_size, num_tokens=num_tokens)
-
-    chunk_size = chunk_size or max(1, 2**24 // len(student_head))
-    recompute = chunk_size < len(targets) and torch.is_grad_enabled()
-    sums = []
-    for rows in (slice(start, start + chunk_size) for start in range(0, max(1, len(targets)), chunk_size)):
-        chunk = (hidden[rows], student_head, None if teacher_hidden is None else teacher_hidden[rows], targets[rows])
-        sums.append(checkpoint(chunk_loss, *chunk, use_reentrant=False) if recompute else chunk_loss(*chunk))
-    return tuple(sum(parts) for parts in zip(*sums))
+    The rest is dense_distillation_loss's. Logits are made for `chunk_size` tokens at a time (default: up to 512, and
+    50 million logits; on CUDA 2²⁸). Gradients reach student_hidden and student_head."""
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"direction {direction!r} must be forward or reverse")
+    rows = min(len(student_head), len(student_head if teacher_head is None else teacher_head))
+    if (vocab_size := vocab_size or rows) > rows:
+        raise ValueError(f"vocab_size {vocab_size} is more than the {rows} rows of a head")
+    if not torch.is_grad_enabled():  # the Function would not know
+        student_hidden, student_head = student_hidden.detach(), student_head.detach()
+    hidden, targets = student_hidden.flatten(0, -2), targets.reshape(-1, 1)
+    teacher_hidden = None if teacher_hidden is None else teacher_hidden.flatten(0, -2).detach()
+    num_tokens = (targets != -100).sum().clamp(min=1) if num_tokens is None else num_tokens
+    if chunk_size is None:  # in equal parts: more tokens at a time make the products no faster
+        most = max(1, 2**28 // len(student_head) if hidden.is_cuda else min(512, 52 * 10**6 // len(student_head)))
+        chunk_size = math.ceil(len(targets) / max(1, math.ceil(len(targets) / most)))
+    chunk_size = max(1, min(chunk_size, len(targets)))
+    return FusedEq3.apply(hidden, student_head, teacher_hidden, teacher_head, targets, num_tokens, chunk_size,
+                          gamma, temperature, direction, vocab_size)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -420,7 +527,7 @@ def spread(model: GPT, config: Config, device: torch.device, shard: bool) -> GPT
     are reduced in float32. Without `cast_forward_inputs` the rotary tables stay float32."""
     if config.checkpoint_activations:
         for layer in model.layers:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if config.compile == "true" or config.compile == "auto" and device.type == "cuda":
         for layer in model.layers:
             layer.compile()  # in place: names, saving and loading stay as they are
@@ -825,7 +932,7 @@ def train(config: Config) -> Path:
         if state.step:
             set_optimizer_state_dict(student, optimizers, saved.get("optimizer", {}), options=whole_tensors())
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                # Loading makes lists of tuples such as betas; a resumed run's checkpoints are to be the same to the bit.
+                # Loading makes lists of tuples such as betas; a resumed run's checkpoints are to be equal to the bit.
                 group.update({k: tuple(v) for k, v in group.items() if isinstance(v, list) and k != "params"})
         sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
         sampler.probs = parse_mixture(config.mixture) or sampler.probs
