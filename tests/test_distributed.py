@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import random
 import re
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -62,22 +64,34 @@ def start_process(folder: Path, rank: int, world: int, port: int, threads: int =
 
 
 @contextmanager
-def happening(event: dict, rank: int):
-    """What befalls a run, on the rank that `event` names: {what, rank, at, signal}."""
-    mine = event.get("rank") == rank
+def happening(event: dict, rank: int, folder: Path | None = None):
+    """What befalls a run, on the rank that `event` names, or all: {what, rank, at, …}."""
+    what, mine = event.get("what"), event.get("rank", rank) == rank
 
     def act():
-        if mine and event["what"] == "raise":
+        if not mine:
+            return
+        if "raise" in what:
             raise UserError("the disk is gone")
-        if mine:
-            os.kill(os.getpid(), event.get("signal", signal.SIGTERM))
+        if what == "full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (event["room"], event["room"]))
+        elif what == "pause":  # until the test says go, or any signal comes
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            signal.set_wakeup_fd(writer)
+            (folder / f"paused.{rank}").write_text(str(os.getpid()))
+            while not (folder / f"go.{rank}").exists() and not select.select([reader], [], [], 0.02)[0]:
+                pass
+        else:
+            for _ in range(event.get("times", 1)):
+                os.kill(os.getpid(), event.get("signal", signal.SIGTERM))
 
-    if event.get("what") in ("signal", "raise"):  # while the update after `at` finished ones is made
+    if what in ("signal", "raise", "full disk", "pause"):  # while the update after `at` finished ones is made
         original = distill.learning_rate
         with patch("distill.learning_rate", lambda step, config: (
                 act() if step == event["at"] else None, original(step, config))[1]):
             yield
-    elif event.get("what") == "evaluation":  # after the second batch of evaluation number `at` of a `role`
+    elif what in ("evaluation", "evaluation raises"):  # after the second batch of evaluation number `at` of a `role`
         original, evaluations = distill.perplexities, iter(range(10**6))
 
         def perplexities(gpt, *arguments):
@@ -91,7 +105,7 @@ def happening(event: dict, rank: int):
             return original(gpt, *arguments[:-1], stopped)
         with patch("distill.perplexities", perplexities):
             yield
-    elif event.get("what") == "not finite":  # the loss of update `at`
+    elif what == "not finite":  # the loss of update `at`
         original, step = distill.distillation_loss, iter(range(10**6))
 
         def loss(hidden, *arguments, **keywords):
@@ -100,6 +114,20 @@ def happening(event: dict, rank: int):
                 losses = tuple(part * float("nan") for part in losses)
             return losses
         with patch("distill.distillation_loss", loss):
+            yield
+    elif what == "kill in a save":  # before call number `at` of those that write a checkpoint
+        calls = iter(range(10**6))
+
+        def counted(function):
+            def call(*arguments, **keywords):
+                if "save_checkpoint" in {frame.name for frame in traceback.extract_stack()} and next(calls) == event["at"]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **keywords)
+            return call
+        with ExitStack() as stack:
+            for owner, name in ((shutil, "rmtree"), (GPT, "save_pretrained"), (torch, "save"), (os, "replace"),
+                                (os, "fsync"), (distill, "file_sha256")):
+                stack.enter_context(patch.object(owner, name, counted(getattr(owner, name))))
             yield
     else:
         yield
@@ -153,7 +181,7 @@ def do_main(folder: Path, rank: int, world: int, port: int, words: list[str], ev
     """`python distill.py` with these arguments."""
     start_process(folder, rank, world, port)
     sys.argv = ["distill.py", *words]
-    with happening(event, rank):
+    with happening(event, rank, folder):
         run_program(distill.main)
 
 
@@ -164,7 +192,7 @@ def do_main(folder: Path, rank: int, world: int, port: int, words: list[str], ev
 def processes():
     """Where processes come from: forks of a server that has imported this file."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # the latter takes a while, and is imported late
     with patch.dict(os.environ, PYTHONPATH=f"{ROOT / 'tests'}:{ROOT}", OMP_NUM_THREADS="1"):
         context.Process(target=int).start()  # starts the server too
     return context
@@ -198,6 +226,13 @@ def begin(processes, folder: Path, target, *arguments, world: int = 0) -> list:
     for process in running:
         process.start()
     return running
+
+
+def wait_for(path: Path):
+    deadline = time.monotonic() + TIMEOUT
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.02)
 
 
 def words(given: dict) -> list[str]:
@@ -422,3 +457,178 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(runs,
     assert two["outcome"] == 2
     assert [folder.name for folder in checkpoints(out_dir)] == ["step_00000010"]
     assert [line["step"] for line in read_lines(out_dir, "train")] == list(range(1, 13))
+
+
+# ----------------------------------------------- Faults of one process ---------------------------------------------
+
+SHORT = dict(interval=4, max_steps=8, save_every=2, batch_size=4, val_samples=2)
+
+
+@pytest.fixture(scope="module")
+def straight(processes, given, tmp_path_factory) -> Path:
+    """A short run that nothing befell."""
+    out_dir = tmp_path_factory.mktemp("straight") / "run"
+    assert launch(processes, out_dir.parent / "printed", {**given, **SHORT, "out_dir": out_dir})[0] == [0]
+    return out_dir
+
+
+@pytest.fixture
+def start(processes, given, tmp_path):
+    """Runs distill.py on tmp_path/run: launch's result."""
+    def start(event: dict | None = None, world: int = 0, **keys):
+        return launch(processes, tmp_path / "printed", {**given, **SHORT, "out_dir": tmp_path / "run", **keys}, event,
+                      world)
+    return start
+
+
+def whole_checkpoints(out_dir: Path) -> list[int]:
+    return [int(folder.name[-8:]) for folder in checkpoints(out_dir) if not distill.damage(folder)]
+
+
+def last_step(out_dir: Path) -> int:
+    """Finished updates by the metrics, of which a killed run may have torn the last line."""
+    path = out_dir / "metrics.jsonl"
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines(True) if line.endswith("\n")] if (
+        path.exists()) else []
+    return max(steps, default=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_saves_and_ends_with_128_and_its_number(start, straight, tmp_path, number):
+    statuses, out, err = start(dict(what="signal", at=2, rank=0, signal=number))
+    assert (statuses, err) == ([128 + number], "")
+    assert f"stopped by {number.name}, saved as step_00000003" in out
+    assert whole_checkpoints(tmp_path / "run") == [2, 3]
+    assert start()[0] == [0]
+    assert_same_to_the_bit(tmp_path / "run", straight)
+
+
+def test_a_second_ctrl_c_exits_at_once(start, tmp_path):
+    statuses, out, err = start(dict(what="signal", at=2, rank=0, signal=signal.SIGINT, times=2))
+    assert (statuses, err) == ([130], "") and "saved as" not in out
+    assert whole_checkpoints(tmp_path / "run") == [2] and last_step(tmp_path / "run") == 2
+
+
+def kill_in_saves(start, straight: Path, out_dir: Path, points: list[int]):
+    """Each start is killed before the n-th of the calls that write a checkpoint. None may cost a finished save."""
+    for at in points:
+        statuses, _, err = start(dict(what="kill in a save", at=at, rank=0))
+        assert (statuses, err) == ([-signal.SIGKILL], "")
+        assert max(whole_checkpoints(out_dir), default=0) >= (last_step(out_dir) - 1) // 2 * 2
+        done = whole_checkpoints(out_dir)
+    statuses, out, _ = start()
+    assert statuses == [0] and "set aside" not in out
+    assert f"going on from step_{done[-1]:08d}" in out if done else True
+    assert_same_to_the_bit(out_dir, straight)
+    return done
+
+
+def test_killed_while_it_saves_a_run_keeps_the_checkpoint_before(start, straight, tmp_path):
+    # Before the weights, before the optimizer, before the manifest, before and after the rename
+    kill_in_saves(start, straight, tmp_path / "run", [1, 2, 12, 21, 22])
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def kill_at_random(processes, given: dict, straight: Path, folder: Path, kills: int, seed: int):
+    rng, keys = random.Random(seed), {**given, **SHORT, "out_dir": folder / "run"}
+    started = time.monotonic()
+    assert launch(processes, folder / "timed", {**keys, "out_dir": folder / "timed run"})[0] == [0]
+    duration = time.monotonic() - started
+    for _ in range(kills):
+        (process,) = begin(processes, folder / "printed", do_main, words(keys), {})
+        time.sleep(rng.uniform(0.2, 1) * duration)
+        process.kill()
+        wait([process])
+        assert (folder / "printed" / "stderr.0").read_text() == ""
+        assert max(whole_checkpoints(folder / "run"), default=0) >= (last_step(folder / "run") - 1) // 2 * 2
+        if whole_checkpoints(folder / "run")[-1:] == [8]:  # done: again from the start
+            shutil.rmtree(folder / "run")
+    assert launch(processes, folder / "printed", keys)[0] == [0]
+    assert "set aside" not in (folder / "printed" / "stdout.0").read_text()
+    assert_same_to_the_bit(folder / "run", straight)
+
+
+def test_killed_at_random_moments_a_run_loses_nothing(processes, given, straight, tmp_path):
+    kill_at_random(processes, given, straight, tmp_path, kills=4, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_killed_at_many_random_moments_a_run_loses_nothing(processes, given, straight, tmp_path, seed):
+    kill_at_random(processes, given, straight, tmp_path, kills=20, seed=seed)
+
+
+@pytest.mark.slow
+def test_killed_before_each_call_of_a_save_a_run_loses_nothing(start, straight, tmp_path):
+    for points in (range(0, 12), range(12, 24), range(24, 36)):
+        kill_in_saves(start, straight, tmp_path / "run", list(points))
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("room", [30_000, 200_000], ids=["for no weights", "for no optimizer"])
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(start, straight, tmp_path, room):
+    folder = tmp_path / "run" / "step_00000004"
+    statuses, out, err = start(dict(what="full disk", at=3, rank=0, room=room))
+    assert statuses == [2]
+    assert re.fullmatch(rf"error: {folder}: cannot be saved \(.+\); make room, and the same command goes on from .*\n", err)
+    assert whole_checkpoints(tmp_path / "run") == [2] and not list((tmp_path / "run").glob("*.tmp"))
+    statuses, out, err = start()
+    assert statuses == [0] and "going on from step_00000002" in out
+    assert_same_to_the_bit(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("world", [0, 2])
+def test_a_second_run_on_the_same_folder_is_refused_and_the_first_unharmed(
+        processes, given, straight, tmp_path, world):
+    keys = {**given, **SHORT, "out_dir": tmp_path / "run"}
+    first = begin(processes, tmp_path / "first", do_main, words(keys), dict(what="pause", at=2), world=world)
+    wait_for(tmp_path / "first" / "paused.0")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for second in ({}, {"resume": "never"}, {"resume": "never", "lr": 1e-3}):
+        statuses, _, err = launch(processes, tmp_path / "second", {**keys, **second})
+        assert (statuses, err) == ([2], f"error: {tmp_path / 'run'}: another run is at work there; wait for its end, or "
+                                        "name another folder\n")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for rank in range(max(1, world)):
+        (tmp_path / "first" / f"go.{rank}").touch()
+    assert wait(first) == [0] * max(1, world)
+    if not world:
+        assert_same_to_the_bit(tmp_path / "run", straight)
+    assert checkpoints(tmp_path / "run")[-1].name == "step_00000008" and not (tmp_path / "run.1").exists()
+
+
+# ----------------------------------------------- Faults of one among several ---------------------------------------
+
+GONE = r"error: another process is gone, or silent for .* minutes \(.*\); the same command goes on from the last check"
+
+
+@pytest.mark.parametrize("parallel, event, message", [
+    ("fsdp", dict(what="signal", at=4, rank=1, signal=signal.SIGKILL), None),
+    ("ddp", dict(what="signal", at=4, rank=0, signal=signal.SIGKILL), None),
+    ("fsdp", dict(what="evaluation", role="student", at=1, rank=1, signal=signal.SIGKILL), None),
+    ("fsdp", dict(what="raise", at=4, rank=1), "rank 1: error: the disk is gone"),
+    ("ddp", dict(what="evaluation raises", role="student", at=1, rank=1), "rank 1: error: the disk is gone"),
+], ids=str)
+def test_a_rank_that_ends_ends_the_others(start, tmp_path, parallel, event, message):
+    """Without torchrun, which would help."""
+    other = 1 - event["rank"]
+    statuses, _, err = start(event, world=2, parallel=parallel)
+    assert statuses[event["rank"]] in ((-signal.SIGKILL,) if message is None else (2, -signal.SIGABRT))
+    assert statuses[other] in (2, -signal.SIGABRT)  # gloo's threads sometimes abort a process that ends
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert len(lines) == 1 + (message is not None) and "Traceback" not in err
+    assert sum(bool(re.search(("" if other == 0 else f"rank {other}: ") + GONE, line)) for line in lines) == 1
+    assert message is None or message in lines
+    done = [2] if "evaluation" in event["what"] else [2, 4]
+    assert whole_checkpoints(tmp_path / "run") == done and not list((tmp_path / "run").glob("*.tmp"))
+    statuses, out, _ = start(world=2, parallel=parallel)
+    assert statuses == [0, 0] and f"going on from step_{done[-1]:08d}" in out
+
+
+def test_a_rank_that_hangs_is_given_up_on(processes, given, tmp_path):
+    keys = {**given, **SHORT, "out_dir": tmp_path / "run", "timeout": 0.1}
+    waits, hangs = begin(processes, tmp_path, do_main, words(keys), dict(what="pause", at=4, rank=1), world=2)
+    assert wait([waits])[0] in (2, -signal.SIGABRT)
+    hangs.kill()
+    assert re.match(GONE, (tmp_path / "stderr.0").read_text())
+    assert whole_checkpoints(tmp_path / "run") == [2, 4]
