@@ -597,8 +597,12 @@ def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optim
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder}: cannot be saved ({error}); make room, and the same command goes on from the "
                         "checkpoint before it") from None
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():  # saved when a signal cut this step's evaluation short
+        os.replace(folder, old)
     os.replace(temporary, folder)
     fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(out_dir: Path) -> list[Path]:
@@ -620,6 +624,9 @@ def damage(folder: Path) -> str | None:
 
 def newest_checkpoint(out_dir: Path) -> Path | None:
     """The newest whole checkpoint; damaged ones are named and set aside as corrupt_step_…."""
+    for old in out_dir.glob("step_*.old"):  # killed between save_checkpoint's two renames
+        if not old.with_suffix("").exists():
+            os.replace(old, old.with_suffix(""))
     for folder in reversed(checkpoints(out_dir)):
         if not (wrong := damage(folder)):
             return folder
@@ -980,6 +987,7 @@ def train(config: Config) -> Path:
                 parameters={role: sum(p.numel() for p in model.parameters())
                             for role, model in (("teacher", teacher), ("student", student)) if model is not None})
         started, first_step, ahead = time.perf_counter(), state.step, None
+        saved_at = (state.step, state.evaluated) if resumed else None  # the newest checkpoint
         while True:
             # Evaluate, update r, log. `evaluated` keeps a resumed run from doing it twice.
             due = state.evaluated != state.step and (state.step % config.interval == 0 or is_last(config, state))
@@ -1011,10 +1019,11 @@ def train(config: Config) -> Path:
             # Save
             folder = out_dir / f"step_{state.step:08d}"
             due = state.step and config.save_every and state.step % config.save_every == 0
-            if (last or due or number) and folder != resumed:
+            if (last or due or number) and saved_at != (state.step, state.evaluated):
                 state.sampler = ahead[0] if ahead else sampler.state_dict()
                 save_checkpoint(folder, student, optimizers, state, bins,
                                 {"fp32": torch.float32, "bf16": torch.bfloat16}[config.export_dtype])
+                saved_at = state.step, state.evaluated
                 for old in checkpoints(out_dir)[:-config.keep] if config.keep and rank() == 0 else []:
                     shutil.rmtree(old)
             if last:

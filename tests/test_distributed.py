@@ -1,0 +1,634 @@
+"""Many processes and faults: the same run whatever the layout, resumed under another, and nothing lost.
+
+Most processes here are forks of a server that has imported torch once (multiprocessing's forkserver), given the
+environment that torchrun would give them: a run takes half a second. The launcher itself is tested at the end.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import read_lines
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+import distill
+import model
+from data import TokenBins, UserError, run_program
+from distill import checkpoints, resolve_config, train
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+NAMES = ["letters", "digits", "signs"]
+TIMEOUT = 120  # seconds after which something hangs
+
+# 12 windows divide by 1, 2 and 3 processes. 7 validation windows by neither: two processes with micro-batches of 3 take
+# 6 and 1, three with 2 the same, so that one process and then two have none of the last.
+GIVEN = dict(student="scratch:2x32", block_size=16, batch_size=12, val_samples=7, interval=5, max_steps=20, lr=3e-3,
+             min_lr=3e-4, warmup_steps=2, save_every=10, keep=0, device="cpu", timeout=1)
+
+
+@pytest.fixture(scope="module")
+def given(data_dir, teacher):
+    return {**GIVEN, "data_dir": str(data_dir), "teacher": str(teacher)}
+
+
+# ----------------------------------------------- What a process does -----------------------------------------------
+
+
+def start_process(folder: Path, rank: int, world: int, port: int, threads: int = 1):
+    """Make this fork what torchrun makes of a process, and send what it prints to `folder`."""
+    torch.set_num_threads(threads)
+    for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
+        stream.flush()
+        os.dup2(os.open(folder / f"{stream.name.strip('<>')}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if world:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+@contextmanager
+def happening(event: dict, rank: int, folder: Path | None = None):
+    """What befalls a run, on the rank that `event` names, or all: {what, rank, at, …}."""
+    what, mine = event.get("what"), event.get("rank", rank) == rank
+
+    def act():
+        if not mine:
+            return
+        if "raise" in what:
+            raise UserError("the disk is gone")
+        if what == "full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (event["room"], event["room"]))
+        elif what == "pause":  # until the test says go, or any signal comes
+            reader, writer = os.pipe()
+            os.set_blocking(writer, False)
+            signal.set_wakeup_fd(writer)
+            (folder / f"paused.{rank}").write_text(str(os.getpid()))
+            while not (folder / f"go.{rank}").exists() and not select.select([reader], [], [], 0.02)[0]:
+                pass
+        else:
+            for _ in range(event.get("times", 1)):
+                os.kill(os.getpid(), event.get("signal", signal.SIGTERM))
+
+    if what in ("signal", "raise", "full disk", "pause"):  # while the update after `at` finished ones is made
+        original = distill.learning_rate
+        with patch("distill.learning_rate", lambda step, config: (
+                act() if step == event["at"] else None, original(step, config))[1]):
+            yield
+    elif what in ("evaluation", "evaluation raises"):  # after the second batch of evaluation number `at` of a `role`
+        original, evaluations = distill.perplexities, iter(range(10**6))
+
+        def perplexities(gpt, *arguments):
+            student, batches = next(gpt.parameters()).requires_grad, iter(range(10**6))
+            due = student == (event["role"] == "student") and next(evaluations) == event["at"]
+
+            def stopped():
+                if due and next(batches) == 1:
+                    act()
+                return arguments[-1]()
+            return original(gpt, *arguments[:-1], stopped)
+        with patch("distill.perplexities", perplexities):
+            yield
+    elif what == "not finite":  # the loss of update `at`
+        original, step = distill.distillation_loss, iter(range(10**6))
+
+        def loss(hidden, *arguments, **keywords):
+            losses = original(hidden, *arguments, **keywords)
+            if torch.is_grad_enabled() and next(step) == event["at"] and mine:
+                losses = tuple(part * float("nan") for part in losses)
+            return losses
+        with patch("distill.distillation_loss", loss):
+            yield
+    elif what == "kill in a save":  # before call number `at` of those that write a checkpoint
+        calls = iter(range(10**6))
+
+        def counted(function):
+            def call(*arguments, **keywords):
+                if "save_checkpoint" in {frame.name for frame in traceback.extract_stack()} and next(calls) == event["at"]:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*arguments, **keywords)
+            return call
+        with ExitStack() as stack:
+            for owner, name in ((shutil, "rmtree"), (GPT, "save_pretrained"), (torch, "save"), (os, "replace"),
+                                (os, "fsync"), (distill, "file_sha256")):
+                stack.enter_context(patch.object(owner, name, counted(getattr(owner, name))))
+            yield
+    else:
+        yield
+
+
+def do_job(rank: int, job: dict) -> dict:
+    """One run of distill.train; what came of it, and what can only be seen from inside."""
+    seen = {"windows": [], "models": {}, "rotary": set()}
+    spread, train_windows, rotate = distill.spread, TokenBins.train_windows, model.rotate
+
+    def spread_seen(gpt, config, device, shard):
+        result = spread(gpt, config, device, shard)
+        parameters = list(result.parameters())
+        role = "student" if parameters[0].requires_grad else "teacher"
+        seen["models"][role] = {
+            "fsdp": all(isinstance(part, FSDPModule) for part in [*result.layers, result]),
+            "sharded": all(isinstance(p, DTensor) for p in parameters), "dtype": str(parameters[0].dtype),
+            "elements": sum(p.numel() for p in parameters),
+            "here": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)}
+        return result
+
+    def windows_seen(bins, domain_ids, window_ids):
+        seen["windows"].append([domain_ids.tolist(), window_ids.tolist()])
+        return train_windows(bins, domain_ids, window_ids)
+
+    def rotate_seen(x, cos, sin):
+        seen["rotary"] |= {str(cos.dtype), str(sin.dtype)}
+        return rotate(x, cos, sin)
+
+    with (patch("distill.spread", spread_seen), patch.object(TokenBins, "train_windows", windows_seen),
+          patch("model.rotate", rotate_seen), happening(job.get("event", {}), rank)):
+        try:
+            outcome = distill.train(resolve_config(**job["given"])).name
+        except UserError as error:
+            outcome = str(error)
+        except SystemExit as stop:
+            outcome = stop.code
+    return {**seen, "rotary": sorted(seen["rotary"]), "outcome": outcome}
+
+
+def do_jobs(folder: Path, rank: int, world: int, port: int, jobs: list[dict]):
+    """Runs one after the other in one process group."""
+    start_process(folder, rank, world, port)
+    with distill.process_group(resolve_config(**jobs[0]["given"])):
+        for job in jobs:
+            result = do_job(rank, job)
+            (folder / f"{job['name']}.{rank}.json").write_text(json.dumps(result))
+
+
+def do_main(folder: Path, rank: int, world: int, port: int, words: list[str], event: dict):
+    """`python distill.py` with these arguments."""
+    start_process(folder, rank, world, port)
+    sys.argv = ["distill.py", *words]
+    with happening(event, rank, folder):
+        run_program(distill.main)
+
+
+# ----------------------------------------------- Starting them -----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Where processes come from: forks of a server that has imported this file."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # the latter takes a while, and is imported late
+    with patch.dict(os.environ, PYTHONPATH=f"{ROOT / 'tests'}:{ROOT}", OMP_NUM_THREADS="1"):
+        context.Process(target=int).start()  # starts the server too
+    return context
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def wait(running: list) -> list[int]:
+    """Exit statuses; −n if signal n ended the process. Fails if they hang."""
+    deadline = time.monotonic() + TIMEOUT
+    for process in running:
+        process.join(max(0, deadline - time.monotonic()))
+    hanging = [process for process in running if process.is_alive()]
+    for process in hanging:
+        process.kill()
+        process.join()
+    assert not hanging, "processes hang"
+    return [process.exitcode for process in running]
+
+
+def begin(processes, folder: Path, target, *arguments, world: int = 0) -> list:
+    """Start `world` processes as torchrun would, or one without it if 0."""
+    folder.mkdir(parents=True, exist_ok=True)
+    port = free_port()
+    running = [processes.Process(target=target, args=(folder, rank, world, port, *arguments), daemon=True)
+               for rank in range(max(1, world))]
+    for process in running:
+        process.start()
+    return running
+
+
+def wait_for(path: Path):
+    deadline = time.monotonic() + TIMEOUT
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.02)
+
+
+def words(given: dict) -> list[str]:
+    return [f"--{key}={value}" for key, value in given.items()]
+
+
+def launch(processes, folder: Path, given: dict, event: dict | None = None, world: int = 0) -> tuple[list, str, str]:
+    """distill.py to its end: exit statuses, rank 0's stdout, all stderr."""
+    statuses = wait(begin(processes, folder, do_main, words(given), event or {}, world=world))
+    return statuses, (folder / "stdout.0").read_text(), "".join(
+        (folder / f"stderr.{rank}").read_text() for rank in range(max(1, world)))
+
+
+# ----------------------------------------------- Layouts -----------------------------------------------------------
+
+BF16 = dict(dtype="bfloat16", student="untied")
+LAYOUTS = {  # name: (processes, keys, the run of one process that it equals)
+    "ddp2": (2, dict(parallel="ddp"), "one"),
+    "ddp2, recomputed in micro-batches": (2, dict(parallel="ddp", checkpoint_activations=True, micro_batch_size=3), "one"),
+    "ddp2, untied": (2, dict(parallel="ddp", student="untied", micro_batch_size=2), "one, untied"),
+    "ddp2, muon": (2, dict(parallel="ddp", optimizer="muon"), "one, muon"),
+    "ddp2, bfloat16": (2, dict(parallel="ddp", **BF16), "one, bfloat16"),
+    "fsdp2": (2, dict(parallel="fsdp"), "one"),
+    "fsdp2, recomputed in micro-batches": (2, dict(parallel="fsdp", checkpoint_activations=True, micro_batch_size=3),
+                                           "one"),
+    "fsdp2, untied, whole teacher": (2, dict(parallel="fsdp", student="untied", shard_teacher=False), "one, untied"),
+    "fsdp2, bfloat16": (2, dict(parallel="fsdp", **BF16), "one, bfloat16"),
+    "auto3": (3, dict(), "one"),
+    "fsdp3": (3, dict(parallel="fsdp", micro_batch_size=2), "one"),
+}
+ALONE = {"one": {}, "one, untied": dict(student="untied"), "one, muon": dict(optimizer="muon"), "one, bfloat16": BF16}
+STOPS = {  # between two evaluations, at one, in one, in the last
+    "at 7": dict(what="signal", at=6, rank=1, signal=signal.SIGUSR1),
+    "at 10": dict(what="signal", at=9, rank=0, signal=signal.SIGTERM),
+    "in an evaluation": dict(what="evaluation", role="student", at=2, rank=1, signal=signal.SIGTERM),
+    "in the last evaluation": dict(what="evaluation", role="student", at=4, rank=0, signal=signal.SIGINT),
+}
+STOPPED = [(layout, stop) for layout in ("ddp2", "fsdp2") for stop in STOPS]
+CHAIN = [(2, "fsdp", 6), (3, "fsdp", 10), (2, "ddp", 14), (0, "auto", None)]  # processes, parallel, stopped at
+
+
+@pytest.fixture(scope="module")
+def runs(processes, given, teacher, tmp_path_factory):
+    """All runs that this file compares, made by four groups of processes: name → (out_dir, what each rank saw)."""
+    folder = tmp_path_factory.mktemp("layouts")
+    untied = folder / "untied"
+    shutil.copytree(teacher, untied)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        sizes = distill.replace(GPTConfig.scratch(2, 32, 257, 64), tie_word_embeddings=False)
+        GPT(sizes).save_pretrained(untied)
+    def own_bins(name: str) -> str:
+        """Bins beside which no teacher was measured yet."""
+        ignore = shutil.ignore_patterns("teacher_ppl.json")
+        return str(shutil.copytree(given["data_dir"], folder / f"bins of {name}", ignore=ignore, dirs_exist_ok=True))
+
+    def job(name: str, event: dict | None = None, out_dir: str = "", bins: str = "", **keys) -> dict:
+        keys = {**given, "data_dir": own_bins(bins or name), **keys, "out_dir": str(folder / (out_dir or name))}
+        keys["student"] = str(untied) if keys["student"] == "untied" else keys["student"]
+        return {"name": name, "given": keys, "event": event or {}}
+
+    def chain(number: int) -> dict:
+        _, parallel, stop = CHAIN[number]
+        event = dict(what="signal", at=stop and stop - 1, rank=0) if stop else {}
+        return job(f"chain {number}", event, "chain", "chain", parallel=parallel)
+
+    groups = [(0, [job(name, **keys) for name, keys in ALONE.items()])]
+    for world in (2, 3):
+        groups.append((world, [job(name, **keys) for name, (n, keys, _) in LAYOUTS.items() if n == world]))
+    for layout, stop in STOPPED:
+        keys = LAYOUTS[layout][1]
+        out_dir = f"{layout} stopped {stop}"
+        groups[1][1].append(job(out_dir, STOPS[stop], out_dir, layout, **keys))
+        groups[1][1].append(job(f"{layout} resumed {stop}", {}, out_dir, layout, **keys))
+    in_teacher = dict(what="evaluation", role="teacher", at=0, rank=1)
+    groups[1][1].append(job("teacher stopped", in_teacher, "teacher", "teacher", parallel="fsdp"))
+    groups[1][1].append(job("teacher resumed", {}, "teacher", "teacher", parallel="fsdp"))
+    for parallel in ("ddp", "fsdp"):
+        event = dict(what="not finite", at=12, rank=1)
+        groups[1][1].append(job(f"{parallel} not finite", event, parallel=parallel))
+    groups[1][1].append(chain(0))
+    groups[2][1].append(chain(1))
+    groups += [(2, [chain(2)]), (0, [chain(3)])]
+
+    made = {}
+    for number, (world, jobs) in enumerate(groups):
+        statuses = wait(begin(processes, folder / f"group {number}", do_jobs, jobs, world=world))
+        stderr = "".join(path.read_text() for path in (folder / f"group {number}").glob("stderr.*"))
+        assert statuses == [0] * max(1, world), stderr
+        assert stderr == ""
+        for job in jobs:
+            ranks = [json.loads((folder / f"group {number}" / f"{job['name']}.{rank}.json").read_text())
+                     for rank in range(max(1, world))]
+            made[job["name"]] = Path(job["given"]["out_dir"]), ranks
+    return made
+
+
+def assert_close(out_dir: Path, other: Path, within: float = 1e-4):
+    """Losses, gradient norms, perplexities and r of two runs, all to within 1e-4."""
+    lines, others = read_lines(out_dir), read_lines(other)
+    assert [(line["kind"], line["step"]) for line in lines] == [(line["kind"], line["step"]) for line in others]
+    assert sum(line["kind"] == "train" for line in lines) == 20
+    for a, b in zip(lines[1:], others[1:]):
+        for key in a.keys() & {"loss", "ce", "kl", "grad_norm", "lr"}:
+            assert b[key] == pytest.approx(a[key], rel=within, abs=within)
+        for key in ("step", "tokens", "t"):
+            assert a.get(key) == b.get(key)
+        assert a.get("r", {}) == pytest.approx(b.get("r", {}), abs=within)
+        for name in a.get("domains", {}):
+            assert a["domains"][name] == pytest.approx(b["domains"][name], rel=within)
+
+
+def joined(ranks: list[dict]) -> list:
+    """The batches that the ranks asked for, each put together again."""
+    return [[sum((part[i] for part in parts), []) for i in range(2)]
+            for parts in zip(*(rank["windows"] for rank in ranks), strict=True)]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_any_layout_is_the_same_training(runs, name):
+    world, _, reference = LAYOUTS[name]
+    (out_dir, ranks), (alone, (one,)) = runs[name], runs[reference]
+    assert {rank["outcome"] for rank in ranks} == {one["outcome"]} == {"step_00000020"} and len(ranks) == world
+    assert all(len(rank["windows"][0][0]) == 12 // world for rank in ranks)
+    assert joined(ranks) == one["windows"] and len(one["windows"]) == 20
+    assert_close(out_dir, alone, 0.02 if "bfloat16" in name else 1e-4)
+
+
+def test_the_validation_windows_divide_by_no_number_of_ranks_and_some_ranks_have_none():
+    for world, batch in ((2, 6), (2, 3), (2, 2), (3, 4), (3, 2)):
+        assert GIVEN["val_samples"] % (world * batch) and GIVEN["val_samples"] % world
+    assert GIVEN["val_samples"] % (2 * 3) < 2 and GIVEN["val_samples"] % (3 * 2) < 2  # in the last batch
+
+
+def test_the_first_perplexities_are_the_same_whatever_the_layout(runs):
+    for name, (_, _, reference) in LAYOUTS.items():
+        if "bfloat16" not in name:
+            first, alone = (read_lines(runs[run][0], "mixture")[0]["domains"] for run in (name, reference))
+            for domain in NAMES:
+                assert first[domain] == pytest.approx(alone[domain], rel=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "auto3"])
+def test_fsdp_shards_all_parameters_and_ddp_none(runs, name):
+    world, keys, reference = LAYOUTS[name]
+    whole = runs[reference][1][0]["models"]
+    for rank in runs[name][1]:
+        for role in ("student", "teacher"):
+            seen, shards = rank["models"][role], keys["parallel"] == "fsdp"
+            shards = shards and (role == "student" or keys.get("shard_teacher", True))
+            assert (seen["fsdp"], seen["sharded"]) == (shards, shards)
+            assert seen["elements"] == whole[role]["elements"]
+            # The odd row out of 257, and norms of 32 over 3 ranks, make shares uneven.
+            assert seen["here"] == pytest.approx(seen["elements"] / (world if shards else 1), rel=0.05)
+            assert seen["dtype"] == ("torch.bfloat16" if role == "teacher" and "bfloat16" in name else "torch.float32")
+
+
+def test_auto_takes_ddp_on_cpus(runs):
+    assert not any(rank["models"]["student"]["sharded"] for rank in runs["auto3"][1])
+
+
+def test_rotary_tables_stay_float32_under_fsdp_in_bfloat16(runs):
+    assert all(rank["rotary"] == ["torch.float32"] for rank in runs["fsdp2, bfloat16"][1])
+    fsdp, alone = ([line["loss"] for line in read_lines(runs[name][0], "train")]
+                   for name in ("fsdp2, bfloat16", "one, untied"))
+    assert fsdp != alone and fsdp == pytest.approx(alone, rel=0.02)  # it was bfloat16, and close to float32
+
+
+# ----------------------------------------------- Resuming ----------------------------------------------------------
+
+
+def assert_same_to_the_bit(out_dir: Path, other: Path):
+    """Metrics (times aside), and all files of the last checkpoint."""
+    assert read_lines(out_dir)[1:] == read_lines(other)[1:]  # all but the configuration's out_dir
+    folder, other_folder = checkpoints(out_dir)[-1], checkpoints(other)[-1]
+    assert folder.name == other_folder.name
+    assert {path.name for path in folder.iterdir()} == {path.name for path in other_folder.iterdir()}
+    for path in folder.iterdir():
+        assert path.read_bytes() == (other_folder / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("layout, stop", STOPPED)
+def test_stopped_and_resumed_under_one_layout_equals_straight_to_the_bit(runs, layout, stop):
+    out_dir, ranks = runs[f"{layout} stopped {stop}"]
+    number = STOPS[stop]["signal"]
+    assert [rank["outcome"] for rank in ranks] == [128 + number] * 2  # one got the signal, both stop
+    steps = {"at 7": 7, "at 10": 10, "in an evaluation": 10, "in the last evaluation": 20}
+    assert len(ranks[0]["windows"]) in (steps[stop], steps[stop] + 1)  # one may be read ahead
+    _, resumed = runs[f"{layout} resumed {stop}"]
+    assert {rank["outcome"] for rank in resumed} == {"step_00000020"}
+    straight = joined(runs[layout][1])
+    assert joined(ranks)[:steps[stop]] + joined(resumed) == straight
+    assert_same_to_the_bit(out_dir, runs[layout][0])
+
+
+def test_stopped_while_the_teacher_is_measured(runs):
+    out_dir, ranks = runs["teacher stopped"]
+    assert [rank["outcome"] for rank in ranks] == [128 + signal.SIGTERM] * 2 and not ranks[0]["windows"]
+    assert_same_to_the_bit(out_dir, runs["fsdp2"][0])
+
+
+def test_a_run_goes_on_under_any_other_layout(runs):
+    """Two processes of fsdp, three of fsdp, two of ddp, one."""
+    windows = []
+    for number, (world, _, stop) in enumerate(CHAIN):
+        out_dir, ranks = runs[f"chain {number}"]
+        assert [rank["outcome"] for rank in ranks] == [128 + signal.SIGTERM if stop else "step_00000020"] * max(1, world)
+        drawn = joined(ranks)
+        windows += drawn[:stop - CHAIN[number - 1][2] if number else stop] if stop else drawn
+    assert windows == runs["one"][1][0]["windows"]
+    assert_close(out_dir, runs["one"][0])
+
+
+# ----------------------------------------------- A loss that is not finite -----------------------------------------
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(runs, parallel):
+    out_dir, (one, two) = runs[f"{parallel} not finite"]
+    assert re.match(r"step 12: loss nan, gradient norm .*on windows of letters, digits, signs\. The update was not made",
+                    one["outcome"])
+    assert two["outcome"] == 2
+    assert [folder.name for folder in checkpoints(out_dir)] == ["step_00000010"]
+    assert [line["step"] for line in read_lines(out_dir, "train")] == list(range(1, 13))
+
+
+# ----------------------------------------------- Faults of one process ---------------------------------------------
+
+SHORT = dict(interval=4, max_steps=8, save_every=2, batch_size=4, val_samples=2)
+
+
+@pytest.fixture(scope="module")
+def straight(processes, given, tmp_path_factory) -> Path:
+    """A short run that nothing befell."""
+    out_dir = tmp_path_factory.mktemp("straight") / "run"
+    assert launch(processes, out_dir.parent / "printed", {**given, **SHORT, "out_dir": out_dir})[0] == [0]
+    return out_dir
+
+
+@pytest.fixture
+def start(processes, given, tmp_path):
+    """Runs distill.py on tmp_path/run: launch's result."""
+    def start(event: dict | None = None, world: int = 0, **keys):
+        return launch(processes, tmp_path / "printed", {**given, **SHORT, "out_dir": tmp_path / "run", **keys}, event,
+                      world)
+    return start
+
+
+def whole_checkpoints(out_dir: Path) -> list[int]:
+    return [int(folder.name[-8:]) for folder in checkpoints(out_dir) if not distill.damage(folder)]
+
+
+def last_step(out_dir: Path) -> int:
+    """Finished updates by the metrics, of which a killed run may have torn the last line."""
+    path = out_dir / "metrics.jsonl"
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines(True) if line.endswith("\n")] if (
+        path.exists()) else []
+    return max(steps, default=0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+def test_a_signal_saves_and_ends_with_128_and_its_number(start, straight, tmp_path, number):
+    statuses, out, err = start(dict(what="signal", at=2, rank=0, signal=number))
+    assert (statuses, err) == ([128 + number], "")
+    assert f"stopped by {number.name}, saved as step_00000003" in out
+    assert whole_checkpoints(tmp_path / "run") == [2, 3]
+    assert start()[0] == [0]
+    assert_same_to_the_bit(tmp_path / "run", straight)
+
+
+def test_a_second_ctrl_c_exits_at_once(start, tmp_path):
+    statuses, out, err = start(dict(what="signal", at=2, rank=0, signal=signal.SIGINT, times=2))
+    assert (statuses, err) == ([130], "") and "saved as" not in out
+    assert whole_checkpoints(tmp_path / "run") == [2] and last_step(tmp_path / "run") == 2
+
+
+def kill_in_saves(start, straight: Path, out_dir: Path, points: list[int]):
+    """Each start is killed before the n-th of the calls that write a checkpoint. None may cost a finished save."""
+    for at in points:
+        statuses, _, err = start(dict(what="kill in a save", at=at, rank=0))
+        assert (statuses, err) == ([-signal.SIGKILL], "")
+        assert max(whole_checkpoints(out_dir), default=0) >= (last_step(out_dir) - 1) // 2 * 2
+        done = whole_checkpoints(out_dir)
+    statuses, out, _ = start()
+    assert statuses == [0] and "set aside" not in out
+    assert f"going on from step_{done[-1]:08d}" in out if done else True
+    assert_same_to_the_bit(out_dir, straight)
+    return done
+
+
+def test_killed_while_it_saves_a_run_keeps_the_checkpoint_before(start, straight, tmp_path):
+    # Before the weights, before the optimizer, before the manifest, before and after the rename
+    kill_in_saves(start, straight, tmp_path / "run", [1, 2, 12, 21, 22])
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+
+def kill_at_random(processes, given: dict, straight: Path, folder: Path, kills: int, seed: int):
+    rng, keys = random.Random(seed), {**given, **SHORT, "out_dir": folder / "run"}
+    started = time.monotonic()
+    assert launch(processes, folder / "timed", {**keys, "out_dir": folder / "timed run"})[0] == [0]
+    duration = time.monotonic() - started
+    for _ in range(kills):
+        (process,) = begin(processes, folder / "printed", do_main, words(keys), {})
+        time.sleep(rng.uniform(0.2, 1) * duration)
+        process.kill()
+        wait([process])
+        assert (folder / "printed" / "stderr.0").read_text() == ""
+        assert max(whole_checkpoints(folder / "run"), default=0) >= (last_step(folder / "run") - 1) // 2 * 2
+        if whole_checkpoints(folder / "run")[-1:] == [8]:  # done: again from the start
+            shutil.rmtree(folder / "run")
+    assert launch(processes, folder / "printed", keys)[0] == [0]
+    assert "set aside" not in (folder / "printed" / "stdout.0").read_text()
+    assert_same_to_the_bit(folder / "run", straight)
+
+
+def test_killed_at_random_moments_a_run_loses_nothing(processes, given, straight, tmp_path):
+    kill_at_random(processes, given, straight, tmp_path, kills=4, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 4))
+def test_killed_at_many_random_moments_a_run_loses_nothing(processes, given, straight, tmp_path, seed):
+    kill_at_random(processes, given, straight, tmp_path, kills=20, seed=seed)
+
+
+@pytest.mark.slow
+def test_killed_before_each_call_of_a_save_a_run_loses_nothing(start, straight, tmp_path):
+    for points in (range(0, 12), range(12, 24), range(24, 36)):
+        kill_in_saves(start, straight, tmp_path / "run", list(points))
+        shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize("room", [30_000, 200_000], ids=["for no weights", "for no optimizer"])
+def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(start, straight, tmp_path, room):
+    folder = tmp_path / "run" / "step_00000004"
+    statuses, out, err = start(dict(what="full disk", at=3, rank=0, room=room))
+    assert statuses == [2]
+    assert re.fullmatch(rf"error: {folder}: cannot be saved \(.+\); make room, and the same command goes on from .*\n", err)
+    assert whole_checkpoints(tmp_path / "run") == [2] and not list((tmp_path / "run").glob("*.tmp"))
+    statuses, out, err = start()
+    assert statuses == [0] and "going on from step_00000002" in out
+    assert_same_to_the_bit(tmp_path / "run", straight)
+
+
+@pytest.mark.parametrize("world", [0, 2])
+def test_a_second_run_on_the_same_folder_is_refused_and_the_first_unharmed(
+        processes, given, straight, tmp_path, world):
+    keys = {**given, **SHORT, "out_dir": tmp_path / "run"}
+    first = begin(processes, tmp_path / "first", do_main, words(keys), dict(what="pause", at=2), world=world)
+    wait_for(tmp_path / "first" / "paused.0")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for second in ({}, {"resume": "never"}, {"resume": "never", "lr": 1e-3}):
+        statuses, _, err = launch(processes, tmp_path / "second", {**keys, **second})
+        assert (statuses, err) == ([2], f"error: {tmp_path / 'run'}: another run is at work there; wait for its end, or "
+                                        "name another folder\n")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    for rank in range(max(1, world)):
+        (tmp_path / "first" / f"go.{rank}").touch()
+    assert wait(first) == [0] * max(1, world)
+    if not world:
+        assert_same_to_the_bit(tmp_path / "run", straight)
+    assert checkpoints(tmp_path / "run")[-1].name == "step_00000008" and not (tmp_path / "run.1").exists()
+
+
+# ----------------------------------------------- Faults of one among several ---------------------------------------
+
+GONE = r"error: another process is gone, or silent for .* minutes \(.*\); the same command goes on from the last check"
+
+
+@pytest.mark.parametrize("parallel, event, message", [
+    ("fsdp", dict(what="signal", at=4, rank=1, signal=signal.SIGKILL), None),
+    ("ddp", dict(what="signal", at=4, rank=0, signal=signal.SIGKILL), None),
+    ("fsdp", dict(what="evaluation", role="student", at=1, rank=1, signal=signal.SIGKILL), None),
+    ("fsdp", dict(what="raise", at=4, rank=1), "rank 1: error: the disk is gone"),
+    ("ddp", dict(what="evaluation raises", role="student", at=1, rank=1), "rank 1: error: the disk is gone"),
+], ids=str)
+def test_a_rank_that_ends_ends_the_others(start, tmp_path, parallel, event, message):
+    """Without torchrun, which would help."""
+    other = 1 - event["rank"]
+    statuses, _, err = start(event, world=2, parallel=parallel)
+    assert statuses[event["rank"]] in ((-signal.SIGKILL,) if message is None else (2, -signal.SIGABRT))
+    assert statuses[other] in (2, -signal.SIGABRT)  # gloo's threads sometimes abort a process that ends
+    lines = [line for line in err.splitlines() if "error: " in line]
+    assert len(lines) == 1 + (message is not None) and "Traceback" not in err
+    assert sum(bool(re.search(("" if other == 0 else f"rank {other}: ") + GONE, line)) for line in lines) == 1
+    assert message is None or message in lines
+    done = [2] if "evaluation" in event["what"] else [2, 4]
+    assert whole_checkpoints(tmp_path / "run") == done and not list((tmp_path / "run").glob("*.tmp"))
+    statuses, out, _ = start(world=2, parallel=parallel)
+    assert statuses == [0, 0] and f"going on from step_{done[-1]:08d}" in out
+
+
+def test_a_rank_that_hangs_is_given_up_on(processes, given, tmp_path):
+    keys = {**given, **SHORT, "out_dir": tmp_path / "run", "timeout": 0.1}
+    waits, hangs = begin(processes, tmp_path, do_main, words(keys), dict(what="pause", at=4, rank=1), world=2)
+    assert wait([waits])[0] in (2, -signal.SIGABRT)
+    hangs.kill()
+    assert re.match(GONE, (tmp_path / "stderr.0").read_text())
+    assert whole_checkpoints(tmp_path / "run") == [2, 4]
