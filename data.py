@@ -45,7 +45,7 @@ class UserError(ValueError):
 
 @contextmanager
 def blame(source: str | Path, mend: str):
-    """Whatever fails within becomes a UserError: that it was at `source`, why, and how to `mend` it."""
+    """Whatever fails within becomes a UserError that names `source`, why it failed, and how to `mend` it."""
     try:
         yield
     except UserError as error:

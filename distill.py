@@ -46,7 +46,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (TokenBins, Tokenizer, UserError, build_bins, digest, file_sha256, fsync, import_optional,
+from data import (TokenBins, Tokenizer, UserError, blame, build_bins, digest, file_sha256, fsync, import_optional,
                   load_tokenizer, model_tokenizer, option, parse_config, print_config, quickstart_domains, read_meta,
                   run_program, save_tokenizer, saved_tokenizer, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
@@ -504,20 +504,23 @@ def process_group(config: Config):
 
 def load_model(source: str, config: Config, sizes: GPTConfig, dtype: torch.dtype) -> GPT:
     """The model that `source` names, a folder, scratch:LxD or layers:N: whole on rank 0, on the others its sizes."""
-    def load() -> GPT:
-        kind, _, size = source.partition(":")
+    kind, _, size = source.partition(":")
+    with torch.device("meta"):
+        model = GPT(sizes).to(dtype)
+
+    def load():
+        nonlocal model
         if kind == "scratch":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
-                return GPT(sizes)
-        if kind == "layers":
-            return GPT.from_pretrained(config.teacher, dtype, layers=int(size))
-        return GPT.from_pretrained(source, dtype)
+                model = GPT(sizes)
+        elif kind == "layers":
+            model = GPT.from_pretrained(config.teacher, dtype, layers=int(size))
+        else:
+            model = GPT.from_pretrained(source, dtype)
 
-    with torch.device("meta"):
-        model = [GPT(sizes).to(dtype)]
-    on_rank_0(lambda: model.__setitem__(0, load()))
-    return model[0]
+    on_rank_0(load)
+    return model
 
 
 def spread(model: GPT, config: Config, device: torch.device, shard: bool) -> GPT:
@@ -679,11 +682,9 @@ def check_same_experiment(out_dir: Path, record: dict):
     path = out_dir / "config.json"
     if not checkpoints(out_dir):  # nothing to go on from
         return
-    try:
+    with blame(path, "not as a run writes it; name another --out_dir"):
         before = json.loads(path.read_text(encoding="utf-8"))
         config, content = before["config"], before["content"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not as a run writes it ({error}); name another --out_dir") from None
     changed = [f"--{key}={value}: the run in {out_dir} has {key}={config.get(key)}"
                for key, value in record["config"].items() if key not in FREE_KEYS and value != config.get(key)]
     changed += [f"--{key}={record['config'][key]}: another content than the run in {out_dir} has with "
@@ -794,7 +795,8 @@ def dry_run(config: Config):
         kept = 16 * d + width * (4 * model.num_attention_heads * model.head_dim + 2 * d + 4 * model.intermediate_size)
         layers = 1 + L * width * d / kept if config.checkpoint_activations else L  # kept whole, in effect
         passed = (config.micro_batch_size or config.batch_size // world) * config.block_size
-        memory |= {"gradients": 4 * total / share, "AdamW": 8 * total / share, "activations": kept * layers * passed}
+        memory |= {"gradients": 4 * total / share, "AdamW": 8 * total / share, "activations": kept * layers * passed,
+                   "loss": 8 * model.vocab_size * d}  # the head's gradient while it is summed, and as it is handed on
         drawn, evaluations = config.max_steps * config.batch_size, -(-config.max_steps // config.interval) + 1
         tokens, measured = drawn * config.block_size, len(bins.names) * config.val_samples * config.block_size
         training = tokens * (3 * flops["student"] + flops["teacher"] * (config.method != "cpt"))

@@ -140,8 +140,9 @@ def ours(config: Config) -> dict:
 
 def their_models(config: Config):
     from transformers import AutoModelForCausalLM
-    return [AutoModelForCausalLM.from_pretrained(Path(config.folder) / role, dtype=getattr(torch, dtype)).to(config.device)
-            for role, dtype in (("teacher", config.dtype), ("student", "float32"))]
+    models = (AutoModelForCausalLM.from_pretrained(Path(config.folder) / role, dtype=getattr(torch, dtype))
+              for role, dtype in (("teacher", config.dtype), ("student", "float32")))
+    return [model.to(config.device) for model in models]
 
 
 def transformers(config: Config) -> dict:
@@ -200,7 +201,8 @@ def trl(config: Config) -> dict:
             output_dir=str(Path(config.folder) / "trl"), max_steps=config.steps, lmbda=0.0, beta=0.0, temperature=1.0,
             per_device_train_batch_size=config.batch_size, learning_rate=1e-4, optim="adamw_torch_fused",
             logging_steps=1, save_strategy="no", report_to=[], use_cpu=config.device == "cpu", shuffle_dataset=False,
-            bf16=config.dtype == "bfloat16", gradient_checkpointing=False, disable_tqdm=True, lr_scheduler_type="constant"))
+            bf16=config.dtype == "bfloat16", gradient_checkpointing=False, disable_tqdm=True,
+            lr_scheduler_type="constant"))
     trainer.train()
     return {"seconds": median(Clock.times), "loss": None}
 
@@ -220,7 +222,8 @@ def compare(config: Config):
         words = [f"--{key}={value}" for key, value in vars(config).items() if key != "run"]
         for _ in range(ROUNDS):
             for name in names:
-                done = subprocess.run([sys.executable, __file__, *words, f"--run={name}"], capture_output=True, text=True)
+                command = [sys.executable, __file__, *words, f"--run={name}"]
+                done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
                     raise RuntimeError(f"{name}:\n{done.stderr[-3000:]}")
                 results[name].append(json.loads(done.stdout.splitlines()[-1]))
@@ -228,13 +231,14 @@ def compare(config: Config):
         models = [GPT.from_pretrained(Path(folder) / role) for role in ("student", "teacher")]
         with torch.no_grad():
             dense = dense_distillation_loss(*(model(windows[:, :-1]) for model in models), windows[:, 1:])[0].item()
+    within = 1e-5 if config.dtype == "float32" else 0.02
     for name, runs in results.items():
-        for run in runs:
-            assert run["loss"] is None or abs(run["loss"] / dense - 1) < (1e-5 if config.dtype == "float32" else 0.02), (
-                f"{name}: the first step's loss is {run['loss']}, by the dense equation {dense}")
-    device = torch.cuda.get_device_name() if config.device == "cuda" else f"{os.cpu_count()} cores, {platform.machine()}"
-    print(f"{date.today()}, {device}, torch {torch.__version__}, {config.dtype}; teacher {config.teacher}, student "
-          f"{config.student}, {VOCAB:,} ids, {config.batch_size} × {config.block_size} tokens; first loss {dense:.4f}\n")
+        for loss in (run["loss"] for run in runs if run["loss"] is not None):
+            assert abs(loss / dense - 1) < within, f"{name}: the first loss is {loss}, by the dense equation {dense}"
+    machine = torch.cuda.get_device_name() if config.device == "cuda" else f"{os.cpu_count()} cores"
+    print(f"{date.today()}, {machine}, {platform.machine()}, torch {torch.__version__}, {config.dtype}; teacher "
+          f"{config.teacher}, student {config.student}, {VOCAB:,} ids, {config.batch_size} × {config.block_size} tokens; "
+          f"first loss {dense:.4f}\n")
     floor = statistics.median(run["seconds"] for run in results["parts"])
     print("| | step, s (least – most of 3) | ratio to the parts | tokens/s | peak GiB |\n|---|---|---|---|---|")
     for name, runs in results.items():
@@ -242,8 +246,8 @@ def compare(config: Config):
         print(f"| {name} | {seconds[1]:.3f} ({seconds[0]:.3f} – {seconds[-1]:.3f}) | {seconds[1] / floor:.2f} | "
               f"{config.batch_size * config.block_size / seconds[1]:,.0f} | "
               f"{statistics.median(run['peak'] for run in runs):.2f} |")
-    shares = {part: statistics.median(run["parts"][part] for run in results["parts"]) for part in results["parts"][0]["parts"]}
-    print("\nParts: " + ", ".join(f"{part} {seconds:.3f} s" for part, seconds in shares.items()))
+    print("\nParts: " + ", ".join(f"{part} {statistics.median(run['parts'][part] for run in results['parts']):.3f} s"
+                                  for part in results["parts"][0]["parts"]))
     for name in ("transformers", "trl"):
         if name not in names:
             print(f"{name} is not installed: left out")
