@@ -237,8 +237,8 @@ def compare(config: Config):
             assert abs(loss / dense - 1) < within, f"{name}: the first loss is {loss}, by the dense equation {dense}"
     machine = torch.cuda.get_device_name() if config.device == "cuda" else f"{os.cpu_count()} cores"
     print(f"{date.today()}, {machine}, {platform.machine()}, torch {torch.__version__}, {config.dtype}; teacher "
-          f"{config.teacher}, student {config.student}, {VOCAB:,} ids, {config.batch_size} × {config.block_size} tokens; "
-          f"first loss {dense:.4f}\n")
+          f"{config.teacher}, student {config.student}, {VOCAB:,} ids, {config.batch_size} × {config.block_size} "
+          f"tokens; first loss {dense:.4f}\n")
     floor = statistics.median(run["seconds"] for run in results["parts"])
     print("| | step, s (least – most of 3) | ratio to the parts | tokens/s | peak GiB |\n|---|---|---|---|---|")
     for name, runs in results.items():

@@ -691,12 +691,13 @@ def test_the_numbers_of_a_dry_run(start, data_dir, arguments, teacher_bytes, tea
     for role, layers in (("teacher", L), ("student", 4)):
         millions = pytest.approx(parameters[role] / 1e6, abs=0.06)
         assert numbers_after(out, f"{role}: ")[1:] == [layers, d, millions, V, 257]
-    parts = ["teacher", "student", "gradients", "AdamW", "activations", "in all"]
+    parts = ["teacher", "student", "gradients", "AdamW", "activations", "loss", "in all"]
     (line,), GiB = [line for line in out.splitlines() if line.startswith("memory: ")], 2**30
     memory = {part: float(re.search(rf"{part} ([\d.]+)", line)[1]) for part in parts}
     assert memory["teacher"] == pytest.approx(teacher_bytes * parameters["teacher"] / GiB, abs=0.06)
     assert memory["student"] == memory["gradients"] == pytest.approx(4 * parameters["student"] / GiB, abs=0.06)
     assert memory["AdamW"] == pytest.approx(8 * parameters["student"] / GiB, abs=0.06)
+    assert memory["loss"] == pytest.approx(2 * 4 * V * d / GiB, abs=0.06)
     assert memory.pop("in all") == pytest.approx(sum(memory.values()), abs=0.3)
     measured = 3 * n_val * T
     assert numbers_after(out, "tokens: ") == [steps * B * T, steps, measured, steps // K + 1]
