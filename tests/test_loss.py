@@ -1,13 +1,16 @@
 """Eq. 3 on logits and on hidden states, the learning rate, the optimizers' groups, and perplexity."""
 
 import math
+import shutil
+import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from distill import Config, dense_distillation_loss, distillation_loss, learning_rate, make_optimizers, perplexities
+from distill import (Config, compiled_eq3_rows, dense_distillation_loss, distillation_loss, learning_rate,
+                     make_optimizers, perplexities)
 from model import GPT, GPTConfig
 
 IGNORED = -100
@@ -384,6 +387,98 @@ def test_a_large_batch_is_cut_into_chunks_by_default():
     with LargestTensor() as seen, torch.no_grad():
         distillation_loss(*inputs)
     assert seen.elements < 2**25
+
+
+def products(**settings):
+    """Matrix products that a loss and its gradients take, in one chunk, by whose gradients are wanted."""
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+            return func(*args, **(kwargs or {}))
+
+    inputs = list(example())
+    for i, name in ((0, "hidden"), (1, "head")):
+        inputs[i] = inputs[i].detach().requires_grad_(settings.get(name, True))
+    if not settings.get("teacher", True):
+        inputs[2] = inputs[3] = None
+    with Products() as seen, torch.set_grad_enabled(settings.get("grad", True)):
+        loss = distillation_loss(*inputs)[0]
+        if loss.requires_grad:
+            loss.backward()
+    return seen.count
+
+
+def test_no_product_is_made_in_vain():
+    assert products() == 4
+    assert products(hidden=False) == products(head=False) == 3
+    assert products(grad=False) == products(hidden=False, head=False) == 2
+    assert products(grad=False, teacher=False) == 1
+
+
+def test_gradients_are_spent_after_one_backward_pass():
+    loss = distillation_loss(*example())[0]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError):  # they were scaled in place
+        loss.backward()
+
+
+def test_no_tokens_at_all_are_zero():
+    inputs = example(shape=(0,))
+    for result in with_gradients(distillation_loss, inputs):
+        assert (result == 0).all()
+
+
+@pytest.mark.parametrize("loss_fn", [on_logits, distillation_loss])
+def test_more_ids_than_rows_are_refused(loss_fn):
+    with pytest.raises(ValueError, match="vocab_size 14 .* 13 rows"):
+        loss_fn(*example((15, 13)), vocab_size=14)
+
+
+def test_bfloat16_gradients_of_many_chunks_add_up_in_float32():
+    hidden = torch.ones(600, 1, dtype=torch.bfloat16)
+    head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    targets = torch.zeros(600, dtype=torch.int64)
+    distillation_loss(hidden, head, None, None, targets, num_tokens=1, chunk_size=1)[0].backward()
+    assert head.grad.flatten().tolist() == [-300, 300]  # each adds 1/2, which 256 in bfloat16 would swallow
+
+
+def test_in_bfloat16_a_sure_prediction_has_a_gradient_still():
+    logits = torch.tensor([[7.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
+    distillation_loss(logits, torch.eye(2, dtype=torch.bfloat16), None, None, torch.tensor([0]))[0].backward()
+    surplus = 1 / (1 + math.exp(7))  # 0.0009, a quarter of the step from 1 to the bfloat16 before
+    assert logits.grad.flatten().tolist() == pytest.approx([-surplus, surplus], rel=0.01)
+
+
+LARGE = dict(rows=(2**14, 2**14 + 5), shape=(2**10 + 40,), dtype=torch.float32)  # enough logits that it compiles
+
+
+@pytest.fixture
+def fresh_compiler():
+    compiled_eq3_rows.cache_clear()
+    yield
+    compiled_eq3_rows.cache_clear()
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_it_is_dense(fresh_compiler):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert_is_dense(example(**LARGE), vocab_size=2**14 - 3, temperature=2.0)
+
+
+def test_without_a_compiler_it_runs_all_the_same_and_says_so_once(fresh_compiler, monkeypatch):
+    def no_compiler(function):
+        def compiled(*args):
+            raise RuntimeError("no C++ compiler")
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with pytest.warns(UserWarning, match="no C.. compiler") as told:
+        assert_is_dense(example(**LARGE))
+        assert_is_dense(example(**LARGE), direction="reverse")
+    assert len([warning for warning in told if "no C++ compiler" in str(warning.message)]) == 1
 
 
 # ----------------------------------------------- Learning rate and optimizers --------------------------------------
