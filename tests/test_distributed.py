@@ -4,6 +4,7 @@ Most processes here are forks of a server that has imported torch once (multipro
 environment that torchrun would give them: a run takes half a second. The launcher itself is tested at the end.
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
+import types
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -30,9 +32,10 @@ from torch.distributed.tensor import DTensor
 
 import distill
 import model
-from data import TokenBins, UserError, run_program
+from data import TokenBins, UserError, run_program, write_text
 from distill import checkpoints, resolve_config, train
 from model import GPT, GPTConfig
+from sample_mixture import MixtureSampler
 
 ROOT = Path(__file__).parent.parent
 NAMES = ["letters", "digits", "signs"]
@@ -79,7 +82,7 @@ def happening(event: dict, rank: int, folder: Path | None = None):
             reader, writer = os.pipe()
             os.set_blocking(writer, False)
             signal.set_wakeup_fd(writer)
-            (folder / f"paused.{rank}").write_text(str(os.getpid()))
+            write_text(folder / f"paused.{rank}", str(os.getpid()))
             while not (folder / f"go.{rank}").exists() and not select.select([reader], [], [], 0.02)[0]:
                 pass
         else:
@@ -509,23 +512,16 @@ def test_a_second_ctrl_c_exits_at_once(start, tmp_path):
     assert whole_checkpoints(tmp_path / "run") == [2] and last_step(tmp_path / "run") == 2
 
 
-def kill_in_saves(start, straight: Path, out_dir: Path, points: list[int]):
-    """Each start is killed before the n-th of the calls that write a checkpoint. None may cost a finished save."""
-    for at in points:
-        statuses, _, err = start(dict(what="kill in a save", at=at, rank=0))
+def test_killed_before_any_call_of_a_save_a_run_keeps_the_checkpoint_before(start, straight, tmp_path):
+    """Start number n is killed before the n-th of the calls that write its checkpoints, until one gets through."""
+    for at in itertools.count():
+        statuses, out, err = start(dict(what="kill in a save", at=at, rank=0))
+        if statuses == [0]:
+            break
         assert (statuses, err) == ([-signal.SIGKILL], "")
-        assert max(whole_checkpoints(out_dir), default=0) >= (last_step(out_dir) - 1) // 2 * 2
-        done = whole_checkpoints(out_dir)
-    statuses, out, _ = start()
-    assert statuses == [0] and "set aside" not in out
-    assert f"going on from step_{done[-1]:08d}" in out if done else True
-    assert_same_to_the_bit(out_dir, straight)
-    return done
-
-
-def test_killed_while_it_saves_a_run_keeps_the_checkpoint_before(start, straight, tmp_path):
-    # Before the weights, before the optimizer, before the manifest, before and after the rename
-    kill_in_saves(start, straight, tmp_path / "run", [1, 2, 12, 21, 22])
+        assert max(whole_checkpoints(tmp_path / "run"), default=0) >= (last_step(tmp_path / "run") - 1) // 2 * 2
+    assert at > 20 and "going on from step_0000000" in out and "set aside" not in out
+    assert_same_to_the_bit(tmp_path / "run", straight)
     assert not list((tmp_path / "run").glob("*.tmp"))
 
 
@@ -536,7 +532,7 @@ def kill_at_random(processes, given: dict, straight: Path, folder: Path, kills: 
     duration = time.monotonic() - started
     for _ in range(kills):
         (process,) = begin(processes, folder / "printed", do_main, words(keys), {})
-        time.sleep(rng.uniform(0.2, 1) * duration)
+        time.sleep(rng.uniform(0.1, 0.9) * duration)
         process.kill()
         wait([process])
         assert (folder / "printed" / "stderr.0").read_text() == ""
@@ -549,20 +545,13 @@ def kill_at_random(processes, given: dict, straight: Path, folder: Path, kills: 
 
 
 def test_killed_at_random_moments_a_run_loses_nothing(processes, given, straight, tmp_path):
-    kill_at_random(processes, given, straight, tmp_path, kills=4, seed=0)
+    kill_at_random(processes, given, straight, tmp_path, kills=20, seed=0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 4))
-def test_killed_at_many_random_moments_a_run_loses_nothing(processes, given, straight, tmp_path, seed):
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_killed_a_hundred_times_more_a_run_loses_nothing(processes, given, straight, tmp_path, seed):
     kill_at_random(processes, given, straight, tmp_path, kills=20, seed=seed)
-
-
-@pytest.mark.slow
-def test_killed_before_each_call_of_a_save_a_run_loses_nothing(start, straight, tmp_path):
-    for points in (range(0, 12), range(12, 24), range(24, 36)):
-        kill_in_saves(start, straight, tmp_path / "run", list(points))
-        shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.parametrize("room", [30_000, 200_000], ids=["for no weights", "for no optimizer"])
@@ -632,3 +621,236 @@ def test_a_rank_that_hangs_is_given_up_on(processes, given, tmp_path):
     hangs.kill()
     assert re.match(GONE, (tmp_path / "stderr.0").read_text())
     assert whole_checkpoints(tmp_path / "run") == [2, 4]
+
+
+# ----------------------------------------------- torchrun ----------------------------------------------------------
+
+
+def do_torchrun(folder: Path, rank: int, world: int, port: int, arguments: list[str]):
+    """The launcher itself, in a fork that has imported it; what it starts are programs of their own."""
+    os.setsid()
+    start_process(folder, rank, 0, 0)
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    from torch.distributed.run import main as torchrun
+    torchrun(["--standalone", "--nproc_per_node=2", *arguments])
+
+
+class Torchrun:
+    """A job of two processes that torchrun starts: this file as a program, and `event` in it."""
+
+    def __init__(self, processes, folder: Path, given: dict, event: dict, *options: str):
+        self.folder, self.event = folder, event
+        program = [str(Path(__file__)), str(folder), json.dumps(event), *words(given)]
+        (self.process,) = begin(processes, folder, do_torchrun, [*options, *program])
+
+    def pids(self) -> list[int]:
+        """Of the workers, once they pause."""
+        for rank in range(2):
+            wait_for(self.folder / f"paused.{rank}")
+        return [int((self.folder / f"paused.{rank}").read_text()) for rank in range(2)]
+
+    def end(self) -> tuple[int, list[str]]:
+        """(exit status, lines of our errors) after the job's end, of which nothing may be left."""
+        (status,) = wait([self.process])
+        stderr = (self.folder / "stderr.0").read_text()
+        commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+        assert not [command for command in commands if str(self.folder).encode() in command]
+        return status, re.findall(r"(?m)^(?:rank \d+: )?error: .*", stderr)
+
+
+@pytest.fixture
+def torchrun(processes, given, tmp_path):
+    def torchrun(event: dict, *options: str, **keys) -> Torchrun:
+        return Torchrun(processes, tmp_path / "printed", {**given, **SHORT, "out_dir": tmp_path / "run", **keys}, event,
+                        *options)
+    return torchrun
+
+
+def test_sigterm_to_torchrun_saves_and_the_same_command_goes_on(torchrun, start, straight, tmp_path):
+    job = torchrun(dict(what="pause", at=4), parallel="ddp")
+    job.pids()
+    os.kill(job.process.pid, signal.SIGTERM)
+    status, errors = job.end()
+    assert status != 0 and errors == []
+    assert "stopped by SIGTERM, saved as step_00000005" in (tmp_path / "printed" / "stdout.0").read_text()
+    assert whole_checkpoints(tmp_path / "run") == [2, 4, 5] and last_step(tmp_path / "run") == 5
+    start(world=2, parallel="ddp", out_dir=tmp_path / "never stopped")
+    assert start(world=2, parallel="ddp")[0] == [0, 0]
+    assert_same_to_the_bit(tmp_path / "run", tmp_path / "never stopped")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+def test_other_signals_to_torchrun_save_too(torchrun, tmp_path, number):
+    """As a scheduler sends SIGUSR1, and a terminal Ctrl-C: to all of torchrun's process group."""
+    job = torchrun(dict(what="pause", at=4), "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1")
+    job.pids()
+    os.killpg(job.process.pid, number)
+    status, errors = job.end()
+    assert status != 0 and errors == []
+    assert f"stopped by {number.name}, saved as step_00000005" in (tmp_path / "printed" / "stdout.0").read_text()
+    assert whole_checkpoints(tmp_path / "run") == [2, 4, 5]
+
+
+def test_a_killed_rank_ends_the_job_without_a_false_save(torchrun, start, tmp_path):
+    job = torchrun(dict(what="pause", at=4), parallel="fsdp")
+    os.kill(job.pids()[1], signal.SIGKILL)
+    status, errors = job.end()
+    assert status != 0 and len(errors) == 1 and re.match(GONE, errors[0])
+    assert whole_checkpoints(tmp_path / "run") == [2, 4] and not list((tmp_path / "run").glob("*.tmp"))
+    statuses, out, _ = start(world=2, parallel="fsdp")
+    assert statuses == [0, 0] and "going on from step_00000004" in out
+
+
+def test_an_id_that_only_rank_1_reads_ends_the_job_and_names_the_bin(torchrun, given, tmp_path):
+    bins = shutil.copytree(given["data_dir"], tmp_path / "bins")
+    sampler = MixtureSampler(TokenBins(bins, 16).n_windows, SHORT["batch_size"], 0)
+    for _ in range(3):
+        domain_ids, window_ids = sampler.next_batch()
+    name, window = NAMES[domain_ids[-1]], int(window_ids[-1])
+    with open(bins / f"{name}.train.bin", "r+b") as file:
+        file.seek(2 * (16 * window + 5))  # within this window alone
+        file.write((999).to_bytes(2, "little"))
+    status, errors = torchrun({}, data_dir=bins).end()
+    assert status != 0
+    (error,) = [error for error in errors if error.startswith("rank 1: ")]
+    assert f"{bins}/{name}.train.bin: holds the id 999; the tokenizer has 257 ids" in error
+    assert all(re.match(GONE, other) for other in errors if other != error)
+    assert last_step(tmp_path / "run") <= 2 and whole_checkpoints(tmp_path / "run") in ([], [2])
+
+
+def test_a_mistake_is_told_once_by_the_program_itself_under_torchrun(given, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "distill.py"]
+    result = subprocess.run([*command, *words({**given, "out_dir": tmp_path / "run", "val_samples": 10**6})], cwd=ROOT,
+                            capture_output=True, text=True, timeout=TIMEOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    errors = [line for line in result.stderr.splitlines() if "error: " in line]
+    assert result.returncode == 1 and [error.partition(": domain")[0] for error in errors] == [
+        "error: --val_samples=1000000"]
+    assert result.stdout.count("val_samples = 1000000") == 1  # the configuration is printed once, too
+    assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------- Configuration -----------------------------------------------------
+
+
+@pytest.mark.parametrize("environment, arguments, message", [
+    (dict(RANK="0", WORLD_SIZE="3"), ["--batch_size=8"],
+     "--batch_size=8: must be a multiple of micro_batch_size=1 × 3 processes"),
+    (dict(RANK="0", WORLD_SIZE="2"), ["--batch_size=12", "--micro_batch_size=4"],
+     "--batch_size=12: must be a multiple of micro_batch_size=4 × 2 processes"),
+    (dict(RANK="0", WORLD_SIZE="2"), ["--parallel=none"], "--parallel=none: there are 2 processes; take ddp or fsdp"),
+    (dict(RANK="0", WORLD_SIZE="2"), ["--parallel=fsdp", "--optimizer=muon"], "--optimizer=muon: not with fsdp; take ddp"),
+    ({}, ["--parallel=fsdp"], "--parallel=fsdp: start with torchrun --nproc_per_node=N distill.py"),
+    ({}, ["--parallel=ddp"], "--parallel=ddp: start with torchrun --nproc_per_node=N distill.py"),
+])
+def test_what_contradicts_the_processes_is_refused_by_rank_0_alone(
+        run_main, given, tmp_path, monkeypatch, environment, arguments, message):
+    for rank in ("0", "1")[:1 + bool(environment)]:
+        for key, value in {**environment, **({"RANK": rank} if environment else {})}.items():
+            monkeypatch.setenv(key, value)
+        status, out, err = run_main(distill, *words({**given, "out_dir": tmp_path / "run"}), *arguments)
+        assert (status, out, err) == (2, "", f"error: {message}\n" if rank == "0" else "")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments, sharded", [
+    ([], {"teacher", "student"}), (["--shard_teacher=false"], {"student"}), (["--parallel=ddp"], set())], ids=str)
+def test_a_dry_run_adds_up_the_memory_of_each_of_many_devices(
+        run_main, given, teacher, tmp_path, monkeypatch, arguments, sharded):
+    """Of Qwen1.5-14B's sizes, and of four of its layers, on 16 devices: computed here by hand."""
+    V, d, ff, GiB = 152_064, 5120, 13_696, 2**30
+    big = shutil.copytree(teacher, tmp_path / "big")
+    sizes = dict(model_type="qwen2", vocab_size=V, hidden_size=d, num_hidden_layers=40, intermediate_size=ff,
+                 head_dim=128, num_attention_heads=40, num_key_value_heads=40, tie_word_embeddings=False)
+    (big / "config.json").write_text(json.dumps({**json.loads((big / "config.json").read_text()), **sizes}))
+    layer = 4 * d * d + 3 * d * ff + 3 * d + 2 * d  # q, k, v, o; MLP; biases; norms
+    outside = 2 * V * d + d
+    parameters = {"teacher": 40 * layer + outside, "student": 4 * layer + outside}
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    status, out, err = run_main(distill, *words({**given, "teacher": big, "student": "layers:4", "batch_size": 32}),
+                                "--dtype=bfloat16", "--dry_run", *arguments)
+    assert (status, err) == (0, "")
+    (line,) = [line for line in out.splitlines() if line.startswith("memory: ")]
+    memory = {part: float(size) for part, size in re.findall(r"(\w+) ([\d.]+)", line.partition(", in all")[0])}
+    share = {role: 16 if role in sharded else 1 for role in parameters}
+    assert memory["teacher"] == pytest.approx(2 * parameters["teacher"] / share["teacher"] / GiB, abs=0.06)
+    for part, width in (("student", 4), ("gradients", 4), ("AdamW", 8)):
+        assert memory[part] == pytest.approx(width * parameters["student"] / share["student"] / GiB, abs=0.06)
+    # While it computes, a device holds what lies outside the blocks whole, and two blocks
+    gathered = sum(2 * (outside + 2 * layer) for _ in sharded) / GiB
+    assert memory.pop("gathered", 0) == pytest.approx(gathered, abs=0.06)
+    total = float(re.search(r"in all ([\d.]+) GiB on each of 16 devices", line)[1])
+    assert total == pytest.approx(sum(memory.values()) + gathered, abs=0.4)
+    assert "weights" not in line and "of 16" in out.split("FLOPs: ")[1].splitlines()[0]
+
+
+# ----------------------------------------------- Metrics for other programs ----------------------------------------
+
+
+class Sink:
+    """Stands for SummaryWriter and for wandb's run: keeps what it is told."""
+
+    def __init__(self, *arguments, **keywords):
+        self.made, self.lines, self.closed = (arguments, keywords), [], 0
+
+    def add_scalar(self, key, value, step):
+        self.lines.append((step, key, value))
+
+    def log(self, values, step):
+        self.lines += [(step, key, value) for key, value in values.items()]
+
+    def close(self):
+        self.closed += 1
+
+    finish = close
+
+
+def test_tensorboard_and_wandb_get_the_numbers_of_every_line_once(given, tmp_path, monkeypatch):
+    made = {"tensorboard": [], "wandb": []}
+
+    def maker(name):
+        def make(*arguments, **keywords):
+            made[name].append(Sink(*arguments, **keywords))
+            return made[name][-1]
+        return make
+    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=maker("tensorboard")))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=maker("wandb")))
+    config = resolve_config(**{**given, **SHORT, "out_dir": str(tmp_path / "run"), "tensorboard": True, "wandb": True})
+    assert config.problems() == []
+    with happening(dict(what="signal", at=4), 0), pytest.raises(SystemExit):
+        train(config)
+    train(config)
+    for name, sinks in made.items():
+        assert [sink.closed for sink in sinks] == [1, 1], name
+        lines = sinks[0].lines + sinks[1].lines
+        assert all(isinstance(value, int | float) for _, _, value in lines)
+        for key in ("loss", "ce", "kl", "lr", "grad_norm", "tokens"):
+            logged = [(step, value) for step, found, value in lines if found == f"train/{key}"]
+            assert logged == [(line["step"], line[key]) for line in read_lines(tmp_path / "run", "train")]
+        for domain in NAMES:
+            expected = [(line["step"], line["r"][domain]) for line in read_lines(tmp_path / "run", "mixture")]
+            assert [(step, value) for step, key, value in lines if key == f"{domain}/r"] == expected
+            expected = [(line["step"], line["domains"][domain]["student_ppl"]) for line in read_lines(tmp_path / "run")
+                        if line["kind"] in ("mixture", "end")]
+            assert [(step, value) for step, key, value in lines if key == f"{domain}/student_ppl"] == expected
+    assert [sink.made[1]["purge_step"] for sink in made["tensorboard"]] == [1, 6]  # what a resumed run does anew
+    first, second = (sink.made[1] for sink in made["wandb"])
+    assert first["id"] == second["id"] and first["resume"] == "allow" and first["config"]["seed"] == 0
+
+
+def test_a_missing_package_of_a_sink_is_one_message(run_main, given, tmp_path, monkeypatch):
+    for name in ("tensorboard", "wandb", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, name, None)
+    status, out, err = run_main(distill, *words({**given, "out_dir": tmp_path / "run"}), "--tensorboard", "--wandb")
+    assert (status, out) == (2, "") and not (tmp_path / "run").exists()
+    assert err == ("error: --tensorboard: needs the package tensorboard: pip install tensorboard\n"
+                   "error: --wandb: needs the package wandb: pip install wandb\n")
+
+
+if __name__ == "__main__":  # what Torchrun starts: FOLDER EVENT --key=value …
+    folder, event = Path(sys.argv[1]), json.loads(sys.argv[2])
+    sys.argv = ["distill.py", *sys.argv[3:]]
+    torch.set_num_threads(1)
+    with happening(event, int(os.environ["RANK"]), folder):
+        run_program(distill.main)
