@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -46,7 +47,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (TokenBins, Tokenizer, UserError, build_bins, digest, file_sha256, fsync, import_optional,
+from data import (TokenBins, Tokenizer, UserError, blame, build_bins, digest, file_sha256, fsync, import_optional,
                   load_tokenizer, model_tokenizer, option, parse_config, print_config, quickstart_domains, read_meta,
                   run_program, save_tokenizer, saved_tokenizer, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
@@ -420,8 +421,8 @@ def teacher_perplexities(identity: str, cache: Path, measure: Callable[[], dict[
     """ℓ_T, measured once: kept in `cache` under `identity`, which stands for teacher, bins, windows and precision."""
     def read() -> dict:
         try:
-            return json.loads(cache.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return {**json.loads(cache.read_text(encoding="utf-8"))}
+        except (OSError, ValueError, TypeError):
             return {}
 
     def keep():
@@ -615,7 +616,7 @@ def damage(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         wrong = [name for name, sha256 in manifest.items()
-                 if (folder / name).parent != folder or file_sha256(folder / name) != sha256]
+                 if not sha256 or (folder / name).parent != folder or file_sha256(folder / name) != sha256]
         wrong += sorted({"config.json", "model.safetensors", "optimizer.pt", "train_state.json"} - set(manifest))
     except (OSError, ValueError, AttributeError, TypeError):
         wrong = ["manifest.json"]
@@ -656,8 +657,30 @@ def free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
+AS_SAVED = "not as a run saves it; delete this step's folder, and the one before it is used"
+
+
 def read_state(folder: Path) -> TrainState:
-    return TrainState(**json.loads((folder / "train_state.json").read_text(encoding="utf-8")))
+    """The training state of a checkpoint. UserError if it is not of this folder's step."""
+    path = folder / "train_state.json"
+    with blame(path, AS_SAVED):
+        state = TrainState(**json.loads(path.read_text(encoding="utf-8")))
+        if f"step_{state.step:08d}" != folder.name:
+            raise ValueError(f"step {state.step}")
+        return state
+
+
+def read_optimizer(folder: Path, model: GPT) -> dict:
+    """A checkpoint's optimizer.pt, of which tensors alone are unpickled. UserError if it is not of this model."""
+    path = folder / "optimizer.pt"
+    with blame(path, AS_SAVED):
+        try:
+            saved = torch.load(path, weights_only=True)
+        except pickle.UnpicklingError:  # its message advises to unpickle everything
+            raise ValueError("holds more than tensors") from None
+        if saved["optimizer"] and set(saved["optimizer"]["state"]) != {name for name, _ in model.named_parameters()}:
+            raise ValueError("moments of other parameters")
+        return saved
 
 
 def model_content(folder: str) -> str:
@@ -679,11 +702,9 @@ def check_same_experiment(out_dir: Path, record: dict):
     path = out_dir / "config.json"
     if not checkpoints(out_dir):  # nothing to go on from
         return
-    try:
+    with blame(path, "not as a run writes it; name another --out_dir"):
         before = json.loads(path.read_text(encoding="utf-8"))
-        config, content = before["config"], before["content"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not as a run writes it ({error}); name another --out_dir") from None
+        config, content = {**before["config"]}, {**before["content"]}
     changed = [f"--{key}={value}: the run in {out_dir} has {key}={config.get(key)}"
                for key, value in record["config"].items() if key not in FREE_KEYS and value != config.get(key)]
     changed += [f"--{key}={record['config'][key]}: another content than the run in {out_dir} has with "
@@ -695,8 +716,9 @@ def check_same_experiment(out_dir: Path, record: dict):
 
 def rewind_metrics(path: Path, state: TrainState):
     """Drop what a run wrote after the checkpoint that it now goes on from."""
-    kept = [line for line in (read_metrics(path) if path.exists() else [])
-            if line["step"] <= state.step and line["kind"] != "end"]
+    with blame(path, "delete the line that no run wrote"):
+        kept = [line for line in (read_metrics(path) if path.exists() else [])
+                if line["step"] <= state.step and line["kind"] != "end"]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -930,7 +952,7 @@ def train(config: Config) -> Path:
             teacher = load_model(config.teacher, config, models["teacher"], getattr(torch, config.dtype))
             teacher = spread(teacher.requires_grad_(False), config, device, parallel == "fsdp" and config.shard_teacher)
         student = load_model(str(resumed or config.student), config, models["student"], torch.float32)
-        saved = torch.load(resumed / "optimizer.pt", weights_only=True) if resumed and rank() == 0 else {}
+        saved = read_optimizer(resumed, student) if resumed and rank() == 0 else {}
         if saved.get("weights"):
             student.load_state_dict(saved["weights"])
         spread(student, config, device, parallel == "fsdp")
@@ -946,7 +968,8 @@ def train(config: Config) -> Path:
         base_probs = sampler.probs
         if resumed:
             print(f"{out_dir}: going on from {resumed.name}")
-            sampler.load_state_dict(state.sampler)
+            with blame(resumed / "train_state.json", AS_SAVED):
+                sampler.load_state_dict(state.sampler)
         share = config.batch_size // world_size()
         mine = slice(rank() * share, (rank() + 1) * share)
         micro_batch_size = config.micro_batch_size or share
