@@ -8,6 +8,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import resource
@@ -24,15 +25,17 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from conftest import read_lines
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+import data
 import distill
 import model
-from data import TokenBins, UserError, run_program, write_text
+from data import TokenBins, UserError, file_sha256, run_program, write_text
 from distill import checkpoints, resolve_config, train
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
@@ -782,6 +785,267 @@ def test_a_dry_run_adds_up_the_memory_of_each_of_many_devices(
     total = float(re.search(r"in all ([\d.]+) GiB on each of 16 devices", line)[1])
     assert total == pytest.approx(sum(memory.values()) + gathered, abs=0.4)
     assert "weights" not in line and "of 16" in out.split("FLOPs: ")[1].splitlines()[0]
+
+
+# ----------------------------------------------- Bad input ---------------------------------------------------------
+
+# Here: what `python distill.py` says of a bins folder and of a run's folder in which something is wrong. Elsewhere: 14
+# bins folders that TokenBins refuses, 12 command lines, 24 models and tokenizers that do not fit (test_data.py,
+# test_distill.py), damaged models (test_pretrained.py).
+
+
+def edit_json(path: Path, change):
+    """`change` what is in a file; a value that it returns replaces all of it."""
+    content = json.loads(path.read_text())
+    replaced = change(content)
+    path.write_text(json.dumps(content if replaced is None else replaced))
+
+
+def meta(change):
+    return lambda bins: edit_json(bins / "meta.json", change)
+
+
+def train_entry(**values):
+    return meta(lambda meta: meta["domains"]["digits"]["train"][0].update(values))
+
+
+def as_dtype(dtype: str, width: int):
+    """meta.json says that digits' train bin is of another type, and its number of tokens fits."""
+    def change(content):
+        domain = content["domains"]["digits"]
+        for entry in (*domain["train"], domain["val"]):
+            entry["tokens"] = entry["tokens"] * 2 // width
+        domain["dtype"] = dtype
+
+    def spoil(bins: Path):
+        for path in bins.glob("digits.*.bin"):
+            path.write_bytes(path.read_bytes()[:path.stat().st_size // 8 * 8])
+        meta(lambda content: [entry.update(tokens=(bins / entry["file"]).stat().st_size // 2) for entry in
+                              (*content["domains"]["digits"]["train"], content["domains"]["digits"]["val"])] and None)(bins)
+        meta(change)(bins)
+    return spoil
+
+
+def swap(bins: Path):
+    for side in ("train", "val"):
+        one, two = (bins / f"{name}.{side}.bin" for name in ("letters", "digits"))
+        content = one.read_bytes()
+        one.write_bytes(two.read_bytes())
+        two.write_bytes(content)
+
+
+BAD_BINS = {
+    "truncated": (lambda bins: os.truncate(bins / "digits.train.bin", 1000), "digits.train.bin is not in the folder, or not of "),
+    "odd size": (lambda bins: os.truncate(bins / "digits.train.bin", 1001), "digits.train.bin is not in the folder, or not of "),
+    "empty": (lambda bins: os.truncate(bins / "signs.val.bin", 0), "signs.val.bin is not in the folder, or not of "),
+    "swapped": (swap, ".train.bin is not in the folder, or not of "),
+    "half the width": (meta(lambda meta: meta["domains"]["digits"].update(dtype="uint8")), "a dtype other than uint16 and uint32"),
+    "twice the width": (meta(lambda meta: meta["domains"]["digits"].update(dtype="uint32")), "digits.train.bin is not in the folder, or not of "),
+    "read as uint32": (as_dtype("uint32", 4), "digits.val.bin: holds the id "),
+    "read as int64": (as_dtype("int64", 8), "a dtype other"),
+    "read as float32": (as_dtype("float32", 4), "a dtype other"),
+    "read as int16": (as_dtype("int16", 2), "a dtype other"),
+    "unknown type": (meta(lambda meta: meta["domains"]["digits"].update(dtype="float7")), "meta.json: "),
+    "other endianness": (lambda bins: [path.write_bytes(np.fromfile(path, "<u2").astype(">u2").tobytes())
+                                       for path in bins.glob("*.bin")], ".val.bin: holds the id "),
+    "id beyond": (lambda bins: (bins / "letters.val.bin").write_bytes(
+        b"\x01\x01" + (bins / "letters.val.bin").read_bytes()[2:]), "letters.val.bin: holds the id 257"),
+    "meta not JSON": (lambda bins: (bins / "meta.json").write_text('{"format_version": 1'), "meta.json: "),
+    "meta empty": (lambda bins: (bins / "meta.json").write_text(""), "meta.json: "),
+    "meta null": (meta(lambda meta: [None]), "meta.json: "),
+    "meta missing": (lambda bins: (bins / "meta.json").unlink(), "--data_dir="),
+    "meta a folder": (lambda bins: [(bins / "meta.json").unlink(), (bins / "meta.json").mkdir()], "--data_dir="),
+    "other version": (meta(lambda meta: meta.update(format_version="1.1")), "meta.json: ValueError: format version 1.1, but 1 is known"),
+    "no domains": (meta(lambda meta: meta.update(domains={})), "meta.json: "),
+    "domains a list": (meta(lambda meta: meta.update(domains=list(meta["domains"]))), "meta.json: "),
+    "domain null": (meta(lambda meta: meta["domains"].update(digits=None)), "meta.json: "),
+    "no train bins": (meta(lambda meta: meta["domains"]["digits"].update(train=[])), "no train text that long in digits"),
+    "tokens text": (train_entry(tokens="many"), "digits.train.bin is not"),
+    "tokens negative": (train_entry(tokens=-2), "digits.train.bin is not"),
+    "tokens null": (train_entry(tokens=None), "meta.json: "),
+    "file null": (train_entry(file=None), "meta.json: "),
+    "file a number": (train_entry(file=3), "meta.json: "),
+    "file elsewhere": (train_entry(file="/etc/passwd"), "/etc/passwd is not in the folder"),
+    "no hash": (meta(lambda meta: meta["domains"]["digits"]["val"].pop("sha256") and None), "meta.json: "),
+    "vocabulary text": (meta(lambda meta: meta["tokenizer"].update(vocab_size="257")), "meta.json: "),
+    "vocabulary 0": (meta(lambda meta: meta["tokenizer"].update(vocab_size=0)), "meta.json: "),
+    "tokenizer null": (meta(lambda meta: meta.update(tokenizer=None)), "meta.json: "),
+}
+
+
+@pytest.mark.parametrize("spoil, message", BAD_BINS.values(), ids=BAD_BINS)
+def test_bad_bins_are_one_message(run_main, given, tmp_path, spoil, message):
+    bins = shutil.copytree(given["data_dir"], tmp_path / "bins")
+    spoil(bins)
+    keys = {**given, **SHORT, "out_dir": tmp_path / "run", "data_dir": bins}
+    status, out, err = run_main(distill, *words(keys))
+    assert status == 2 and err.startswith("error: ") and message in err and str(bins) in err
+    assert err.count("\n") == 1 and len(err) < 600
+    assert not (tmp_path / "run").exists() or not checkpoints(tmp_path / "run")
+
+
+def test_bins_of_one_size_that_are_swapped_are_found_by_verify(run_main, given, tmp_path):
+    bins = shutil.copytree(given["data_dir"], tmp_path / "bins")
+    sizes = {path.name: path.stat().st_size for path in bins.glob("*.train.bin")}
+    for path in bins.glob("*.train.bin"):
+        os.truncate(path, min(sizes.values()))
+        entry = {"tokens": min(sizes.values()) // 2, "sha256": file_sha256(path)}
+        meta(lambda meta: meta["domains"][path.name.split(".")[0]]["train"][0].update(entry))(bins)
+    assert run_main(data, f"--verify={bins}")[0] == 0
+    (bins / "letters.train.bin").rename(bins / "aside")
+    (bins / "digits.train.bin").rename(bins / "letters.train.bin")
+    (bins / "aside").rename(bins / "digits.train.bin")
+    status, _, err = run_main(data, f"--verify={bins}")
+    assert (status, err) == (2, f"error: {bins}: letters.train.bin, digits.train.bin not as in meta.json; copy again, or "
+                                "make the bins anew\n")
+
+
+class Hostile:
+    """Unpickling it makes a file."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("unpickled").resolve(),)
+
+
+def resave(name: str, change):
+    """Changes the content of a checkpoint's .pt file."""
+    def spoil(folder: Path):
+        torch.save(change(torch.load(folder / name, weights_only=True)), folder / name)
+    return spoil
+
+
+def state(change):
+    return lambda folder: edit_json(folder / "train_state.json", change)
+
+
+BAD_CHECKPOINTS = {  # with a manifest that fits: not damaged, but made so
+    "state not JSON": (lambda folder: (folder / "train_state.json").write_text("{"), "train_state.json"),
+    "state a list": (state(lambda state: [1]), "train_state.json"),
+    "state of unknown keys": (state(lambda state: state.update(colour=3)), "train_state.json"),
+    "state without sampler": (state(lambda state: state.update(sampler=None)), "train_state.json"),
+    "sampler of other domains": (state(lambda state: state["sampler"]["probs"].pop("digits") and None),
+                                 "train_state.json"),
+    "sampler without counts": (state(lambda state: state["sampler"].pop("drawn") and None), "train_state.json"),
+    "step text": (state(lambda state: state.update(step="four")), "train_state.json"),
+    "step of another folder": (state(lambda state: state.update(step=3)), "train_state.json"),
+    "optimizer hostile": (lambda folder: torch.save({"optimizer": Hostile()}, folder / "optimizer.pt"), "optimizer.pt"),
+    "optimizer a bare pickle": (lambda folder: (folder / "optimizer.pt").write_bytes(pickle.dumps(Hostile(), 2)),
+                                "optimizer.pt"),
+    "optimizer not a file of torch's": (lambda folder: (folder / "optimizer.pt").write_bytes(b"moments"),
+                                        "optimizer.pt"),
+    "optimizer empty": (lambda folder: (folder / "optimizer.pt").write_bytes(b""), "optimizer.pt"),
+    "optimizer a list": (resave("optimizer.pt", lambda saved: [1, 2]), "optimizer.pt"),
+    "optimizer of nothing": (resave("optimizer.pt", lambda saved: {}), "optimizer.pt"),
+    "optimizer of another model": (resave("optimizer.pt", lambda saved: {**saved, "optimizer": {
+        **saved["optimizer"], "state": {}}}), "optimizer.pt"),
+    "weights of another size": (lambda folder: GPT(GPTConfig.scratch(3, 32, 257, 16)).save_pretrained(folder),
+                                "step_00000004"),
+    "weights not safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b"weights"),
+                                "model.safetensors"),
+    "config of no model": (lambda folder: (folder / "config.json").write_text("[]"), "config.json"),
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(given, tmp_path_factory) -> Path:
+    """The folder of a run that was stopped at step 4."""
+    out_dir = tmp_path_factory.mktemp("stopped") / "run"
+    with happening(dict(what="signal", at=3), 0), pytest.raises(SystemExit):
+        train(resolve_config(**{**given, **SHORT, "out_dir": str(out_dir)}))
+    return out_dir
+
+
+@pytest.fixture
+def go_on(run_main, given, stopped, tmp_path, monkeypatch):
+    """Runs the same command after `spoil(folder)`: (exit status, stdout, stderr)."""
+    def go_on(spoil, folder: str = ""):
+        shutil.copytree(stopped, tmp_path / "run")
+        spoil(tmp_path / "run" / folder)
+        monkeypatch.chdir(tmp_path)
+        return run_main(distill, *words({**given, **SHORT, "out_dir": tmp_path / "run"}))
+    return go_on
+
+
+@pytest.mark.parametrize("spoil, named", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
+def test_a_checkpoint_that_no_run_wrote_is_one_message_and_runs_no_code(go_on, tmp_path, monkeypatch, spoil, named):
+    def spoil_and_sign(folder):
+        spoil(folder)
+        files = [path for path in folder.iterdir() if path.name != "manifest.json"]
+        (folder / "manifest.json").write_text(json.dumps({path.name: file_sha256(path) for path in files}))
+    monkeypatch.chdir(tmp_path)
+    status, _, err = go_on(spoil_and_sign, "step_00000004")
+    assert not (tmp_path / "unpickled").exists()
+    assert status == 2 and err.startswith("error: ") and named in err and "step_00000004" in err
+    assert err.count("\n") == 1
+
+
+BAD_MANIFESTS = {
+    "out of its folder": lambda manifest: manifest.update({"../config.json": file_sha256(Path("run/config.json"))}),
+    "absolute": lambda manifest: manifest.update({"/etc/passwd": file_sha256(Path("/etc/passwd"))}),
+    "its own folder": lambda manifest: manifest.update({"..": None}),
+    "a file that is not there": lambda manifest: manifest.update({"more.pt": None}),
+    "without the optimizer": lambda manifest: manifest.pop("optimizer.pt") and None,
+    "a list": lambda manifest: list(manifest),
+    "hashes of hashes": lambda manifest: {name: {"sha256": sha256} for name, sha256 in manifest.items()},
+    "another hash": lambda manifest: manifest.update({"optimizer.pt": "0" * 64}),
+    "null": lambda manifest: [None],
+}
+
+
+@pytest.mark.parametrize("change", BAD_MANIFESTS.values(), ids=BAD_MANIFESTS)
+def test_a_manifest_that_does_not_fit_sets_its_checkpoint_aside(go_on, straight, tmp_path, monkeypatch, change):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = go_on(lambda folder: edit_json(folder / "manifest.json", change), "step_00000004")
+    assert (status, err) == (0, "")
+    assert "step_00000004: " in out and "set aside as corrupt_step_00000004" in out and "from step_00000002" in out
+    assert_same_to_the_bit(tmp_path / "run", straight)
+
+
+def spoil_line(line: str):
+    """Puts a line into the middle of metrics.jsonl."""
+    def spoil(out_dir: Path):
+        lines = (out_dir / "metrics.jsonl").read_bytes().splitlines(True)
+        (out_dir / "metrics.jsonl").write_bytes(b"".join([*lines[:2], line.encode("latin-1") + b"\n", *lines[2:]]))
+    return spoil
+
+
+BAD_RUNS = {
+    "config not JSON": (lambda run: (run / "config.json").write_text("{"), "config.json: "),
+    "config missing": (lambda run: (run / "config.json").unlink(), "config.json: "),
+    "config a list": (lambda run: (run / "config.json").write_text("[]"), "config.json: "),
+    "config of lists": (lambda run: (run / "config.json").write_text('{"config": [], "content": []}'),
+                        "config.json: "),
+    "config without content": (lambda run: edit_json(run / "config.json", lambda record: record.pop("content") and None),
+                               "config.json: "),
+    "config not text": (lambda run: (run / "config.json").write_bytes(b"\xff\xfe"), "config.json: "),
+    "a line not JSON": (spoil_line("step 3"), "metrics.jsonl"),
+    "a line not text": (spoil_line("\xff\xfe"), "metrics.jsonl"),
+    "a line without kind": (spoil_line('{"step": 1}'), "metrics.jsonl"),
+    "a line of a list": (spoil_line("[1, 2]"), "metrics.jsonl"),
+    "a line whose step is text": (spoil_line('{"kind": "train", "step": "one"}'), "metrics.jsonl"),
+    "metrics a folder": (lambda run: [(run / "metrics.jsonl").unlink(), (run / "metrics.jsonl").mkdir()],
+                         "metrics.jsonl"),
+}
+
+
+@pytest.mark.parametrize("spoil, message", BAD_RUNS.values(), ids=BAD_RUNS)
+def test_a_runs_folder_that_no_run_wrote_is_one_message(go_on, tmp_path, spoil, message):
+    status, _, err = go_on(spoil)
+    assert status == 2 and err.startswith("error: ") and message in err and str(tmp_path / "run") in err
+    assert err.count("\n") == 1
+    assert whole_checkpoints(tmp_path / "run") == [2, 4]  # nothing is lost
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "null", "\xff"])
+def test_a_spoilt_cache_of_the_teachers_perplexities_is_measured_anew(run_main, given, tmp_path, text):
+    bins = shutil.copytree(given["data_dir"], tmp_path / "bins")
+    keys = {**given, **SHORT, "data_dir": bins, "max_steps": 0}
+    assert run_main(distill, *words({**keys, "out_dir": tmp_path / "one"}))[0] == 0
+    cache = bins / "teacher_ppl.json"
+    cache.write_bytes(text.encode("latin-1"))
+    status, _, err = run_main(distill, *words({**keys, "out_dir": tmp_path / "two"}))
+    assert (status, err) == (0, "")
+    assert read_lines(tmp_path / "one")[1:] == read_lines(tmp_path / "two")[1:]
 
 
 # ----------------------------------------------- Metrics for other programs ----------------------------------------
