@@ -876,17 +876,22 @@ def scalars(line: dict) -> dict[str, float]:
 def stop_requests():
     """A function, the same on all ranks: the number of a signal that one of them got while the context lasts, else 0.
 
-    SIGTERM, SIGUSR1 and Ctrl-C count; a second Ctrl-C exits at once."""
-    received = []
+    SIGTERM, SIGUSR1 and Ctrl-C count; a second Ctrl-C exits at once. The end of torchrun, which dies of a SIGUSR1 and
+    leaves its processes behind, counts as SIGTERM."""
+    received, launcher = [], os.getppid()
 
     def receive(number, frame):
         if number == signal.SIGINT in received:
             raise KeyboardInterrupt
         received.append(number)
 
+    def number() -> int:
+        orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
+        return max(received, default=signal.SIGTERM if orphan else 0)
+
     before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        yield lambda: int(over_ranks(torch.tensor(max(received, default=0)), dist.ReduceOp.MAX))
+        yield lambda: int(over_ranks(torch.tensor(number()), dist.ReduceOp.MAX))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
