@@ -544,6 +544,8 @@ def read_meta(data_dir: Path, key: str = "--data_dir") -> dict:
             raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
         if not {"name", "eot_token", "fingerprint"} <= set(meta["tokenizer"]) or meta["tokenizer"]["vocab_size"] < 1:
             raise ValueError("entries of the tokenizer are missing")
+        if not meta["domains"] or {domain["dtype"] for domain in meta["domains"].values()} - {"uint16", "uint32"}:
+            raise ValueError("no domains, or a dtype other than uint16 and uint32")
         sizes = dict.fromkeys(meta["tokenizer"]["files"])
         for domain in meta["domains"].values():
             for entry in [*domain["train"], domain["val"]]:

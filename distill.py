@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shlex
@@ -420,8 +421,8 @@ def teacher_perplexities(identity: str, cache: Path, measure: Callable[[], dict[
     """ℓ_T, measured once: kept in `cache` under `identity`, which stands for teacher, bins, windows and precision."""
     def read() -> dict:
         try:
-            return json.loads(cache.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            return {**json.loads(cache.read_text(encoding="utf-8"))}
+        except (OSError, ValueError, TypeError):
             return {}
 
     def keep():
@@ -618,7 +619,7 @@ def damage(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         wrong = [name for name, sha256 in manifest.items()
-                 if (folder / name).parent != folder or file_sha256(folder / name) != sha256]
+                 if not sha256 or (folder / name).parent != folder or file_sha256(folder / name) != sha256]
         wrong += sorted({"config.json", "model.safetensors", "optimizer.pt", "train_state.json"} - set(manifest))
     except (OSError, ValueError, AttributeError, TypeError):
         wrong = ["manifest.json"]
@@ -659,8 +660,30 @@ def free_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
+AS_SAVED = "not as a run saves it; delete this step's folder, and the one before it is used"
+
+
 def read_state(folder: Path) -> TrainState:
-    return TrainState(**json.loads((folder / "train_state.json").read_text(encoding="utf-8")))
+    """The training state of a checkpoint. UserError if it is not of this folder's step."""
+    path = folder / "train_state.json"
+    with blame(path, AS_SAVED):
+        state = TrainState(**json.loads(path.read_text(encoding="utf-8")))
+        if f"step_{state.step:08d}" != folder.name:
+            raise ValueError(f"step {state.step}")
+        return state
+
+
+def read_optimizer(folder: Path, model: GPT) -> dict:
+    """A checkpoint's optimizer.pt, of which tensors alone are unpickled. UserError if it is not of this model."""
+    path = folder / "optimizer.pt"
+    with blame(path, AS_SAVED):
+        try:
+            saved = torch.load(path, weights_only=True)
+        except pickle.UnpicklingError:  # its message advises to unpickle everything
+            raise ValueError("holds more than tensors") from None
+        if saved["optimizer"] and set(saved["optimizer"]["state"]) != {name for name, _ in model.named_parameters()}:
+            raise ValueError("moments of other parameters")
+        return saved
 
 
 def model_content(folder: str) -> str:
@@ -684,7 +707,7 @@ def check_same_experiment(out_dir: Path, record: dict):
         return
     with blame(path, "not as a run writes it; name another --out_dir"):
         before = json.loads(path.read_text(encoding="utf-8"))
-        config, content = before["config"], before["content"]
+        config, content = {**before["config"]}, {**before["content"]}
     changed = [f"--{key}={value}: the run in {out_dir} has {key}={config.get(key)}"
                for key, value in record["config"].items() if key not in FREE_KEYS and value != config.get(key)]
     changed += [f"--{key}={record['config'][key]}: another content than the run in {out_dir} has with "
@@ -696,8 +719,9 @@ def check_same_experiment(out_dir: Path, record: dict):
 
 def rewind_metrics(path: Path, state: TrainState):
     """Drop what a run wrote after the checkpoint that it now goes on from."""
-    kept = [line for line in (read_metrics(path) if path.exists() else [])
-            if line["step"] <= state.step and line["kind"] != "end"]
+    with blame(path, "delete the line that no run wrote"):
+        kept = [line for line in (read_metrics(path) if path.exists() else [])
+                if line["step"] <= state.step and line["kind"] != "end"]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -856,17 +880,22 @@ def scalars(line: dict) -> dict[str, float]:
 def stop_requests():
     """A function, the same on all ranks: the number of a signal that one of them got while the context lasts, else 0.
 
-    SIGTERM, SIGUSR1 and Ctrl-C count; a second Ctrl-C exits at once."""
-    received = []
+    SIGTERM, SIGUSR1 and Ctrl-C count; a second Ctrl-C exits at once. The end of torchrun, which dies of a SIGUSR1 and
+    leaves its processes behind, counts as SIGTERM."""
+    received, launcher = [], os.getppid()
 
     def receive(number, frame):
         if number == signal.SIGINT in received:
             raise KeyboardInterrupt
         received.append(number)
 
+    def number() -> int:
+        orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
+        return max(received, default=signal.SIGTERM if orphan else 0)
+
     before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
-        yield lambda: int(over_ranks(torch.tensor(max(received, default=0)), dist.ReduceOp.MAX))
+        yield lambda: int(over_ranks(torch.tensor(number()), dist.ReduceOp.MAX))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -932,7 +961,7 @@ def train(config: Config) -> Path:
             teacher = load_model(config.teacher, config, models["teacher"], getattr(torch, config.dtype))
             teacher = spread(teacher.requires_grad_(False), config, device, parallel == "fsdp" and config.shard_teacher)
         student = load_model(str(resumed or config.student), config, models["student"], torch.float32)
-        saved = torch.load(resumed / "optimizer.pt", weights_only=True) if resumed and rank() == 0 else {}
+        saved = read_optimizer(resumed, student) if resumed and rank() == 0 else {}
         if saved.get("weights"):
             student.load_state_dict(saved["weights"])
         spread(student, config, device, parallel == "fsdp")
@@ -948,7 +977,8 @@ def train(config: Config) -> Path:
         base_probs = sampler.probs
         if resumed:
             print(f"{out_dir}: going on from {resumed.name}")
-            sampler.load_state_dict(state.sampler)
+            with blame(resumed / "train_state.json", AS_SAVED):
+                sampler.load_state_dict(state.sampler)
         share = config.batch_size // world_size()
         mine = slice(rank() * share, (rank() + 1) * share)
         micro_batch_size = config.micro_batch_size or share
