@@ -431,6 +431,27 @@ def test_bfloat16_computes_otherwise_than_float32(config, tmp_path):
     assert one != two and one == pytest.approx(two, rel=0.02)
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_blocks_are_traced_in_the_first_steps_alone(config, tmp_path, monkeypatch, backend):
+    """Traced as ever, but run as Python where `backend` is eager: what recompiles does not depend on it."""
+    original, traced = torch.nn.Module.compile, []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: original(module, backend=backend))
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for step in range(8):
+        stop_at(monkeypatch, step, lambda: traced.append(graphs["unique_graphs"] - before))
+    folder = train(config(compile="true", student="scratch:3x32", micro_batch_size=2))
+    traced.append(graphs["unique_graphs"] - before)
+    assert traced[0] > 0 and len(set(traced[1:])) == 1, traced
+    monkeypatch.undo()
+    train(config(student="scratch:3x32", micro_batch_size=2, out_dir=str(tmp_path / "plain")))
+    for compiled, plain in zip(read_lines(tmp_path / "run")[1:], read_lines(tmp_path / "plain")[1:], strict=True):
+        assert compiled.get("loss", 0) == pytest.approx(plain.get("loss", 0), rel=1e-4)
+    assert load_file(folder / "model.safetensors").keys() == load_file(
+        tmp_path / "plain" / folder.name / "model.safetensors").keys()
+
+
 def test_damaged_weights_are_no_perplexity(config, teacher, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
