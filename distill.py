@@ -221,9 +221,7 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
 
 
 def exponentials(z):
-    """z (n, V) → z − max z, its exp, and the sum of that (n, 1), in float32 or better.
-
-    So softmax(z) is exp / sum and log softmax(z) is z − max z − log sum, and nothing overflows."""
+    """z (n, V) → z − max z, its exp and the sum of that: softmax is exp / sum, log softmax is z − max z − log sum."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     z = z - z.amax(dim=-1, keepdim=True)
     e = z.exp()
@@ -231,35 +229,34 @@ def exponentials(z):
 
 
 def eq3_rows(z_S, z_T, targets, counted, gamma, T, direction, vocab_size, wants_gradient):
-    """Eq. 3 of n tokens, from logits (n, V_S) and (n, V_T) or None → sums of CE and KL; z_S becomes its own gradient.
+    """Sums of CE and KL over n tokens, from logits (n, V_S) and (n, V_T) or None. The gradient takes the place of z_S.
 
     With s = softmax(z_S) over all rows, p = softmax(z_T/T) and q = softmax(z_S/T) over vocab_size ids:
         ∂CE/∂z_S = s − onehot(target)
         forward:  KL = Σ p (log p − log q)    ∂KL/∂z_S = (q − p) / T
         reverse:  KL = Σ q (log q − log p)    ∂KL/∂z_S = q ⊙ (log q − log p − KL) / T
-    targets and counted (1, or 0 at −100) are (n, 1). The gradient's entry at the target is returned (n, 1), not yet
-    in place: one write a row, which inside this one pass over the logits would be a comparison an entry."""
+    targets and counted are (n, 1); counted is 1, or 0 where the target is ignored."""
     z, e, total = exponentials(z_S)
-    ce = counted * (total.log() - z.gather(-1, targets))
-    kl = torch.zeros_like(ce)
+    ce, kl = total.log() - z.gather(-1, targets), torch.zeros_like(total)
     if z_T is not None:
-        is_s = T == 1 and vocab_size == z_S.shape[-1]
-        z_q, e_q, total_q = (z, e, total) if is_s else exponentials(z_S[:, :vocab_size] / T)
+        q_is_s = T == 1 and vocab_size == z_S.shape[-1]
+        z_q, e_q, total_q = (z, e, total) if q_is_s else exponentials(z_S[:, :vocab_size] / T)
         z_p, e_p, total_p = exponentials(z_T[:, :vocab_size] / T)
-        gap, offset = z_p - z_q, (total_q / total_p).log()  # log p − log q is gap + offset
+        gap, offset = z_q - z_p, (total_p / total_q).log()  # log q − log p is gap + offset
         if direction == "forward":
-            kl = counted * ((e_p * gap).sum(dim=-1, keepdim=True) / total_p + offset)
+            kl = -(e_p * gap).sum(dim=-1, keepdim=True) / total_p - offset
         else:
-            kl = -counted * ((e_q * gap).sum(dim=-1, keepdim=True) / total_q + offset)
-    if not wants_gradient:
-        return ce.sum(), kl.sum(), None
-    gradient = e * (counted / total)
-    if z_T is not None:
-        q = e_q * (counted * gamma / T / total_q)
-        of_kl = q - e_p * (counted * gamma / T / total_p) if direction == "forward" else -q * (gap + (offset + kl))
-        gradient = gradient + F.pad(of_kl, (0, z_S.shape[-1] - vocab_size))
-    z_S.copy_(gradient)
-    return ce.sum(), kl.sum(), gradient.gather(-1, targets) - counted
+            kl = (e_q * gap).sum(dim=-1, keepdim=True) / total_q + offset
+    if wants_gradient:
+        gradient = e * (counted / total)
+        if z_T is not None:
+            weight = counted * gamma / T
+            of_kl = e_q * (weight / total_q)
+            of_kl = of_kl - e_p * (weight / total_p) if direction == "forward" else of_kl * (gap + (offset - kl))
+            gradient = gradient + F.pad(of_kl, (0, z_S.shape[-1] - vocab_size))
+        at_target = gradient.gather(-1, targets) - counted  # from float32: in bfloat16, 0.999 − 1 would be 0
+        z_S.copy_(gradient).scatter_(-1, targets, at_target.to(z_S.dtype))
+    return torch.stack(((counted * ce).sum(), (counted * kl).sum()))
 
 
 @functools.cache
@@ -273,7 +270,7 @@ def compiled_eq3_rows():
         except Exception as error:
             if len(choices) == 1 or isinstance(error, torch.OutOfMemoryError):
                 raise
-            warnings.warn(f"torch.compile does not work here, the loss is slower without: {str(error)[:300]}")
+            warnings.warn(f"torch.compile does not work here; the loss is slower without: {str(error)[:300]}")
             del choices[0]
             return rows(*args)
     return rows
@@ -284,19 +281,20 @@ class FusedEq3(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, num_tokens, chunk_size, *settings):
-        wanted = [torch.zeros_like(x, dtype=dtype) if needed else None for x, dtype, needed in zip(
-            (hidden, head), (None, torch.promote_types(head.dtype, torch.float32)), ctx.needs_input_grad)]
-        (of_hidden, of_head), ctx.head_dtype = wanted, head.dtype
+        # The head's gradient, a sum over chunks, is float32 whatever the head is.
+        of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        of_head = head.new_zeros(head.shape, dtype=torch.promote_types(
+            head.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
         if torch.is_autocast_enabled(hidden.device.type):
+            dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, head, teacher_hidden, teacher_head = (
-                None if x is None else x.to(torch.get_autocast_dtype(x.device.type))
-                for x in (hidden, head, teacher_hidden, teacher_head))
+                x if x is None else x.to(dtype) for x in (hidden, head, teacher_hidden, teacher_head))
         counted = (targets != -100).to(torch.promote_types(hidden.dtype, torch.float32))
         targets, losses = targets.clamp(min=0), counted.new_zeros(2)
-        # To compile takes seconds, too long for little. A CPU takes as many rows at a time as stay in its cache.
+        # Compiling takes seconds, too long for little. A CPU takes as many rows at a time as its cache holds.
         eq3 = compiled_eq3_rows() if hidden.is_cuda or len(targets) * len(head) > 2**24 else eq3_rows
-        n_rows = chunk_size if hidden.is_cuda else torch.get_num_threads() * max(1, 2**18 // len(head))
-        logits_S, logits_T = (None if x is None else x.new_empty(chunk_size, len(x)) for x in (head, teacher_head))
+        n_rows = chunk_size if hidden.is_cuda else torch.get_num_threads() * max(1, 2**19 // len(head))
+        logits_S, logits_T = (x if x is None else x.new_empty(chunk_size, len(x)) for x in (head, teacher_head))
         for start in range(0, len(targets), chunk_size):
             chunk = slice(start, start + chunk_size)
             z_S, z_T = logits_S[:len(targets[chunk])], None
@@ -304,28 +302,23 @@ class FusedEq3(torch.autograd.Function):
             if teacher_head is not None:
                 z_T = torch.mm(teacher_hidden[chunk], teacher_head.T, out=logits_T[:len(z_S)])
             for rows in (slice(first, first + n_rows) for first in range(0, len(z_S), n_rows)):
-                ce, kl, at_target = eq3(z_S[rows], None if z_T is None else z_T[rows], targets[chunk][rows],
-                                        counted[chunk][rows], *settings, any(ctx.needs_input_grad))
-                losses += torch.stack((ce, kl))
-                if at_target is not None:
-                    z_S[rows].scatter_(-1, targets[chunk][rows], at_target.to(z_S.dtype))
-            if of_hidden is not None:
+                losses += eq3(z_S[rows], None if z_T is None else z_T[rows], targets[chunk][rows],
+                              counted[chunk][rows], *settings, any(ctx.needs_input_grad))
+            if of_hidden is not None:  # from here on z_S is ∂loss/∂z_S
                 of_hidden[chunk] = z_S @ head
             if of_head is not None and of_head.dtype == z_S.dtype:
                 of_head.addmm_(z_S.T, hidden[chunk])
-            elif of_head is not None:  # float32 sums of bfloat16 products
+            elif of_head is not None:
                 of_head += z_S.T @ hidden[chunk]
         ctx.save_for_backward(of_hidden, of_head)
-        ctx.num_tokens = num_tokens
-        ce, kl = losses / num_tokens
+        ctx.num_tokens, (ce, kl) = num_tokens, losses / num_tokens
         ctx.mark_non_differentiable(ce, kl)
         return ce + settings[0] * kl, ce, kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_loss, *_):
-        of_hidden, of_head = (x if x is None else x.mul_(of_loss / ctx.num_tokens) for x in ctx.saved_tensors)
-        return of_hidden, None if of_head is None else of_head.to(ctx.head_dtype), *[None] * 10
+        return *(x if x is None else x.mul_(of_loss / ctx.num_tokens) for x in ctx.saved_tensors), *[None] * 9
 
 
 def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, *, gamma: float = 0.2,
@@ -333,22 +326,20 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
                       num_tokens=None, chunk_size: int | None = None):
     """Eq. 3 from hidden states (…, d) and heads (V, d), never holding the logits of all tokens or making them twice.
 
-    The rest is dense_distillation_loss's. Logits are made for `chunk_size` tokens at a time (default: up to 512, and
-    50 million logits; on CUDA 2²⁸). Gradients reach student_hidden and student_head."""
+    The rest is dense_distillation_loss's. Logits are made for `chunk_size` tokens at a time; by default for 512 or,
+    on a CPU, as give 50 million, on CUDA as give 2²⁸. Gradients reach student_hidden and student_head, once."""
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction {direction!r} must be forward or reverse")
-    rows = min(len(student_head), len(student_head if teacher_head is None else teacher_head))
+    rows = min(len(head) for head in (student_head, teacher_head) if head is not None)
     if (vocab_size := vocab_size or rows) > rows:
         raise ValueError(f"vocab_size {vocab_size} is more than the {rows} rows of a head")
-    if not torch.is_grad_enabled():  # the Function would not know
+    if not torch.is_grad_enabled():  # what the Function cannot see
         student_hidden, student_head = student_hidden.detach(), student_head.detach()
     hidden, targets = student_hidden.flatten(0, -2), targets.reshape(-1, 1)
-    teacher_hidden = None if teacher_hidden is None else teacher_hidden.flatten(0, -2).detach()
+    teacher_hidden = None if teacher_hidden is None else teacher_hidden.flatten(0, -2)
     num_tokens = (targets != -100).sum().clamp(min=1) if num_tokens is None else num_tokens
-    if chunk_size is None:  # in equal parts: more tokens at a time make the products no faster
-        most = max(1, 2**28 // len(student_head) if hidden.is_cuda else min(512, 52 * 10**6 // len(student_head)))
-        chunk_size = math.ceil(len(targets) / max(1, math.ceil(len(targets) / most)))
-    chunk_size = max(1, min(chunk_size, len(targets)))
+    most = 2**28 // len(student_head) if hidden.is_cuda else min(512, 52 * 10**6 // len(student_head))
+    chunk_size = max(1, min(chunk_size or most, len(targets)))
     return FusedEq3.apply(hidden, student_head, teacher_hidden, teacher_head, targets, num_tokens, chunk_size,
                           gamma, temperature, direction, vocab_size)
 
