@@ -1,11 +1,12 @@
 """Eq. 3 from hidden states to gradients, beside the matrix products that it cannot avoid; in time and in memory.
 
-    python tests/bench_loss.py [--device=cuda --dtype=bfloat16]      about five minutes on two cores
+    python tests/bench_loss.py [--device=cuda --dtype=bfloat16]      about ten minutes on two cores
 
 The floor is four products: the logits of student and teacher, and the gradients of hidden states and head, written
 into memory that is there already. Every implementation runs in a fresh process of its own, where it takes turns with
 the floor, so that what else the machine does slows both; one run of each goes before to warm up. A ratio is the median
-of the pairs', with the least and the most.
+of the pairs', with the least and the most. On a machine that is not quiet, `--threads=1` tells more: one thread, and
+its CPU time.
 
 - dense: the logits of all tokens, `dense_distillation_loss`, and autograd.
 - fused: `distillation_loss`. fused, eager: the same where torch.compile does not work.
@@ -23,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -43,6 +44,7 @@ class Config:
     run: str = option("dense,fused,fused eager,liger", "implementations")
     repeats: int = option(7, "timed pairs of floor and implementation", least=1)
     chunk_size: int = option(0, "tokens a chunk, for all; 0: each one's default, but 256 for liger", least=0)
+    threads: int = option(0, "CPU threads; 0: torch's default; 1: timed in CPU time", least=0)
     device: str = option("cpu", "cpu or cuda")
     dtype: str = option("float32", "float32 or bfloat16")
     alone: str = option("", "internal: one implementation, in this process")
@@ -87,6 +89,8 @@ def measure(config: Config):
     """One implementation at one size, in this process; prints one JSON object."""
     tokens, rows, width_S, width_T = map(int, config.sizes.split("x"))
     options = dict(device=config.device, dtype=getattr(torch, config.dtype))
+    clock = time.process_time if config.threads == 1 and config.device == "cpu" else time.perf_counter
+    torch.set_num_threads(config.threads or torch.get_num_threads())
     torch.manual_seed(0)
     hidden, teacher_hidden = torch.randn(tokens, width_S, **options), torch.randn(tokens, width_T, **options)
     head, teacher_head = (torch.randn(rows, width, **options).mul_(2 / width**0.5) for width in (width_S, width_T))
@@ -104,11 +108,11 @@ def measure(config: Config):
     def seconds(function) -> float:
         if config.device == "cuda":
             torch.cuda.synchronize()
-        started = time.perf_counter()
+        started = clock()
         function()
         if config.device == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - started
+        return clock() - started
 
     first = seconds(lambda: gradients(loss_fn, inputs))  # compiles
     memory = PeakMemory(config.device)
@@ -136,8 +140,7 @@ def measure(config: Config):
 
 
 def alone(config: Config, name: str, size: str) -> dict:
-    keys = dict(alone=name, sizes=size, repeats=config.repeats, chunk_size=config.chunk_size, device=config.device,
-                dtype=config.dtype)
+    keys = asdict(replace(config, alone=name, sizes=size))
     process = subprocess.run([sys.executable, __file__, *(f"--{key}={value}" for key, value in keys.items())],
                              stdout=subprocess.PIPE, text=True)
     if process.returncode:
@@ -151,7 +154,8 @@ def main():
         return measure(config)
     machine = torch.cuda.get_device_name() if config.device == "cuda" else (
         f"{os.cpu_count()} cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})")
-    print(f"{machine}, {config.dtype}, torch {torch.__version__}, {date.today()}, {config.repeats} pairs; "
+    timed = "CPU time of 1 thread" if config.threads == 1 and config.device == "cpu" else f"{config.threads or torch.get_num_threads()} threads"
+    print(f"{machine}, {timed}, {config.dtype}, torch {torch.__version__}, {date.today()}, {config.repeats} pairs; "
           f"load at the start {os.getloadavg()[0]:.1f}\n", flush=True)
     print("| tokens × vocabulary, widths | | s | × floor | least … most | peak, MiB | error of loss, gradients | "
           "first, s |\n|---|---|---|---|---|---|---|---|")
