@@ -110,8 +110,8 @@ class Config:
 
     def problems(self) -> list[str]:
         makes_models, made = self.preset == "quickstart", self.student.partition(":")[0] in ("scratch", "layers")
-        domains, launched = self.domains.split(","), "WORLD_SIZE" in os.environ
-        world = int(os.environ.get("WORLD_SIZE", 1))
+        domains, launched = self.domains.split(","), "RANK" in os.environ
+        world = int(os.environ.get("WORLD_SIZE", 1)) if launched or self.dry_run else 1
         problems = [message for wrong, message in (
             *((folder and not os.path.isdir(folder), f"--{key}={folder}: no such folder")
               for key, folder in (("teacher", self.teacher), ("student", "" if made else self.student))),

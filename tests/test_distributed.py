@@ -172,7 +172,9 @@ def do_job(rank: int, job: dict) -> dict:
             outcome = str(error)
         except SystemExit as stop:
             outcome = stop.code
-    return {**seen, "rotary": sorted(seen["rotary"]), "outcome": outcome}
+    saved = checkpoints(Path(job["given"]["out_dir"]))
+    return {**seen, "rotary": sorted(seen["rotary"]), "outcome": outcome,
+            "evaluated": distill.read_state(saved[-1]).evaluated if saved else None}
 
 
 def do_jobs(folder: Path, rank: int, world: int, port: int, jobs: list[dict]):
@@ -430,6 +432,7 @@ def test_stopped_and_resumed_under_one_layout_equals_straight_to_the_bit(runs, l
     assert [rank["outcome"] for rank in ranks] == [128 + number] * 2  # one got the signal, both stop
     steps = {"at 7": 7, "at 10": 10, "in an evaluation": 10, "in the last evaluation": 20}
     assert len(ranks[0]["windows"]) in (steps[stop], steps[stop] + 1)  # one may be read ahead
+    assert ranks[0]["evaluated"] == {"at 7": 5, "at 10": 10, "in an evaluation": 5, "in the last evaluation": 15}[stop]
     _, resumed = runs[f"{layout} resumed {stop}"]
     assert {rank["outcome"] for rank in resumed} == {"step_00000020"}
     straight = joined(runs[layout][1])
@@ -772,12 +775,12 @@ def test_a_mistake_is_told_once_by_the_program_itself_under_torchrun(given, tmp_
     (dict(RANK="0", WORLD_SIZE="2"), ["--parallel=fsdp", "--optimizer=muon"],
      "--optimizer=muon: not with fsdp; take ddp"),
     ({}, ["--parallel=fsdp"], "--parallel=fsdp: start with torchrun --nproc_per_node=N distill.py"),
-    ({}, ["--parallel=ddp"], "--parallel=ddp: start with torchrun --nproc_per_node=N distill.py"),
+    (dict(WORLD_SIZE="2"), ["--parallel=ddp"], "--parallel=ddp: start with torchrun --nproc_per_node=N distill.py"),
 ])
 def test_what_contradicts_the_processes_is_refused_by_rank_0_alone(
         run_main, given, tmp_path, monkeypatch, environment, arguments, message):
-    for rank in ("0", "1")[:1 + bool(environment)]:
-        for key, value in {**environment, **({"RANK": rank} if environment else {})}.items():
+    for rank in ("0", "1")[:1 + ("RANK" in environment)]:
+        for key, value in {**environment, **({"RANK": rank} if "RANK" in environment else {})}.items():
             monkeypatch.setenv(key, value)
         status, out, err = run_main(distill, *words({**given, "out_dir": tmp_path / "run"}), *arguments)
         assert (status, out, err) == (2, "", f"error: {message}\n" if rank == "0" else "")
