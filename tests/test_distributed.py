@@ -505,7 +505,7 @@ def last_step(out_dir: Path) -> int:
     return max(steps, default=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_saves_and_ends_with_128_and_its_number(start, straight, tmp_path, number):
     statuses, out, err = start(dict(what="signal", at=2, rank=0, signal=number))
     assert (statuses, err) == ([128 + number], "")
