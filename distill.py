@@ -110,8 +110,8 @@ class Config:
 
     def problems(self) -> list[str]:
         makes_models, made = self.preset == "quickstart", self.student.partition(":")[0] in ("scratch", "layers")
-        domains, launched = self.domains.split(","), "WORLD_SIZE" in os.environ
-        world = int(os.environ.get("WORLD_SIZE", 1))
+        domains, launched = self.domains.split(","), "RANK" in os.environ
+        world = int(os.environ.get("WORLD_SIZE", 1)) if launched or self.dry_run else 1
         problems = [message for wrong, message in (
             *((folder and not os.path.isdir(folder), f"--{key}={folder}: no such folder")
               for key, folder in (("teacher", self.teacher), ("student", "" if made else self.student))),
@@ -619,6 +619,8 @@ def damage(folder: Path) -> str | None:
 
 def newest_checkpoint(out_dir: Path) -> Path | None:
     """The newest whole checkpoint; damaged ones are named and set aside as corrupt_step_…."""
+    for unfinished in out_dir.glob("step_*.tmp"):
+        shutil.rmtree(unfinished)
     for old in out_dir.glob("step_*.old"):  # killed between save_checkpoint's two renames
         if not old.with_suffix("").exists():
             os.replace(old, old.with_suffix(""))
@@ -867,11 +869,14 @@ def scalars(line: dict) -> dict[str, float]:
     return {key: value for key, value in numbers.items() if isinstance(value, int | float)}
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+
+
 @contextmanager
 def stop_requests():
     """A function, the same on all ranks: the number of a signal that one of them got while the context lasts, else 0.
 
-    SIGTERM, SIGUSR1 and Ctrl-C count; a second Ctrl-C exits at once. The end of torchrun, which dies of a SIGUSR1 and
+    SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C count; a second Ctrl-C exits at once. The end of torchrun, which dies of a SIGUSR1 and
     leaves its processes behind, counts as SIGTERM."""
     received, launcher = [], os.getppid()
 
@@ -884,7 +889,7 @@ def stop_requests():
         orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
         return max(received, default=signal.SIGTERM if orphan else 0)
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    before = {number: signal.signal(number, receive) for number in STOP_SIGNALS}
     try:
         yield lambda: int(over_ranks(torch.tensor(number()), dist.ReduceOp.MAX))
     finally:

@@ -172,7 +172,9 @@ def do_job(rank: int, job: dict) -> dict:
             outcome = str(error)
         except SystemExit as stop:
             outcome = stop.code
-    return {**seen, "rotary": sorted(seen["rotary"]), "outcome": outcome}
+    saved = checkpoints(Path(job["given"]["out_dir"]))
+    return {**seen, "rotary": sorted(seen["rotary"]), "outcome": outcome,
+            "evaluated": distill.read_state(saved[-1]).evaluated if saved else None}
 
 
 def do_jobs(folder: Path, rank: int, world: int, port: int, jobs: list[dict]):
@@ -272,7 +274,7 @@ LAYOUTS = {  # name: (processes, keys, the run of one process that it equals)
     "fsdp3": (3, dict(parallel="fsdp", micro_batch_size=2), "one"),
 }
 ALONE = {"one": {}, "one, untied": dict(student="untied"), "one, muon": dict(optimizer="muon"), "one, bfloat16": BF16}
-STOPS = {  # between two evaluations, at one, in one, in the last
+STOPS = {  # between two evaluations, just before one (which is then cut short), in one, in the last
     "at 7": dict(what="signal", at=6, rank=1, signal=signal.SIGUSR1),
     "at 10": dict(what="signal", at=9, rank=0, signal=signal.SIGTERM),
     "in an evaluation": dict(what="evaluation", role="student", at=2, rank=1, signal=signal.SIGTERM),
@@ -430,6 +432,7 @@ def test_stopped_and_resumed_under_one_layout_equals_straight_to_the_bit(runs, l
     assert [rank["outcome"] for rank in ranks] == [128 + number] * 2  # one got the signal, both stop
     steps = {"at 7": 7, "at 10": 10, "in an evaluation": 10, "in the last evaluation": 20}
     assert len(ranks[0]["windows"]) in (steps[stop], steps[stop] + 1)  # one may be read ahead
+    assert ranks[0]["evaluated"] == {"in the last evaluation": 15}.get(stop, 5)
     _, resumed = runs[f"{layout} resumed {stop}"]
     assert {rank["outcome"] for rank in resumed} == {"step_00000020"}
     straight = joined(runs[layout][1])
@@ -502,7 +505,7 @@ def last_step(out_dir: Path) -> int:
     return max(steps, default=0)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_saves_and_ends_with_128_and_its_number(start, straight, tmp_path, number):
     statuses, out, err = start(dict(what="signal", at=2, rank=0, signal=number))
     assert (statuses, err) == ([128 + number], "")
@@ -772,12 +775,12 @@ def test_a_mistake_is_told_once_by_the_program_itself_under_torchrun(given, tmp_
     (dict(RANK="0", WORLD_SIZE="2"), ["--parallel=fsdp", "--optimizer=muon"],
      "--optimizer=muon: not with fsdp; take ddp"),
     ({}, ["--parallel=fsdp"], "--parallel=fsdp: start with torchrun --nproc_per_node=N distill.py"),
-    ({}, ["--parallel=ddp"], "--parallel=ddp: start with torchrun --nproc_per_node=N distill.py"),
+    (dict(WORLD_SIZE="2"), ["--parallel=ddp"], "--parallel=ddp: start with torchrun --nproc_per_node=N distill.py"),
 ])
 def test_what_contradicts_the_processes_is_refused_by_rank_0_alone(
         run_main, given, tmp_path, monkeypatch, environment, arguments, message):
-    for rank in ("0", "1")[:1 + bool(environment)]:
-        for key, value in {**environment, **({"RANK": rank} if environment else {})}.items():
+    for rank in ("0", "1")[:1 + ("RANK" in environment)]:
+        for key, value in {**environment, **({"RANK": rank} if "RANK" in environment else {})}.items():
             monkeypatch.setenv(key, value)
         status, out, err = run_main(distill, *words({**given, "out_dir": tmp_path / "run"}), *arguments)
         assert (status, out, err) == (2, "", f"error: {message}\n" if rank == "0" else "")
