@@ -154,7 +154,9 @@ def main():
         return measure(config)
     machine = torch.cuda.get_device_name() if config.device == "cuda" else (
         f"{os.cpu_count()} cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})")
-    timed = "CPU time of 1 thread" if config.threads == 1 and config.device == "cpu" else f"{config.threads or torch.get_num_threads()} threads"
+    timed = f"{config.threads or torch.get_num_threads()} threads"
+    if config.threads == 1 and config.device == "cpu":
+        timed = "CPU time of 1 thread"
     print(f"{machine}, {timed}, {config.dtype}, torch {torch.__version__}, {date.today()}, {config.repeats} pairs; "
           f"load at the start {os.getloadavg()[0]:.1f}\n", flush=True)
     print("| tokens × vocabulary, widths | | s | × floor | least … most | peak, MiB | error of loss, gradients | "
