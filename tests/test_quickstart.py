@@ -76,7 +76,9 @@ def test_the_commands_of_the_readme_work_as_written(checkout):
         if words[0] in ("pip", "pytest"):
             continue
         assert words[0] == "python", command
-        extra = {"distill.py": SMALL + ["--block_size=64"] * any("data/mine" in word for word in words),
+        made = [word for word in words if word.startswith("--student=scratch:")]
+        extra = {"distill.py": SMALL + ["--block_size=64"] * any("data/mine" in word for word in words)
+                 + ["--student=scratch:2x64"] * len(made),
                  "model.py": ["--max_new_tokens=3"], "sample_mixture.py": [], "data.py": []}[words[1]]
         if words == ["python", "distill.py"]:
             continue  # the fixture ran it
