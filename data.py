@@ -112,9 +112,9 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
         if entry.metadata["required"] and not value:
             problems.append(f"--{entry.name}: give {entry.metadata['help']}")
     problems += config.problems() if hasattr(config, "problems") else []
-    if problems and os.environ.get("RANK", "0") != "0":  # rank 0 says the same
-        sys.exit(2)
     if problems:
+        if os.environ.get("RANK", "0") != "0":  # rank 0 mostly says the same, and torchrun then ends this process
+            time.sleep(1)
         raise UserError("\n".join(problems))
     return config
 

@@ -42,7 +42,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -67,9 +68,9 @@ class Config:
     teacher: str = option("", "folder of the teacher, in Hugging Face's format")
     student: str = option("", "folder of the student; scratch:LxD for L new layers, D wide; layers:N of the teacher's")
     domains: str = option("", "name,name,… of the bins' domains; all if empty")
-    method: Literal["ddk", "ddk_no_fs", "ddk_es", "kd", "cpt"] = option(
-        "ddk", "ddk; without factor smoothing (Eq. 1 every time); with equal sampling; kd: natural mixture; "
-               "cpt: natural mixture, no teacher in the loss")
+    method: Literal["ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"] = option(
+        "ddk", "ddk; without factor smoothing (Eq. 1 every time); with equal sampling; kd: natural mixture; minillm: "
+               "teacher-forced reverse KL, natural mixture; cpt: natural mixture, no teacher in the loss")
     # Eq. 3
     gamma: float = option(0.2, "γ, weight of the divergence from the teacher", least=0)
     temperature: float = option(1.0, "T, divides both models' logits in the divergence", least=1e-3)
@@ -130,6 +131,10 @@ class Config:
             (self.parallel == "none" and world > 1, f"--parallel=none: there are {world} processes; take ddp or fsdp"),
             (self.parallel in ("ddp", "fsdp") and not (launched or self.dry_run),
              f"--parallel={self.parallel}: start with torchrun --nproc_per_node=N distill.py"),
+            (launched and ":" in self.device, f"--device={self.device}: each process takes its own; leave the number"),
+            (launched and self.device in ("auto", "cuda") and torch.cuda.is_available()
+             and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count(),
+             f"--device={self.device}: fewer GPUs than processes here; start fewer, or take --device=cpu"),
             (self.parallel == "fsdp" and self.optimizer == "muon", "--optimizer=muon: not with fsdp; take ddp"),
             (os.path.isfile(self.out_dir), f"--out_dir={self.out_dir}: is a file; name a folder"),
             (self.resume == "never" and any(Path(self.out_dir).resolve() in Path(name or ".").resolve().parents
@@ -398,12 +403,12 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
             with autocast:
                 _, ce, _ = model(idx, loss_fn=lambda hidden, head: distillation_loss(
                     hidden, head[:vocab_size], None, None, targets, num_tokens=1))
-            total += ce.double().cpu()
+            total += ce.cpu().double()
             if stopped():
                 return {}
         mean = over_ranks(total).item() / domain[:, 1:].numel()
         if not math.isfinite(mean):
-            raise UserError(f"domain {name}: a model's loss is {mean}; its weights are damaged, or dtype is too coarse")
+            refuse(f"domain {name}: a model's loss is {mean}; its weights are damaged, or dtype is too coarse")
         ppl[name] = math.exp(min(mean, 700.0))
     return ppl
 
@@ -463,7 +468,10 @@ def on_rank_0(make: Callable):
 
 def refuse(message: str):
     """End all ranks, which know the same; rank 0 tells it."""
-    raise UserError(message) if rank() == 0 else SystemExit(2)
+    if rank():
+        time.sleep(3)  # torchrun ends all as soon as one ends: not before rank 0 has spoken
+        sys.exit(2)
+    raise UserError(message)
 
 
 @contextmanager
@@ -515,6 +523,10 @@ def load_model(source: str, config: Config, sizes: GPTConfig, dtype: torch.dtype
     return model
 
 
+def recomputed(forward: Callable) -> Callable:
+    return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
+
+
 def spread(model: GPT, config: Config, device: torch.device, shard: bool) -> GPT:
     """Put load_model's result on every rank's `device`: whole, or a share of each tensor.
 
@@ -522,7 +534,7 @@ def spread(model: GPT, config: Config, device: torch.device, shard: bool) -> GPT
     are reduced in float32. Without `cast_forward_inputs` the rotary tables stay float32."""
     if config.checkpoint_activations:
         for layer in model.layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.forward = recomputed(layer.forward)
     if config.compile == "true" or config.compile == "auto" and device.type == "cuda":
         for layer in model.layers:
             layer.compile()  # in place: names, saving and loading stay as they are
@@ -531,26 +543,19 @@ def spread(model: GPT, config: Config, device: torch.device, shard: bool) -> GPT
     whole = model.state_dict() if rank() == 0 else {}
     model.to("meta")
     if shard:
+        mesh = init_device_mesh(device.type, (world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
         for part in [*model.layers, model]:
-            fully_shard(part, mp_policy=policy)
+            fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
     set_model_state_dict(model, whole, options=whole_tensors())
     return model
 
 
-def synchronise(model: torch.nn.Module, last: bool):
-    """Reduce gradients over the ranks in the `last` of a step's micro-batches only."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    elif isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = last
-
-
-def whole_tensors() -> StateDictOptions:
+def whole_tensors(cpu_offload: bool = False) -> StateDictOptions:
     """A checkpoint holds whole tensors, which rank 0 reads and writes: any number of ranks can go on from it."""
-    return StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=dist.is_initialized())
+    return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload, broadcast_from_rank0=dist.is_initialized())
 
 
 # ------------ Checkpoints ---------------------------------------------------------------------------------------------
@@ -571,9 +576,11 @@ def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optim
     """Write a model's folder with optimizer.pt, train_state.json and manifest.json under a temporary name, sync all of
     it to disk, then rename: it is whole or not there. An `export_dtype` that rounds the weights leaves the exact ones
     in optimizer.pt. All ranks call it, rank 0 writes."""
-    weights = get_model_state_dict(model, options=whole_tensors())
+    weights = get_model_state_dict(model, options=whole_tensors(cpu_offload=True))
     # Asked before the first update, an optimizer makes up a state in which it has made one.
-    moments = get_optimizer_state_dict(model, optimizers, options=whole_tensors()) if state.step else None
+    moments = None
+    if state.step:
+        moments = get_optimizer_state_dict(model, optimizers, options=whole_tensors(cpu_offload=True))
     if rank():
         return
     temporary = folder.with_name(folder.name + ".tmp")
@@ -622,7 +629,9 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
     for unfinished in out_dir.glob("step_*.tmp"):
         shutil.rmtree(unfinished)
     for old in out_dir.glob("step_*.old"):  # killed between save_checkpoint's two renames
-        if not old.with_suffix("").exists():
+        if old.with_suffix("").exists():
+            shutil.rmtree(old)
+        else:
             os.replace(old, old.with_suffix(""))
     for folder in reversed(checkpoints(out_dir)):
         if not (wrong := damage(folder)):
@@ -639,10 +648,12 @@ def locked(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is at work there; wait for its end, or name another "
+                            "folder") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"{folder}: another run is at work there; wait for its end, or name another folder") from None
     finally:
         os.close(descriptor)
 
@@ -714,7 +725,8 @@ def rewind_metrics(path: Path, state: TrainState):
     """Drop what a run wrote after the checkpoint that it now goes on from."""
     with blame(path, "delete the line that no run wrote"):
         kept = [line for line in (read_metrics(path) if path.exists() else [])
-                if line["step"] <= state.step and line["kind"] != "end"]
+                if line["step"] <= (state.evaluated if line["kind"] == "mixture" else state.step)
+                and line["kind"] != "end"]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
@@ -766,12 +778,15 @@ def model_config(source: str, bins: TokenBins, teacher: GPTConfig | None = None)
     return read_config(Path(source))
 
 
+def open_bins(config: Config) -> TokenBins:
+    return TokenBins(config.data_dir, config.block_size, [name for name in config.domains.split(",") if name])
+
+
 def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig], list[str]]:
     """The bins, the sizes of teacher (if there is one) and student, and all that does not fit, before a weight is read.
 
     UserError if there are no bins."""
-    bins = TokenBins(config.data_dir, config.block_size, [name for name in config.domains.split(",") if name])
-    models, problems = {}, []
+    bins, models, problems = open_bins(config), {}, []
     if (mixture := parse_mixture(config.mixture)) and set(mixture) != set(bins.names):
         problems.append(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
     for role, source in (("teacher", config.teacher), ("student", config.student)):
@@ -788,13 +803,18 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig], list[str
     return bins, models, problems
 
 
+def resolve_dtype(config: Config) -> str:
+    on_cuda = resolve_device(config.device).type == "cuda"
+    return config.dtype if config.dtype != "auto" else "bfloat16" if on_cuda else "float32"
+
+
 def dry_run(config: Config):
     """Print what a run would take, estimated from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says.
 
     UserError lists what is wrong."""
     bins, models, problems = preflight(config)
-    width, world = 2 if config.dtype == "bfloat16" else 4, int(os.environ.get("WORLD_SIZE", 1))
-    sharded = {"student": world > 1 and config.parallel != "ddp"}
+    width, world = 2 if resolve_dtype(config) == "bfloat16" else 4, int(os.environ.get("WORLD_SIZE", 1))
+    sharded = {"student": world > 1 and config.parallel != "ddp" and config.optimizer == "adamw"}
     sharded["teacher"] = sharded["student"] and config.shard_teacher
     flops, memory = {"teacher": 0}, {}  # of a forward pass, a token; bytes
     for role, model in models.items():
@@ -809,14 +829,17 @@ def dry_run(config: Config):
         print(f"{role}: {model.model_type}, {L} layers × {d}, {total / 1e6:,.1f} M parameters, of whose "
               f"{model.vocab_size:,} rows the divergence is over the tokenizer's {bins.vocab_size:,}")
     if "student" in models:
+        # More whole copies of the student: what autocast makes of its weights, and DDP's buckets of gradients
+        copies = 0 if sharded["student"] else (2 * (width == 2) + 4 * (world > 1)) * total
         kept = 16 * d + width * (4 * model.num_attention_heads * model.head_dim + 2 * d + 4 * model.intermediate_size)
         layers = 1 + L * width * d / kept if config.checkpoint_activations else L  # kept whole, in effect
         passed = (config.micro_batch_size or config.batch_size // world) * config.block_size
         memory |= {"gradients": 4 * total / share, "AdamW": 8 * total / share, "activations": kept * layers * passed,
-                   "loss": 8 * model.vocab_size * d}  # the head's gradient while it is summed, and as it is handed on
+                   "copies": copies, "loss": 8 * model.vocab_size * d}  # the head's gradient, summed and handed on
         drawn, evaluations = config.max_steps * config.batch_size, -(-config.max_steps // config.interval) + 1
         tokens, measured = drawn * config.block_size, len(bins.names) * config.val_samples * config.block_size
-        training = tokens * (3 * flops["student"] + flops["teacher"] * (config.method != "cpt"))
+        passes = 4 if config.checkpoint_activations else 3
+        training = tokens * (passes * flops["student"] + flops["teacher"] * (config.method != "cpt"))
         evaluation = measured * (evaluations * flops["student"] + flops["teacher"])
         hours = (training + evaluation) / (0.4 * 312e12 * 3600)
         print(f"memory: {', '.join(f'{part} {size / 2**30:.1f}' for part, size in memory.items())}, in all "
@@ -854,7 +877,8 @@ def open_sinks(config: Config, step: int, stack: ExitStack) -> list[Callable[[di
         sinks.append(lambda line: [writer.add_scalar(key, value, line["step"]) for key, value in scalars(line).items()])
     if config.wandb:
         run = import_optional("wandb", "--wandb").init(
-            project="ddk", name=config.out_dir, id=digest(config.out_dir)[:16], resume="allow", config=asdict(config))
+            project="ddk", name=config.out_dir, config=asdict(config), resume="allow",
+            id=digest(os.uname().nodename, os.path.abspath(config.out_dir))[:16])
         stack.callback(run.finish)
         sinks.append(lambda line: run.log(scalars(line), step=line["step"]))
     return sinks
@@ -874,10 +898,10 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 
 @contextmanager
 def stop_requests():
-    """A function, the same on all ranks: the number of a signal that one of them got while the context lasts, else 0.
+    """A function: the number of a signal that this process got while the context lasts, else 0.
 
-    SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C count; a second Ctrl-C exits at once. The end of torchrun, which dies of a SIGUSR1 and
-    leaves its processes behind, counts as SIGTERM."""
+    SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C count; a second Ctrl-C exits at once. The end of torchrun, which dies of a
+    SIGUSR1 and leaves its processes behind, counts as SIGTERM."""
     received, launcher = [], os.getppid()
 
     def receive(number, frame):
@@ -889,9 +913,10 @@ def stop_requests():
         orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
         return max(received, default=signal.SIGTERM if orphan else 0)
 
-    before = {number: signal.signal(number, receive) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, receive) for number in STOP_SIGNALS
+              if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup has it
     try:
-        yield lambda: int(over_ranks(torch.tensor(number()), dist.ReduceOp.MAX))
+        yield number
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -941,8 +966,7 @@ def train(config: Config) -> Path:
     Iteration s finds s finished updates. It evaluates and updates r if s is a multiple of K or the last, saves if due,
     and makes one update unless it is the last: there is one iteration more than updates."""
     out_dir, device = Path(config.out_dir), resolve_device(config.device)
-    if config.dtype == "auto":
-        config = replace(config, dtype="bfloat16" if device.type == "cuda" else "float32")
+    config = replace(config, dtype=resolve_dtype(config))
     parallel = "none" if not dist.is_initialized() else config.parallel if config.parallel != "auto" else (
         "fsdp" if device.type == "cuda" and config.optimizer == "adamw" else "ddp")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16" and parallel != "fsdp")
@@ -1003,7 +1027,12 @@ def train(config: Config) -> Path:
             for sink in sinks:
                 sink(line)
 
-        stopped = stack.enter_context(stop_requests())
+        received = stack.enter_context(stop_requests())
+
+        def stopped() -> int:
+            """The number of a signal that any rank received, on every rank."""
+            return int(over_ranks(torch.tensor(received()), dist.ReduceOp.MAX))
+
         identity = digest(content["teacher"], bins.content(), config.block_size, config.val_samples, config.dtype)
         if teacher is not None:
             cache = Path(config.data_dir) / "teacher_ppl.json"
@@ -1014,7 +1043,8 @@ def train(config: Config) -> Path:
             log("run", config=asdict(config), versions=environment(), base=dict(zip(names, base_probs.tolist())),
                 parameters={role: sum(p.numel() for p in model.parameters())
                             for role, model in (("teacher", teacher), ("student", student)) if model is not None})
-        started, first_step, ahead = time.perf_counter(), state.step, None
+        started, first_step, ahead, asked = time.perf_counter(), state.step, None, True
+        step_started = started
         saved_at = (state.step, state.evaluated) if resumed else None  # the newest checkpoint
         while True:
             # Evaluate, update r, log. `evaluated` keeps a resumed run from doing it twice.
@@ -1041,8 +1071,11 @@ def train(config: Config) -> Path:
                         print("\n".join([*teacher_warnings(state.domains, bins.vocab_size), *(
                             f"{name}: teacher's perplexity {domain['teacher_ppl']:.2f}, student's "
                             f"{domain['student_ppl']:.2f}" for name, domain in state.domains.items())]), flush=True)
-            number = stopped()  # of a signal; it may have cut the evaluation short
+            number = stopped() if due or asked else 0  # of a signal; it may have cut the evaluation short
             last = is_last(config, state) and not number
+
+            if due:
+                step_started = time.perf_counter()
 
             # Save
             folder = out_dir / f"step_{state.step:08d}"
@@ -1054,6 +1087,7 @@ def train(config: Config) -> Path:
                 saved_at = state.step, state.evaluated
                 for old in checkpoints(out_dir)[:-config.keep] if config.keep and rank() == 0 else []:
                     shutil.rmtree(old)
+                step_started = time.perf_counter()
             if last:
                 log("end", domains=state.domains)
             if number:
@@ -1065,14 +1099,15 @@ def train(config: Config) -> Path:
 
             # One update
             lr = learning_rate(state.step, config)
-            step_started = time.perf_counter()
+            waiting = time.perf_counter()
             _, domain_ids, batch = ahead or draw()
-            waited = time.perf_counter() - step_started
+            waited = time.perf_counter() - waiting
             micro_batches = batch.to(device, non_blocking=True).split(micro_batch_size)
-            sums = torch.zeros(3, device=device)  # loss, ce, kl
+            sums = torch.zeros(4, device=device)  # loss, ce, kl, and whether a signal came
             for i, rows in enumerate(micro_batches):
                 idx, targets = rows[:, :-1], rows[:, 1:]
-                synchronise(trained, i + 1 == len(micro_batches))
+                if parallel == "ddp":  # FSDP reduces each micro-batch's, so as to hold shares of gradients only
+                    trained.require_backward_grad_sync = i + 1 == len(micro_batches)
                 with autocast:
                     teacher_hidden = teacher_head = None
                     if teacher is not None and config.method != "cpt":
@@ -1080,15 +1115,17 @@ def train(config: Config) -> Path:
                             teacher_hidden, teacher_head = teacher(idx, loss_fn=lambda hidden, head: (hidden, head))
                     losses = trained(idx, loss_fn=lambda hidden, head: distillation_loss(
                         hidden, head, teacher_hidden, teacher_head, targets, gamma=config.gamma,
-                        temperature=config.temperature, vocab_size=bins.vocab_size, num_tokens=tokens_per_step))
+                        temperature=config.temperature, vocab_size=bins.vocab_size, num_tokens=tokens_per_step,
+                        direction="reverse" if config.method == "minillm" else "forward"))
                 (losses[0] * world_size()).backward()  # DDP and FSDP average over ranks; Eq. 3's mean is over tokens
-                sums += torch.stack(losses).detach()
+                sums[:3] += torch.stack(losses).detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
             # The next batch is read while a GPU still computes; not across an update of r, which it has to follow.
             ahead = None
             if (state.step + 1) % config.interval and state.step + 1 < config.max_steps:
                 ahead = draw()
-            loss, ce, kl = over_ranks(sums).tolist()
+            sums[3] = received()
+            loss, ce, kl, asked = over_ranks(sums).tolist()
             grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
             if not math.isfinite(loss + grad_norm):
                 drawn = ", ".join(names[i] for i in np.unique(domain_ids))
@@ -1104,13 +1141,14 @@ def train(config: Config) -> Path:
             state.step += 1
             now = time.perf_counter()
             eta = (now - started) / (state.step - first_step) * (config.max_steps - state.step)
-            tokens_per_s = tokens_per_step / (now - step_started)
+            step_s, step_started = now - step_started, now
+            tokens_per_s = tokens_per_step / step_s
             log("train", loss=loss, ce=ce, kl=kl, lr=lr, grad_norm=grad_norm, tokens=state.step * tokens_per_step,
                 tokens_per_s=tokens_per_s, eta_s=eta)
             if state.step % config.log_every == 0 or state.step == config.max_steps:
                 print(f"step {state.step}/{config.max_steps}  loss {loss:.3f}  ce {ce:.3f}  kl {kl:.3f}  lr {lr:.1e}  "
                       f"{tokens_per_s:,.0f} tokens/s{utilisation(device, flops * tokens_per_s)}  data "
-                      f"{waited / (now - step_started):.1%}  ETA {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)
+                      f"{waited / step_s:.1%}  ETA {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)
     return folder
 
 
@@ -1150,8 +1188,7 @@ def report(config: Config, folder: Path):
 
 def show_continuations(config: Config, folder: Path):
     """Print what the student makes of the start of each domain's first validation document."""
-    bins = TokenBins(config.data_dir, config.block_size)
-    tokenizer = model_tokenizer(folder)
+    bins, tokenizer = open_bins(config), model_tokenizer(folder)
     student = GPT.from_pretrained(folder, torch.float32)
     prompts = torch.cat(list(validation_windows(bins, 1).values()))[:, :64]
     idx = student.generate(prompts, 96, temperature=0.7, vocab_size=bins.vocab_size,
@@ -1169,10 +1206,11 @@ QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 5_000_000, "math": 800_000, "pro
 
 
 def make_quickstart_bins(data_dir: Path):
-    if not (data_dir / "meta.json").is_file():
-        with locked(data_dir):
-            print(f"Collecting text into {data_dir} …", flush=True)
-            build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES), val_fraction=0.1)
+    if (data_dir / "meta.json").is_file():
+        return
+    with locked(data_dir):
+        print(f"Collecting text into {data_dir} …", flush=True)
+        build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES), val_fraction=0.1)
 
 
 def quickstart(config: Config) -> Config:
@@ -1198,6 +1236,8 @@ def quickstart(config: Config) -> Config:
                                      "lr": 1e-2, "min_lr": 1e-3, "keep": 1, "log_every": 50, "dtype": "float32",
                                      "device": config.device, "compile": config.compile, "timeout": config.timeout,
                                      "data_dir": str(data_dir), "out_dir": str(data_dir / role)})
+            if problems := base.problems():
+                refuse("\n".join(problems))
             print(f"\nThe {role}: {sizes[role]}, {steps} steps, kept in {base.out_dir}", flush=True)
             try:
                 config = replace(config, **{role: str(train(base))})

@@ -234,7 +234,8 @@ class MixtureConfig:
     data_dir: str = option("", "bins: show how a run would draw from them, and a window of each domain")
     metrics: str = option("", "a run's metrics.jsonl: replay r from the perplexities in it")
     alpha: float | None = option(None, "replay with this α; none: the run's", least=0, most=1)
-    method: Literal["", "ddk", "ddk_no_fs", "ddk_es", "kd"] = option("", "replay this arm's rule; empty: the run's")
+    method: Literal["", "ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"] = option(
+        "", "replay this arm's rule; empty: the run's")
     plot: str = option("", "draw the shares and the ratios of --metrics to this .png")
     block_size: int = option(256, "tokens a window", least=1)
     batch_size: int = option(64, "windows a step", least=1)

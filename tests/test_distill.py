@@ -76,7 +76,7 @@ def test_a_whole_run_follows_alg_1(config, data_dir, tmp_path):
     assert len({line["domains"]["digits"]["teacher_ppl"] for line in lines}) == 1
 
 
-@pytest.mark.parametrize("method", ["ddk_no_fs", "ddk_es", "kd", "cpt"])
+@pytest.mark.parametrize("method", ["ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"])
 def test_each_arm_draws_by_its_own_rule(config, data_dir, tmp_path, method):
     train(config(method=method, max_steps=4))
     factor = None
@@ -107,6 +107,19 @@ def test_the_loss_is_ce_plus_gamma_kl(config, tmp_path):
     train(config(gamma=0.3, max_steps=2))
     for line in read_lines(tmp_path / "run", "train"):
         assert line["loss"] == pytest.approx(line["ce"] + 0.3 * line["kl"], rel=1e-5)
+
+
+def test_minillms_divergence_puts_the_student_first(config, data_dir, teacher, tmp_path):
+    train(config(method="minillm", max_steps=1))
+    bins = TokenBins(data_dir, 16)
+    windows = torch.from_numpy(bins.train_windows(*MixtureSampler(bins.n_windows, 8, 0).next_batch()))
+    torch.manual_seed(0)
+    models = GPT(GPTConfig.scratch(1, 32, 257, 16)), GPT.from_pretrained(teacher)
+    with torch.no_grad():
+        logits = [model(windows[:, :-1]) for model in models]
+        both = [dense_distillation_loss(*logits, windows[:, 1:], direction=d)[2].item() for d in ("reverse", "forward")]
+    (line,) = read_lines(tmp_path / "run", "train")
+    assert line["kl"] == pytest.approx(both[0], rel=1e-5) and both[0] != pytest.approx(both[1], rel=1e-3)
 
 
 def test_evaluation_changes_nothing_in_training(config, tmp_path):
@@ -712,12 +725,14 @@ def test_the_numbers_of_a_dry_run(start, data_dir, arguments, teacher_bytes, tea
     for role, layers in (("teacher", L), ("student", 4)):
         millions = pytest.approx(parameters[role] / 1e6, abs=0.06)
         assert numbers_after(out, f"{role}: ")[1:] == [layers, d, millions, V, 257]
-    parts = ["teacher", "student", "gradients", "AdamW", "activations", "loss", "in all"]
+    parts = ["teacher", "student", "gradients", "AdamW", "activations", "copies", "loss", "in all"]
     (line,), GiB = [line for line in out.splitlines() if line.startswith("memory: ")], 2**30
     memory = {part: float(re.search(rf"{part} ([\d.]+)", line)[1]) for part in parts}
     assert memory["teacher"] == pytest.approx(teacher_bytes * parameters["teacher"] / GiB, abs=0.06)
     assert memory["student"] == memory["gradients"] == pytest.approx(4 * parameters["student"] / GiB, abs=0.06)
     assert memory["AdamW"] == pytest.approx(8 * parameters["student"] / GiB, abs=0.06)
+    copied = 2 if teacher_bytes == 2 else 0  # by autocast
+    assert memory["copies"] == pytest.approx(copied * parameters["student"] / GiB, abs=0.06)
     assert memory["loss"] == pytest.approx(2 * 4 * V * d / GiB, abs=0.06)
     assert memory.pop("in all") == pytest.approx(sum(memory.values()), abs=0.3)
     measured = 3 * n_val * T
