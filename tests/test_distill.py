@@ -273,6 +273,33 @@ def test_stopped_by_a_signal_and_resumed_equals_straight_to_the_bit(config, tmp_
     assert_same_run(tmp_path / "straight", tmp_path / "run")
 
 
+def test_an_evaluation_made_after_a_resume_is_logged_once(config, tmp_path, monkeypatch):
+    """Stopped in the evaluation of step 2, resumed, killed before the next save, resumed."""
+    train(config(out_dir=str(tmp_path / "straight"), save_every=100))
+    measured, original = [], distill.perplexities
+
+    def perplexities(model, *rest):
+        measured.append(0)
+        if len(measured) == 2:  # the teacher's perplexities are cached, so: at step 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, *rest)
+
+    monkeypatch.setattr(distill, "perplexities", perplexities)
+    with pytest.raises(SystemExit):
+        train(config(save_every=100))
+    assert checkpoints(tmp_path / "run")[-1].name == "step_00000002"
+    monkeypatch.undo()
+
+    def die():
+        raise RuntimeError("killed")
+    stop_at(monkeypatch, 3, die)
+    with pytest.raises(RuntimeError):
+        train(config(save_every=100))
+    monkeypatch.undo()
+    train(config(save_every=100))
+    assert_same_run(tmp_path / "straight", tmp_path / "run")
+
+
 @pytest.mark.parametrize("step", [0, 3, 4, 6])
 def test_killed_anywhere_and_resumed_equals_straight_to_the_bit(config, tmp_path, monkeypatch, step):
     train(config(out_dir=str(tmp_path / "straight")))
@@ -445,7 +472,8 @@ def test_bfloat16_computes_otherwise_than_float32(config, tmp_path):
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiled_blocks_are_traced_in_the_first_steps_alone(config, tmp_path, monkeypatch, backend):
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_compiled_blocks_are_traced_in_the_first_steps_alone(config, tmp_path, monkeypatch, recomputed, backend):
     """Traced as ever, but run as Python where `backend` is eager: what recompiles does not depend on it."""
     original, traced = torch.nn.Module.compile, []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: original(module, backend=backend))
@@ -454,7 +482,8 @@ def test_compiled_blocks_are_traced_in_the_first_steps_alone(config, tmp_path, m
     before = graphs["unique_graphs"]
     for step in range(8):
         stop_at(monkeypatch, step, lambda: traced.append(graphs["unique_graphs"] - before))
-    folder = train(config(compile="true", student="scratch:3x32", micro_batch_size=2))
+    folder = train(config(compile="true", student="scratch:3x32", micro_batch_size=2,
+                          checkpoint_activations=recomputed))
     traced.append(graphs["unique_graphs"] - before)
     assert traced[0] > 0 and len(set(traced[1:])) == 1, traced
     monkeypatch.undo()
