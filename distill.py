@@ -828,7 +828,7 @@ def dry_run(config: Config):
             memory["gathered"] = memory.get("gathered", 0) + width * (total - (L - 2) * block)
         print(f"{role}: {model.model_type}, {L} layers × {d}, {total / 1e6:,.1f} M parameters, of whose "
               f"{model.vocab_size:,} rows the divergence is over the tokenizer's {bins.vocab_size:,}")
-    if "student" in models:
+    if "student" in models:  # the last of the loop, whose sizes therefore stand
         # More whole copies of the student: what autocast makes of its weights, and DDP's buckets of gradients
         copies = 0 if sharded["student"] else (2 * (width == 2) + 4 * (world > 1)) * total
         kept = 16 * d + width * (4 * model.num_attention_heads * model.head_dim + 2 * d + 4 * model.intermediate_size)
@@ -1048,8 +1048,8 @@ def train(config: Config) -> Path:
         saved_at = (state.step, state.evaluated) if resumed else None  # the newest checkpoint
         while True:
             # Evaluate, update r, log. `evaluated` keeps a resumed run from doing it twice.
-            due = state.evaluated != state.step and (state.step % config.interval == 0 or is_last(config, state))
-            if due and (student_ppl := measure(student)):
+            evaluate = state.evaluated != state.step and (state.step % config.interval == 0 or is_last(config, state))
+            if evaluate and (student_ppl := measure(student)):
                 state.domains = {name: {
                     "student_ppl": student_ppl[name], "teacher_ppl": teacher_ppl[name],
                     "ratio": teacher_ppl[name] and student_ppl[name] / teacher_ppl[name],
@@ -1071,22 +1071,20 @@ def train(config: Config) -> Path:
                         print("\n".join([*teacher_warnings(state.domains, bins.vocab_size), *(
                             f"{name}: teacher's perplexity {domain['teacher_ppl']:.2f}, student's "
                             f"{domain['student_ppl']:.2f}" for name, domain in state.domains.items())]), flush=True)
-            number = stopped() if due or asked else 0  # of a signal; it may have cut the evaluation short
+            number = stopped() if evaluate or asked else 0  # of a signal; it may have cut the evaluation short
             last = is_last(config, state) and not number
-
-            if due:
-                step_started = time.perf_counter()
 
             # Save
             folder = out_dir / f"step_{state.step:08d}"
             due = state.step and config.save_every and state.step % config.save_every == 0
-            if (last or due or number) and saved_at != (state.step, state.evaluated):
+            if save := (last or due or number) and saved_at != (state.step, state.evaluated):
                 state.sampler = ahead[0] if ahead else sampler.state_dict()
                 save_checkpoint(folder, student, optimizers, state, bins,
                                 {"fp32": torch.float32, "bf16": torch.bfloat16}[config.export_dtype])
                 saved_at = state.step, state.evaluated
                 for old in checkpoints(out_dir)[:-config.keep] if config.keep and rank() == 0 else []:
                     shutil.rmtree(old)
+            if evaluate or save:  # which is no part of the step's time
                 step_started = time.perf_counter()
             if last:
                 log("end", domains=state.domains)

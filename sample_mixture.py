@@ -173,10 +173,12 @@ class MixtureSampler:
 
         # Shuffle the places among the domains. The k-th place that falls to a domain gets its k-th window from here.
         places = keyed_permutation(np.arange(self.batch_size), self.batch_size, _hash(self.seed, _PLACES, self.step))
-        domain_ids = np.repeat(np.arange(len(counts)), counts)[places.astype(np.int64)]
+        in_order = np.repeat(np.arange(len(counts)), counts)
+        domain_ids = in_order[places.astype(np.int64)]
+        first_place = np.cumsum(counts) - counts
         position = np.empty(self.batch_size, dtype=np.int64)
-        for domain, count in enumerate(counts):
-            position[domain_ids == domain] = self.drawn[domain] + np.arange(count)
+        position[np.argsort(domain_ids, kind="stable")] = (
+            self.drawn[in_order] + np.arange(self.batch_size) - first_place[in_order])
         self.drawn += counts
         self.step += 1
         return domain_ids, self.windows(domain_ids, position)
