@@ -225,10 +225,11 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
     return ce + gamma * kl, ce.detach(), kl.detach()
 
 
-def exponentials(z):
-    """z (n, V) → z − max z, its exp and the sum of that: softmax is exp / sum, log softmax is z − max z − log sum."""
+def exponentials(z, T: float = 1.0):
+    """z (n, V) → (z − max z)/T as z, its exp and the sum of that: softmax is exp / sum, log softmax z − log sum."""
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     z = z - z.amax(dim=-1, keepdim=True)
+    z = z if T == 1 else z * (1 / T)
     e = z.exp()
     return z, e, e.sum(dim=-1, keepdim=True)
 
@@ -242,25 +243,26 @@ def eq3_rows(z_S, z_T, targets, counted, gamma, T, direction, vocab_size, wants_
         reverse:  KL = Σ q (log q − log p)    ∂KL/∂z_S = q ⊙ (log q − log p − KL) / T
     targets and counted are (n, 1); counted is 1, or 0 where the target is ignored."""
     z, e, total = exponentials(z_S)
-    ce, kl = total.log() - z.gather(-1, targets), torch.zeros_like(total)
+    ce, kl = total.log() + z_S.amax(dim=-1, keepdim=True) - z_S.gather(-1, targets), torch.zeros_like(total)
     if z_T is not None:
         q_is_s = T == 1 and vocab_size == z_S.shape[-1]
-        z_q, e_q, total_q = (z, e, total) if q_is_s else exponentials(z_S[:, :vocab_size] / T)
-        z_p, e_p, total_p = exponentials(z_T[:, :vocab_size] / T)
+        z_q, e_q, total_q = (z, e, total) if q_is_s else exponentials(z_S[:, :vocab_size], T)
+        z_p, e_p, total_p = exponentials(z_T[:, :vocab_size], T)
         gap, offset = z_q - z_p, (total_p / total_q).log()  # log q − log p is gap + offset
         if direction == "forward":
             kl = -(e_p * gap).sum(dim=-1, keepdim=True) / total_p - offset
         else:
             kl = (e_q * gap).sum(dim=-1, keepdim=True) / total_q + offset
     if wants_gradient:
-        gradient = e * (counted / total)
+        # As a comparison in the same pass, and in float32, since in bfloat16 0.999 − 1 would be 0.
+        onehot = torch.arange(z_S.shape[-1], device=z_S.device) == targets
+        gradient = e * (counted / total) - counted * onehot
         if z_T is not None:
             weight = counted * gamma / T
             of_kl = e_q * (weight / total_q)
             of_kl = of_kl - e_p * (weight / total_p) if direction == "forward" else of_kl * (gap + (offset - kl))
             gradient = gradient + F.pad(of_kl, (0, z_S.shape[-1] - vocab_size))
-        at_target = gradient.gather(-1, targets) - counted  # from float32: in bfloat16, 0.999 − 1 would be 0
-        z_S.copy_(gradient).scatter_(-1, targets, at_target.to(z_S.dtype))
+        z_S.copy_(gradient)
     return torch.stack(((counted * ce).sum(), (counted * kl).sum()))
 
 
@@ -298,7 +300,7 @@ class FusedEq3(torch.autograd.Function):
         targets, losses = targets.clamp(min=0), counted.new_zeros(2)
         # Compiling takes seconds, too long for little. A CPU takes as many rows at a time as its cache holds.
         eq3 = compiled_eq3_rows() if hidden.is_cuda or len(targets) * len(head) > 2**24 else eq3_rows
-        n_rows = chunk_size if hidden.is_cuda else torch.get_num_threads() * max(1, 2**19 // len(head))
+        n_rows = chunk_size if hidden.is_cuda else torch.get_num_threads() * max(1, 2**20 // len(head))
         logits_S, logits_T = (x if x is None else x.new_empty(chunk_size, len(x)) for x in (head, teacher_head))
         for start in range(0, len(targets), chunk_size):
             chunk = slice(start, start + chunk_size)

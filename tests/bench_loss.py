@@ -12,10 +12,15 @@ its CPU time.
 - fused: `distillation_loss`. fused, eager: the same where torch.compile does not work.
 - liger: LigerFusedLinearJSDLoss of liger-kernel, if it is installed, compiled, its beta = 0: forward KL.
 
+The processes keep the memory that they free, as CUDA's allocator does: where glibc gives large blocks back to the
+kernel at once, and a hypervisor to its host, the faults of fetching them again can take longer than the passes over the
+logits, whichever the implementation.
+
 Memory is the peak above inputs and gradients. The errors are those of the loss, and of the gradients relative to their
 largest entry, against the dense equation in float32, computed last in the same process.
 """
 
+import ctypes
 import importlib.util
 import json
 import os
@@ -35,6 +40,9 @@ import torch.nn.functional as F
 
 import distill
 from data import UserError, option, parse_config, run_program
+
+
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # glibc's; no others read them
 
 
 @dataclass
@@ -72,6 +80,7 @@ class PeakMemory:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         elif sys.platform == "linux":
+            ctypes.CDLL(None).malloc_trim(0)  # what is freed, but kept, would hide a rise
             Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
         self.held = torch.cuda.memory_allocated() / 2**20 if self.cuda else self.read("VmRSS")
 
@@ -97,9 +106,6 @@ def measure(config: Config):
     targets = torch.randint(rows, (tokens,), device=config.device)
     inputs = hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, targets
     loss_fn = implementation(config)
-    # A training step frees activations of some MB, from which on glibc's malloc reuses blocks of that size, instead
-    # of asking the kernel for each anew. Here no model runs, so that one such block is freed by hand.
-    torch.zeros(2**22)
 
     def gradients(loss_fn, inputs):
         loss = loss_fn(*inputs)
@@ -142,7 +148,7 @@ def measure(config: Config):
 def alone(config: Config, name: str, size: str) -> dict:
     keys = asdict(replace(config, alone=name, sizes=size))
     process = subprocess.run([sys.executable, __file__, *(f"--{key}={value}" for key, value in keys.items())],
-                             stdout=subprocess.PIPE, text=True)
+                             env={**os.environ, **KEEP_MEMORY}, stdout=subprocess.PIPE, text=True)
     if process.returncode:
         raise UserError(f"{name} ended with status {process.returncode}")
     return json.loads(process.stdout.splitlines()[-1])
