@@ -38,6 +38,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
@@ -52,7 +53,7 @@ from data import (TokenBins, Tokenizer, UserError, blame, build_bins, digest, fi
                   load_tokenizer, model_tokenizer, option, parse_config, print_config, quickstart_domains, read_meta,
                   run_program, save_tokenizer, saved_tokenizer, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
-from sample_mixture import MixtureSampler, interval_probs, next_factor, read_metrics
+from sample_mixture import METHODS, MixtureSampler, doremi_update, interval_probs, next_factor, read_metrics
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
@@ -68,9 +69,10 @@ class Config:
     teacher: str = option("", "folder of the teacher, in Hugging Face's format")
     student: str = option("", "folder of the student; scratch:LxD for L new layers, D wide; layers:N of the teacher's")
     domains: str = option("", "name,name,… of the bins' domains; all if empty")
-    method: Literal["ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"] = option(
-        "ddk", "ddk; without factor smoothing (Eq. 1 every time); with equal sampling; kd: natural mixture; minillm: "
-               "teacher-forced reverse KL, natural mixture; cpt: natural mixture, no teacher in the loss")
+    method: Literal[METHODS] = option(
+        "ddk", "ddk; without factor smoothing (Eq. 1 every time); with equal sampling. In the natural mixture: kd; "
+               "minillm: teacher-forced reverse KL; ted: layers are compared too; cpt: no teacher in the loss. "
+               "cpt_doremi: cpt in the mixture that a doremi_proxy, made first, ends with")
     # Eq. 3
     gamma: float = option(0.2, "γ, weight of the divergence from the teacher", least=0)
     temperature: float = option(1.0, "T, divides both models' logits in the divergence", least=1e-3)
@@ -79,7 +81,9 @@ class Config:
     interval: int = option(1000, "K, steps between two updates of r", least=1)
     val_samples: int = option(500, "validation windows a domain", least=1)
     stop_ratio: float = option(0.0, "end once no domain's perplexity ratio is above this; 0: never", least=0)
-    mixture: str = option("", "base proportions name=weight,… instead of the natural ones")
+    mixture: str = option("", "base proportions instead of the natural ones: name=weight,… or a .json of them")
+    filter_steps: int = option(0, "ted: steps that train the layers' filters first; 0: a tenth of max_steps", least=0)
+    filter_weight: float = option(1.0, "ted: weight of the distance between filtered layers", least=0)
     block_size: int = option(2048, "tokens a window", least=1)
     batch_size: int = option(256, "windows a step, over all ranks and micro-batches", least=1)
     micro_batch_size: int = option(0, "windows a forward pass; 0: a rank's whole share", least=0)
@@ -123,8 +127,8 @@ class Config:
             (not self.student and not makes_models, "--student: name its folder, scratch:LxD or layers:N"),
             (not makes_models and not os.path.isdir(self.data_dir),
              f"--data_dir={self.data_dir}: no such folder; make bins there with data.py"),
-            (self.method != "cpt" and not self.teacher and not makes_models,
-             f"--teacher: method={self.method} needs one; name its folder (only cpt goes without)"),
+            (self.method not in ("cpt", "cpt_doremi") and not self.teacher and not makes_models,
+             f"--teacher: method={self.method} needs one; name its folder (only cpt and cpt_doremi go without)"),
             (self.stop_ratio and not self.teacher and not makes_models,
              f"--stop_ratio={self.stop_ratio}: a ratio needs a teacher; name its folder with --teacher"),
             (self.min_lr > self.lr, f"--min_lr={self.min_lr}: must not be above lr={self.lr}"),
@@ -136,6 +140,8 @@ class Config:
              and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count(),
              f"--device={self.device}: fewer GPUs than processes here; start fewer, or take --device=cpu"),
             (self.parallel == "fsdp" and self.optimizer == "muon", "--optimizer=muon: not with fsdp; take ddp"),
+            (self.parallel == "fsdp" and self.method == "ted", "--method=ted: not with fsdp; take ddp"),
+            (self.mixture and self.method == "cpt_doremi", f"--mixture={self.mixture}: cpt_doremi finds its own"),
             (os.path.isfile(self.out_dir), f"--out_dir={self.out_dir}: is a file; name a folder"),
             (self.resume == "never" and any(Path(self.out_dir).resolve() in Path(name or ".").resolve().parents
                                             for name in (self.teacher, self.student)),
@@ -183,13 +189,17 @@ def resolve_config(**given) -> Config:
 
 
 def parse_mixture(text: str) -> dict[str, float]:
-    """`name=weight,…` as a dict; {} if empty."""
+    """`name=weight,…`, or what a .json file of that holds, as a dict; {} if empty."""
     try:
-        weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(",") if text)}
+        if text.endswith(".json"):
+            weights = {name: float(weight) for name, weight in json.loads(Path(text).read_text("utf-8")).items()}
+        else:
+            weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(",") if text)}
         if not all(0 <= weight < math.inf for weight in weights.values()) or text and not any(weights.values()):
             raise ValueError
-    except ValueError:
-        raise UserError(f"--mixture={text}: write name=weight,… with weights ≥ 0, not all 0") from None
+    except (OSError, ValueError, TypeError, AttributeError):
+        raise UserError(f"--mixture={text}: write name=weight,… with weights ≥ 0, not all 0, or name a .json file that "
+                        "holds such an object") from None
     return weights
 
 
@@ -241,7 +251,7 @@ def eq3_rows(z_S, z_T, targets, counted, gamma, T, direction, vocab_size, wants_
         ∂CE/∂z_S = s − onehot(target)
         forward:  KL = Σ p (log p − log q)    ∂KL/∂z_S = (q − p) / T
         reverse:  KL = Σ q (log q − log p)    ∂KL/∂z_S = q ⊙ (log q − log p − KL) / T
-    targets and counted are (n, 1); counted is 1, or 0 where the target is ignored."""
+    targets and counted are (n, 1); counted is a token's weight, mostly 1, or 0 where the target is ignored."""
     z, e, total = exponentials(z_S)
     ce, kl = total.log() + z_S.amax(dim=-1, keepdim=True) - z_S.gather(-1, targets), torch.zeros_like(total)
     if z_T is not None:
@@ -287,7 +297,7 @@ class FusedEq3(torch.autograd.Function):
     """Eq. 3 whose forward pass makes the gradients too, chunk by chunk, while the logits are there."""
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, num_tokens, chunk_size, *settings):
+    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, weights, num_tokens, chunk_size, *settings):
         # The head's gradient, a sum over chunks, is float32 whatever the head is.
         of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         of_head = head.new_zeros(head.shape, dtype=torch.promote_types(
@@ -296,7 +306,7 @@ class FusedEq3(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, head, teacher_hidden, teacher_head = (
                 x if x is None else x.to(dtype) for x in (hidden, head, teacher_hidden, teacher_head))
-        counted = (targets != -100).to(torch.promote_types(hidden.dtype, torch.float32))
+        counted = (targets != -100).to(torch.promote_types(hidden.dtype, torch.float32)) * weights
         targets, losses = targets.clamp(min=0), counted.new_zeros(2)
         # Compiling takes seconds, too long for little. A CPU takes as many rows at a time as its cache holds.
         eq3 = compiled_eq3_rows() if hidden.is_cuda or len(targets) * len(head) > 2**24 else eq3_rows
@@ -325,16 +335,17 @@ class FusedEq3(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, of_loss, *_):
-        return *(x if x is None else x.mul_(of_loss / ctx.num_tokens) for x in ctx.saved_tensors), *[None] * 9
+        return *(x if x is None else x.mul_(of_loss / ctx.num_tokens) for x in ctx.saved_tensors), *[None] * 10
 
 
 def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, *, gamma: float = 0.2,
                       temperature: float = 1.0, direction: str = "forward", vocab_size: int | None = None,
-                      num_tokens=None, chunk_size: int | None = None):
+                      num_tokens=None, chunk_size: int | None = None, token_weights=None):
     """Eq. 3 from hidden states (…, d) and heads (V, d), never holding the logits of all tokens or making them twice.
 
     The rest is dense_distillation_loss's. Logits are made for `chunk_size` tokens at a time; by default for 512 or,
-    on a CPU, as give 50 million, on CUDA as give 2²⁸. Gradients reach student_hidden and student_head, once."""
+    on a CPU, as give 50 million, on CUDA as give 2²⁸. Gradients reach student_hidden and student_head, once.
+    `token_weights`, as many as targets, multiply each token's terms; give `num_tokens` with them."""
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction {direction!r} must be forward or reverse")
     rows = min(len(head) for head in (student_head, teacher_head) if head is not None)
@@ -343,12 +354,13 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     if not torch.is_grad_enabled():  # what the Function cannot see
         student_hidden, student_head = student_hidden.detach(), student_head.detach()
     hidden, targets = student_hidden.flatten(0, -2), targets.reshape(-1, 1)
+    token_weights = 1 if token_weights is None else token_weights.reshape(-1, 1)
     teacher_hidden = None if teacher_hidden is None else teacher_hidden.flatten(0, -2)
     num_tokens = (targets != -100).sum().clamp(min=1) if num_tokens is None else num_tokens
     most = 2**28 // len(student_head) if hidden.is_cuda else min(512, 52 * 10**6 // len(student_head))
     chunk_size = max(1, min(chunk_size or most, len(targets)))
-    return FusedEq3.apply(hidden, student_head, teacher_hidden, teacher_head, targets, num_tokens, chunk_size,
-                          gamma, temperature, direction, vocab_size)
+    return FusedEq3.apply(hidden, student_head, teacher_hidden, teacher_head, targets, token_weights, num_tokens,
+                          chunk_size, gamma, temperature, direction, vocab_size)
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -371,7 +383,7 @@ def forward_flops(model: GPT, block_size: int) -> int:
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     """AdamW with decay on matrices only; with optimizer=muon, the blocks' matrices go to Muon instead."""
     hidden = [p for p in model.layers.parameters() if p.dim() == 2] if config.optimizer == "muon" else []
-    others = [p for p in model.parameters() if all(p is not q for q in hidden)]
+    others = [p for p in model.parameters() if p.requires_grad and all(p is not q for q in hidden)]
     adamw = torch.optim.AdamW([{"params": [p for p in others if p.dim() >= 2], "weight_decay": config.weight_decay},
                                {"params": [p for p in others if p.dim() < 2], "weight_decay": 0.0}],
                               lr=config.lr, betas=(0.9, 0.95), fused=True)
@@ -571,13 +583,14 @@ class TrainState:
     sampler: dict | None = None  # MixtureSampler.state_dict()
     first_domains: dict | None = None  # what was measured at t = 0, as in the mixture line
     domains: dict | None = None  # … and last
+    doremi: dict | None = None  # of a proxy: α "weights", λ "excess", and the "total" of α over the steps
 
 
 def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optimizer], state: TrainState,
                     bins: TokenBins, export_dtype: torch.dtype = torch.float32):
     """Write a model's folder with optimizer.pt, train_state.json and manifest.json under a temporary name, sync all of
-    it to disk, then rename: it is whole or not there. An `export_dtype` that rounds the weights leaves the exact ones
-    in optimizer.pt. All ranks call it, rank 0 writes."""
+    it to disk, then rename: it is whole or not there. An `export_dtype` that rounds the weights, or filters that are
+    not exported, leave the exact ones in optimizer.pt. All ranks call it, rank 0 writes."""
     weights = get_model_state_dict(model, options=whole_tensors(cpu_offload=True))
     # Asked before the first update, an optimizer makes up a state in which it has made one.
     moments = None
@@ -589,8 +602,8 @@ def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optim
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         model.save_pretrained(temporary, export_dtype, weights)
-        torch.save({"optimizer": moments, "weights": None if export_dtype == torch.float32 else weights},
-                   temporary / "optimizer.pt")
+        exact = export_dtype != torch.float32 or hasattr(model, "filters")
+        torch.save({"optimizer": moments, "weights": weights if exact else None}, temporary / "optimizer.pt")
         save_tokenizer(temporary, bins)
         write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
         manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
@@ -687,7 +700,8 @@ def read_optimizer(folder: Path, model: GPT) -> dict:
             saved = torch.load(path, weights_only=True)
         except pickle.UnpicklingError:  # its message advises to unpickle everything
             raise ValueError("holds more than tensors") from None
-        if saved["optimizer"] and set(saved["optimizer"]["state"]) != {name for name, _ in model.named_parameters()}:
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if saved["optimizer"] and set(saved["optimizer"]["state"]) != trained:
             raise ValueError("moments of other parameters")
         return saved
 
@@ -713,7 +727,7 @@ def check_same_experiment(out_dir: Path, record: dict):
         return
     with blame(path, "not as a run writes it; name another --out_dir"):
         before = json.loads(path.read_text(encoding="utf-8"))
-        config, content = {**before["config"]}, {**before["content"]}
+        config, content = {**asdict(Config()), **before["config"]}, {**before["content"]}  # keys may be new since then
     changed = [f"--{key}={value}: the run in {out_dir} has {key}={config.get(key)}"
                for key, value in record["config"].items() if key not in FREE_KEYS and value != config.get(key)]
     changed += [f"--{key}={record['config'][key]}: another content than the run in {out_dir} has with "
@@ -841,7 +855,7 @@ def dry_run(config: Config):
         drawn, evaluations = config.max_steps * config.batch_size, -(-config.max_steps // config.interval) + 1
         tokens, measured = drawn * config.block_size, len(bins.names) * config.val_samples * config.block_size
         passes = 4 if config.checkpoint_activations else 3
-        training = tokens * (passes * flops["student"] + flops["teacher"] * (config.method != "cpt"))
+        training = tokens * (passes * flops["student"] + flops["teacher"] * (not config.method.startswith("cpt")))
         evaluation = measured * (evaluations * flops["student"] + flops["teacher"])
         hours = (training + evaluation) / (0.4 * 312e12 * 3600)
         print(f"memory: {', '.join(f'{part} {size / 2**30:.1f}' for part, size in memory.items())}, in all "
@@ -924,6 +938,101 @@ def stop_requests():
             signal.signal(number, handler)
 
 
+# ------------ Baselines that need more than a switch: TED and DoReMi --------------------------------------------------
+
+def layer_pairs(student: GPT, teacher: GPT, most: int = 4) -> tuple[list[int], list[int]]:
+    """Evenly spaced layers of both, the last of each among them, which TED compares."""
+    depths = len(student.layers), len(teacher.layers)
+    pairs = min(most, *depths)
+    return tuple([round((i + 1) * depth / pairs) - 1 for i in range(pairs)] for depth in depths)
+
+
+def add_filters(student: GPT, teacher: GPT):
+    """Give the student TED's linear filters, one for each compared layer of both models, to the teacher's width. They
+    start as the identity, cut or filled with zeros. A checkpoint holds them, an exported model does not."""
+    student.filters = nn.ModuleDict({role: nn.ModuleList(
+        nn.Linear(model.config.hidden_size, teacher.config.hidden_size, bias=False, device=student.head_weight.device)
+        for _ in keep) for role, model, keep in zip(("student", "teacher"), (student, teacher),
+                                                    layer_pairs(student, teacher))})
+    student.filters["teacher"].requires_grad_(False)
+    for weight in student.filters.parameters():
+        nn.init.eye_(weight)
+
+
+def train_filters(student: GPT, teacher: GPT, micro_batches: Iterator[list[torch.Tensor]], config: Config, autocast):
+    """TED's first stage: each filter of the two frozen models alone, to predict the next token from its layer.
+
+    In this small form the filtered layers of both are read by the teacher's final norm and head, also frozen, where TED
+    trains a head for each. `micro_batches` gives this rank's share of a step's windows, in pieces."""
+    keeps, filters = layer_pairs(student, teacher), [*student.filters["student"], *student.filters["teacher"]]
+    student.filters["teacher"].requires_grad_(True)
+    optimizer = torch.optim.AdamW(student.filters.parameters(), lr=config.lr, weight_decay=0.0)
+    for _ in range(config.filter_steps or config.max_steps // 10):
+        for rows in next(micro_batches):
+            with torch.no_grad(), autocast:
+                layers = [layer for model, keep in zip((student, teacher), keeps)
+                          for layer in model(rows[:, :-1], loss_fn=lambda hidden, head, *kept: kept, keep=keep)]
+            with autocast:
+                loss = sum(distillation_loss(teacher.norm(filter(layer)), teacher.head_weight, None, None, rows[:, 1:],
+                                             num_tokens=config.batch_size * config.block_size)[0]
+                           for filter, layer in zip(filters, layers))
+            loss.backward()
+        for weight in student.filters.parameters():
+            weight.grad = over_ranks(weight.grad)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    student.filters["teacher"].requires_grad_(False)
+
+
+def filter_distance(filters: nn.ModuleDict, layers_S, layers_T) -> torch.Tensor:
+    """TED's second stage: squared distance of the filtered layers (…, d) as a share of the teacher's mean square, so
+    that no model's scale matters; mean over layers and widths, sum over tokens."""
+    distances = []
+    for filter_S, filter_T, layer_S, layer_T in zip(filters["student"], filters["teacher"], layers_S, layers_T):
+        wanted = filter_T(layer_T).float()
+        distance = (filter_S(layer_S).float() - wanted).square().mean(dim=-1)
+        distances.append((distance / wanted.square().mean()).sum())
+    return torch.stack(distances).mean()
+
+
+@torch.no_grad()
+def doremi_step(before: dict | None, proxy: GPT, reference: GPT, micro_batches, domain_ids, N: int, autocast):
+    """DoReMi's α_t as "weights" and what it follows from, before the proxy's update by the windows in `micro_batches`.
+
+    λ, "excess", is the proxy's loss above the reference's, cut at 0 for each token: the mean over the tokens of each
+    domain that all ranks drew. A domain that was not drawn keeps its λ. "total" is the sum of α_1 … α_t."""
+    before = before or {"weights": [1 / N] * N, "excess": [0.0] * N, "total": [0.0] * N}
+    sums = torch.zeros(2, N, device=micro_batches[0].device)
+    for rows, ids in zip(micro_batches, torch.from_numpy(domain_ids).to(sums.device).split(len(micro_batches[0]))):
+        def token_losses(hidden, head):  # a window at a time, so that logits of one alone are held
+            return torch.stack([F.cross_entropy(F.linear(h, head).float(), targets, reduction="none")
+                                for h, targets in zip(hidden, rows[:, 1:])])
+        with autocast:
+            of_proxy, of_reference = (model(rows[:, :-1], loss_fn=token_losses) for model in (proxy, reference))
+        excess = (of_proxy - of_reference).clamp(min=0).sum(dim=1)
+        sums.index_add_(1, ids, torch.stack((excess, torch.full_like(excess, rows[:, 1:].shape[1]))))
+    total, tokens = over_ranks(sums).double().cpu().numpy()
+    excess = np.where(tokens > 0, total / np.maximum(tokens, 1), before["excess"])
+    weights = doremi_update(before["weights"], excess)
+    return {"weights": weights.tolist(), "excess": excess.tolist(), "total": (weights + before["total"]).tolist()}
+
+
+def doremi(config: Config) -> Config:
+    """`config` with the mixture that DoReMi finds, by two runs beside the main one; a finished one is not made again.
+
+    The reference is the student trained as it is, in the natural mixture. The proxy is the student again, trained with
+    the loss weighted by α; the mixture is α's mean over its steps."""
+    reference = replace(config, method="cpt", teacher="", stop_ratio=0.0, out_dir=f"{config.out_dir}-reference")
+    print(f"\nDoReMi's reference, kept in {reference.out_dir}", flush=True)
+    proxy = replace(reference, method="doremi_proxy", teacher=str(train(reference)), out_dir=f"{config.out_dir}-proxy")
+    print(f"\nDoReMi's proxy, kept in {proxy.out_dir}", flush=True)
+    state = read_state(train(proxy))
+    names, total = state.domains, np.array(state.doremi["total"])
+    mixture = ",".join(f"{name}={share!r}" for name, share in zip(names, (total / total.sum()).tolist()))
+    print(f"\nDoReMi's mixture: {mixture}", flush=True)
+    return replace(config, mixture=mixture)
+
+
 # ------------ Alg. 1 --------------------------------------------------------------------------------------------------
 
 def is_last(config: Config, state: TrainState) -> bool:
@@ -968,9 +1077,10 @@ def train(config: Config) -> Path:
     Iteration s finds s finished updates. It evaluates and updates r if s is a multiple of K or the last, saves if due,
     and makes one update unless it is the last: there is one iteration more than updates."""
     out_dir, device = Path(config.out_dir), resolve_device(config.device)
-    config = replace(config, dtype=resolve_dtype(config))
+    config = replace(config, dtype=resolve_dtype(config), mixture=",".join(
+        f"{name}={weight!r}" for name, weight in parse_mixture(config.mixture).items()))  # by content, if from a file
     parallel = "none" if not dist.is_initialized() else config.parallel if config.parallel != "auto" else (
-        "fsdp" if device.type == "cuda" and config.optimizer == "adamw" else "ddp")
+        "fsdp" if device.type == "cuda" and config.optimizer == "adamw" and config.method != "ted" else "ddp")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16" and parallel != "fsdp")
 
     with ExitStack() as stack:
@@ -981,13 +1091,14 @@ def train(config: Config) -> Path:
         teacher, teacher_ppl = None, dict.fromkeys(names)
         if config.teacher:
             teacher = load_model(config.teacher, config, models["teacher"], getattr(torch, config.dtype))
-            teacher = spread(teacher.requires_grad_(False), config, device, parallel == "fsdp" and config.shard_teacher)
+            spread(teacher.requires_grad_(False), config, device, parallel == "fsdp" and config.shard_teacher)
         student = load_model(str(resumed or config.student), config, models["student"], torch.float32)
+        if config.method == "ted":
+            add_filters(student, teacher)
         saved = read_optimizer(resumed, student) if resumed and rank() == 0 else {}
         if saved.get("weights"):
             student.load_state_dict(saved["weights"])
         spread(student, config, device, parallel == "fsdp")
-        trained = DistributedDataParallel(student) if parallel == "ddp" else student
         optimizers = make_optimizers(student, config)
         if state.step:
             set_optimizer_state_dict(student, optimizers, saved.get("optimizer", {}), options=whole_tensors())
@@ -1005,10 +1116,11 @@ def train(config: Config) -> Path:
         mine = slice(rank() * share, (rank() + 1) * share)
         micro_batch_size = config.micro_batch_size or share
         tokens_per_step = config.batch_size * config.block_size
+        teaches = teacher is not None and config.method not in ("cpt", "cpt_doremi", "doremi_proxy")
         flops = 3 * forward_flops(student, config.block_size) + (
-            forward_flops(teacher, config.block_size) if teacher and config.method != "cpt" else 0)
+            forward_flops(teacher, config.block_size) if teaches else 0)
 
-        def draw() -> tuple[dict, np.ndarray, torch.Tensor]:
+        def draw(sampler: MixtureSampler = sampler) -> tuple[dict, np.ndarray, torch.Tensor]:
             """The sampler's state, then from the next global batch: each window's domain, and this rank's windows."""
             before = sampler.state_dict()
             domain_ids, window_ids = sampler.next_batch()
@@ -1041,6 +1153,13 @@ def train(config: Config) -> Path:
             teacher_ppl = teacher_perplexities(identity, cache, lambda: measure(teacher))
             if number := stopped():
                 sys.exit(128 + number)  # nothing is done yet that could be saved
+        keep_S, keep_T = layer_pairs(student, teacher) if config.method == "ted" else ((), ())
+        if config.method == "ted" and not resumed:
+            first = MixtureSampler(bins.n_windows, config.batch_size, config.seed)  # the run's own stays as it is
+            first.probs = base_probs
+            train_filters(student, teacher, (draw(first)[2].to(device).split(micro_batch_size) for _ in iter(int, 1)),
+                          config, autocast)
+        trained = DistributedDataParallel(student) if parallel == "ddp" else student
         if not resumed:
             log("run", config=asdict(config), versions=environment(), base=dict(zip(names, base_probs.tolist())),
                 parameters={role: sum(p.numel() for p in model.parameters())
@@ -1103,20 +1222,38 @@ def train(config: Config) -> Path:
             _, domain_ids, batch = ahead or draw()
             waited = time.perf_counter() - waiting
             micro_batches = batch.to(device, non_blocking=True).split(micro_batch_size)
+            domain_weights = np.ones(len(names))
+            if config.method == "doremi_proxy":
+                state.doremi = doremi_step(state.doremi, student, teacher, micro_batches, domain_ids[mine],
+                                           len(names), autocast)
+                domain_weights = state.doremi["weights"] / sampler.probs
+            window_weights = torch.from_numpy(domain_weights[domain_ids]).float()
+            num_tokens = window_weights.sum().item() * config.block_size
+            weights = window_weights[mine, None].to(device, non_blocking=True).split(micro_batch_size)
             sums = torch.zeros(4, device=device)  # loss, ce, kl, and whether a signal came
-            for i, rows in enumerate(micro_batches):
+            for i, (rows, row_weights) in enumerate(zip(micro_batches, weights)):
                 idx, targets = rows[:, :-1], rows[:, 1:]
                 if parallel == "ddp":  # FSDP reduces each micro-batch's, so as to hold shares of gradients only
                     trained.require_backward_grad_sync = i + 1 == len(micro_batches)
                 with autocast:
                     teacher_hidden = teacher_head = None
-                    if teacher is not None and config.method != "cpt":
+                    if teaches:
                         with torch.no_grad():
-                            teacher_hidden, teacher_head = teacher(idx, loss_fn=lambda hidden, head: (hidden, head))
-                    losses = trained(idx, loss_fn=lambda hidden, head: distillation_loss(
-                        hidden, head, teacher_hidden, teacher_head, targets, gamma=config.gamma,
-                        temperature=config.temperature, vocab_size=bins.vocab_size, num_tokens=tokens_per_step,
-                        direction="reverse" if config.method == "minillm" else "forward"))
+                            teacher_hidden, teacher_head, *layers_T = teacher(
+                                idx, loss_fn=lambda *given: given, keep=keep_T)
+
+                    def loss_fn(hidden, head, *layers_S):
+                        loss, ce, kl = distillation_loss(
+                            hidden, head, teacher_hidden, teacher_head, targets, gamma=config.gamma,
+                            temperature=config.temperature, vocab_size=bins.vocab_size, num_tokens=num_tokens,
+                            token_weights=row_weights.expand_as(targets),
+                            direction="reverse" if config.method == "minillm" else "forward")
+                        if config.method == "ted":
+                            distance = filter_distance(student.filters, layers_S, layers_T)
+                            loss = loss + config.filter_weight * distance / num_tokens
+                        return loss, ce, kl
+
+                    losses = trained(idx, loss_fn=loss_fn, keep=keep_S)
                 (losses[0] * world_size()).backward()  # DDP and FSDP average over ranks; Eq. 3's mean is over tokens
                 sums[:3] += torch.stack(losses).detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
@@ -1255,7 +1392,7 @@ def main():
             config = quickstart(config)
         if config.dry_run:
             return on_rank_0(lambda: dry_run(config))
-        folder = train(config)
+        folder = train(doremi(config) if config.method == "cpt_doremi" else config)
         on_rank_0(lambda: tell(config, folder))
 
 

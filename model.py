@@ -10,6 +10,7 @@ mistral, qwen2, qwen3, gpt_bigcode or starcoder2 of it. A model's folder is Hugg
 import json
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial, reduce
 from pathlib import Path
@@ -292,8 +293,9 @@ class GPT(nn.Module):
         """(V, d)."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, idx: torch.Tensor, loss_fn=None):
-        """Token ids (B, T) int64 → logits (B, T, V); with `loss_fn`, loss_fn(hidden (B, T, d), head_weight (V, d)).
+    def forward(self, idx: torch.Tensor, loss_fn=None, keep: Sequence[int] = ()):
+        """Token ids (B, T) int64 → logits (B, T, V); with `loss_fn`, loss_fn(hidden (B, T, d), head_weight (V, d)),
+        which gets what the layers in `keep` give (B, T, d), too, behind these two.
 
         Hidden is after the final norm. So a loss that does its own product with the head need never hold all logits,
         and a wrapper (FSDP) can gather the head for it. ValueError on more tokens than positions are learned or the
@@ -306,10 +308,12 @@ class GPT(nn.Module):
             x = x + self.embed_positions.weight[:T]
         else:
             rotary = rotary_tables(config, T, idx.device)
-        for layer in self.layers:
+        kept = []
+        for i, layer in enumerate(self.layers):
             x = layer(x, rotary)
+            kept += [x] * (i in keep)
         x = self.norm(x)
-        return F.linear(x, self.head_weight) if loss_fn is None else loss_fn(x, self.head_weight)
+        return F.linear(x, self.head_weight) if loss_fn is None else loss_fn(x, self.head_weight, *kept)
 
     @torch.no_grad()
     def generate(self, idx: torch.Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
@@ -409,6 +413,8 @@ def checkpoint_tensors(model: GPT) -> dict[str, list[str]]:
     """Each tensor of the model's checkpoint → our parameters in it: one, or q, k and v where the family fuses them."""
     family, tensors = model.config.family, {}
     for name in model.state_dict():
+        if name.startswith("filters."):  # of --method=ted, which needs them while it trains only
+            continue
         key = ".".join(family.names.get(part, part) for part in name.split("."))
         tensors.setdefault(key if name.startswith("lm_head.") else family.prefix + key, []).append(name)
     return tensors

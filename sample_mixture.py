@@ -21,6 +21,10 @@ import numpy as np
 from data import TokenBins, UserError, blame, import_optional, option, parse_config, run_program, saved_tokenizer
 
 
+# DDK, without factor smoothing, with equal sampling; the baselines, in the natural mixture or DoReMi's
+METHODS = ("ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "ted", "cpt", "cpt_doremi", "doremi_proxy")
+
+
 def _weights(name: str, weights, n: int) -> np.ndarray:
     weights = np.array(weights, dtype=np.float64)
     if weights.shape != (n,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
@@ -43,6 +47,7 @@ def _weighted_softmax(weights, student_ppl, teacher_ppl) -> np.ndarray:
     weights = _weights("factor", weights, len(student))
     ratios = [Fraction(s) / Fraction(t) for s, t in zip(student.tolist(), teacher.tolist())]
     largest = max(ratio for ratio, weight in zip(ratios, weights) if weight > 0)
+    # LLM-Shearing's update, ψ[i] = r[i] · ℓ_S[i]/ℓ_T[i], has np.log of each ratio in the place of the difference here.
     with np.errstate(divide="ignore"):  # log 0 = −inf: a domain that α = 1 has driven to 0 stays there, as in Eq. 2
         log_psi = np.log(weights) + [float(ratio - largest) for ratio in ratios]
     psi = np.exp(log_psi - log_psi.max())
@@ -66,6 +71,14 @@ def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.nd
         raise ValueError(f"alpha {alpha} must lie in [0, 1]")
     psi = _weighted_softmax(factor, student_ppl, teacher_ppl)
     return alpha * psi + (1 - alpha) / len(psi)
+
+
+def doremi_update(weights, excess_loss, step_size: float = 1.0, smoothing: float = 1e-3) -> np.ndarray:
+    """DoReMi's α_t, (N,), from α_{t−1} and the proxy's losses above the reference's, nats a token (its Alg. 1):
+    α′ = α · exp(η λ), then (1 − c) · α′/Σα′ + c/N."""
+    log_weights = np.log(np.asarray(weights, dtype=np.float64)) + step_size * np.asarray(excess_loss)
+    weights = np.exp(log_weights - log_weights.max())
+    return (1 - smoothing) * weights / weights.sum() + smoothing / len(weights)
 
 
 def next_factor(method: str, factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
@@ -236,7 +249,7 @@ class MixtureConfig:
     data_dir: str = option("", "bins: show how a run would draw from them, and a window of each domain")
     metrics: str = option("", "a run's metrics.jsonl: replay r from the perplexities in it")
     alpha: float | None = option(None, "replay with this α; none: the run's", least=0, most=1)
-    method: Literal["", "ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"] = option(
+    method: Literal[("", *METHODS)] = option(
         "", "replay this arm's rule; empty: the run's")
     plot: str = option("", "draw the shares and the ratios of --metrics to this .png")
     block_size: int = option(256, "tokens a window", least=1)
