@@ -1,0 +1,293 @@
+"""The paper's comparison at a small scale: every arm and ablation over several seeds, a table, the claims, figures.
+
+    python tests/compare_arms.py --seeds=5                                 the quickstart's setting
+    python tests/compare_arms.py --setting=larger --seeds=3 --arms=ddk,kd  a BPE tokenizer, a larger teacher
+
+The teacher is made once. A seed makes its own student base, by other initial weights and another order of its data, and
+orders the data of the runs that start from it: so the spread over seeds is that of all but the teacher and the text.
+Runs are distill.py's own (`train`), one after the other, in `out_dir`; the same command again goes on where it was
+stopped. What each gave is kept in `results`, from which the table and the figures are made, also without the runs.
+"""
+
+import json
+import math
+import statistics
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+
+import distill
+from data import (UserError, build_bins, import_optional, load_tokenizer, option, parse_config, quickstart_domains,
+                  run_program, write_text)
+from sample_mixture import read_metrics
+
+# name → what differs from DDK, which the first row is, with the paper's values but for the quickstart's K = 25
+ARMS = {
+    "ddk": {}, "ddk_no_fs": dict(method="ddk_no_fs"), "ddk_es": dict(method="ddk_es"), "kd": dict(method="kd"),
+    "ted": dict(method="ted"), "minillm": dict(method="minillm"), "cpt_doremi": dict(method="cpt_doremi"),
+    "cpt": dict(method="cpt"),
+}
+ABLATIONS = {
+    **{f"gamma={value}": dict(gamma=value) for value in (0.0, 0.1, 0.3, 0.5)},
+    **{f"temperature={value}": dict(temperature=value) for value in (0.1, 0.2, 0.5, 2.0)},
+    **{f"interval={value}": dict(interval=value) for value in (10, 50, 100)},
+    **{f"alpha={value}": dict(alpha=value) for value in (0.0, 0.25, 0.75, 1.0)},
+}
+# The paper's claims that this can tell of: text, the arm that is to be lower, the other, by which measure
+CLAIMS = (
+    ("DDK above equal sampling", "ddk", "ddk_es", "worst_ratio"),
+    ("equal sampling above KD", "ddk_es", "kd", "worst_ratio"),
+    ("DDK above KD", "ddk", "kd", "worst_ratio"),
+    ("KD above CPT", "kd", "cpt", "worst_ratio"),
+    ("DDK above KD on average", "ddk", "kd", "mean_ratio"),
+    ("factor smoothing helps", "ddk", "ddk_no_fs", "worst_ratio"),
+    ("KD above TED", "kd", "ted", "mean_ratio"),
+    ("KD above MiniLLM", "kd", "minillm", "mean_ratio"),
+    ("MiniLLM above CPT&DoReMi", "minillm", "cpt_doremi", "mean_ratio"),
+    ("CPT&DoReMi above CPT", "cpt_doremi", "cpt", "mean_ratio"),
+    ("γ = 0.2 above 0 (no teacher in the loss)", "ddk", "gamma=0.0", "mean_ratio"),
+    ("γ = 0.2 above 0.5", "ddk", "gamma=0.5", "mean_ratio"),
+    ("T = 1 above 0.1", "ddk", "temperature=0.1", "mean_ratio"),
+    ("T = 1 above 2", "ddk", "temperature=2.0", "mean_ratio"),
+)
+MEASURES = {"mean_ppl": "average perplexity", "mean_ratio": "mean ratio", "worst_ratio": "worst ratio",
+            "step_s": "a step's time, KD = 1"}
+
+
+@dataclass
+class Setting:
+    """Data, sizes and steps that all arms share. Mixtures are weights of QUICKSTART_BYTES' domains, in their order."""
+    vocab_size: int  # of a BPE trained on the text; 0: bytes
+    n_bytes: dict
+    teacher: str
+    teacher_steps: int
+    student: str
+    student_steps: int
+    student_mixture: str
+    keys: dict
+
+
+LOPSIDED = "python=.495,cpp=.495,math=.005,prose=.005"
+SETTINGS = {
+    "quickstart": Setting(0, distill.QUICKSTART_BYTES, "scratch:4x128", 600, "scratch:2x96", 300, LOPSIDED, {}),
+    "larger": Setting(4096, {"python": 14_000_000, "cpp": 10_000_000, "math": 2_500_000, "prose": 1_500_000},
+                      "scratch:6x256", 2600, "scratch:3x128", 600, LOPSIDED,
+                      dict(max_steps=800, interval=40, val_samples=48, save_every=200)),
+}
+
+
+@dataclass
+class Config:
+    """Keys of `python tests/compare_arms.py`."""
+    setting: Literal["quickstart", "larger"] = option("quickstart", "data, models and steps")
+    seeds: int = option(5, "student bases, and orders of the data", least=1)
+    arms: str = option("all", "name,… of arms and ablations, or arms, ablations or all")
+    out_dir: str = option("", "the runs' folder; out/compare-SETTING if empty")
+    results: str = option("", "what the runs gave, a .json; OUT_DIR/results.json if empty")
+    assets: str = option("", "folder of the table and the figures; OUT_DIR if empty")
+    keys: str = option("", "other values of distill.py's keys for all runs: key=value,…")
+    steps: int = option(0, "steps of teacher and student base instead of the setting's, to try it out", least=0)
+
+    def problems(self) -> list[str]:
+        unknown = [name for name in chosen_arms(self.arms) if name not in ARMS | ABLATIONS]
+        return [f"--arms={self.arms}: {' '.join(unknown)} is none of {' '.join(ARMS | ABLATIONS)}"] * bool(unknown)
+
+
+def chosen_arms(text: str) -> list[str]:
+    groups = {"arms": ARMS, "ablations": ABLATIONS, "all": ARMS | ABLATIONS}
+    return [name for word in text.split(",") for name in groups.get(word, [word])]
+
+
+def make_bins(setting: Setting, data_dir: Path):
+    """Bins of the setting's text, and its tokenizer, unless they are there."""
+    if (data_dir / "meta.json").is_file():
+        return
+    print(f"Collecting text into {data_dir} …", flush=True)
+    sources, tokenizer = quickstart_domains(setting.n_bytes), "bytes"
+    if setting.vocab_size:
+        tokenizers = import_optional("tokenizers", "--setting=larger")
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        bpe.decoder = tokenizers.decoders.ByteLevel()
+        bpe.train_from_iterator((text for documents in sources.values() for text in documents()),
+                                tokenizers.trainers.BpeTrainer(
+            vocab_size=setting.vocab_size, special_tokens=["<|endoftext|>"], show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+        tokenizer = str(data_dir.with_name(f"{data_dir.name}-tokenizer"))
+        Path(tokenizer).mkdir(parents=True, exist_ok=True)
+        bpe.save(f"{tokenizer}/tokenizer.json")
+        write_text(Path(tokenizer) / "tokenizer_config.json", json.dumps({"eos_token": "<|endoftext|>"}))
+    build_bins(data_dir, load_tokenizer(tokenizer), sources, val_fraction=0.1)
+
+
+def pretraining(setting: Setting, common: dict, role: str, seed: int, steps: int) -> distill.Config:
+    """A model of its own for `role`, trained as the quickstart trains its two."""
+    mixture = setting.student_mixture if role == "student" else ",".join(f"{name}=1" for name in setting.n_bytes)
+    return distill.resolve_config(**{
+        **distill.PRESETS["quickstart"], **common, "preset": "custom", "method": "cpt", "optimizer": "muon",
+        "student": getattr(setting, role), "max_steps": steps or getattr(setting, f"{role}_steps"), "mixture": mixture,
+        "interval": 10**9, "lr": 1e-2, "min_lr": 1e-3, "keep": 1, "seed": seed})
+
+
+def run(config: distill.Config) -> Path:
+    """`train`, with DoReMi's two runs before it where they are asked for; its output goes to `out_dir`.log."""
+    if problems := config.problems():
+        raise UserError("\n".join(problems))
+    Path(config.out_dir).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{config.out_dir}.log", "a", encoding="utf-8") as log, redirect_stdout(log):
+        return distill.train(distill.doremi(config) if config.method == "cpt_doremi" else config)
+
+
+def summary(out_dir: Path) -> dict:
+    """What a finished run gave, from its metrics.jsonl."""
+    metrics = read_metrics(out_dir / "metrics.jsonl")
+    end = next(line for line in metrics if line["kind"] == "end")["domains"]
+    mixtures = [line for line in metrics if line["kind"] == "mixture"]
+    steps = [line["tokens"] / line["step"] / line["tokens_per_s"] for line in metrics if line["kind"] == "train"]
+    ratios = [domain["ratio"] for domain in end.values()]
+    return {
+        "mean_ppl": statistics.mean(domain["student_ppl"] for domain in end.values()),
+        "mean_ratio": statistics.mean(ratios), "worst_ratio": max(ratios), "step_s": statistics.median(steps),
+        "first_worst_ratio": max(domain["ratio"] for domain in mixtures[0]["domains"].values()),
+        "steps": [line["step"] for line in mixtures],
+        "r": {name: [line["r"][name] for line in mixtures] for name in end},
+        "ratio": {name: [line["domains"][name]["ratio"] for line in mixtures] for name in end},
+    }
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """Mean and standard error; of one value the error is not known."""
+    return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def paired(results: dict, first: str, second: str, measure: str, relative: bool = False) -> list[float]:
+    """first − second, or first / second, at each seed that both have: what seeds share drops out."""
+    seeds = results.get(first, {}).keys() & results.get(second, {}).keys()
+    pairs = [(results[first][seed][measure], results[second][seed][measure]) for seed in sorted(seeds, key=int)]
+    return [a / b if relative else a - b for a, b in pairs]
+
+
+def table(results: dict, names, measures) -> list[str]:
+    lines = ["| | seeds | " + " | ".join(map(MEASURES.get, measures)) + " |", "|---" * (len(measures) + 2) + "|"]
+    for name in names:
+        if not (runs := results.get(name)):
+            continue
+        cells = []
+        for measure in measures:
+            values = (paired(results, name, "kd", measure, relative=True) if measure == "step_s"
+                      else [run[measure] for run in runs.values()])
+            mean, error = mean_and_error(values) if values else (math.nan, math.nan)
+            cells.append(f"{mean:.3f} ± {error:.3f}" if values else "")
+        lines.append(f"| `{name}` | {len(runs)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def verdicts(results: dict) -> list[str]:
+    """Each claim with what was seen. Lower is better; decided where it is more than two standard errors from 0."""
+    lines = ["| The paper | by | difference | seen here |", "|---|---|---|---|"]
+    for claim, better, worse, measure in CLAIMS:
+        if len(differences := paired(results, better, worse, measure)) < 2:
+            continue
+        mean, error = mean_and_error(differences)
+        seen = "cannot be told" if abs(mean) <= 2 * error else "holds" if mean < 0 else "does not hold at this scale"
+        lines.append(f"| {claim} | {MEASURES[measure]} | {mean:+.4f} ± {error:.4f} | {seen} |")
+    return lines
+
+
+def means_over_seeds(runs: dict, key: str) -> dict[str, list[float]]:
+    every = [run[key] for run in runs.values()]
+    return {name: [statistics.mean(values) for values in zip(*(one[name] for one in every))] for name in every[0]}
+
+
+def figures(results: dict, folder: Path, setting: str):
+    """Ratios and shares by domain over the steps, for DDK and KD; and the arms compared."""
+    make = partial(import_optional("matplotlib.figure", "figures").Figure, layout="constrained")
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+    if {"ddk", "kd"} <= results.keys():
+        figure = make(figsize=(11, 3.6))
+        axes = figure.subplots(1, 3)
+        panels = (("ddk", "ratio", "DDK: perplexity, student / teacher"), ("kd", "ratio", "KD: the same"),
+                  ("ddk", "r", "DDK: share of the next interval's data"))
+        for ax, (arm, key, title) in zip(axes, panels):
+            steps = next(iter(results[arm].values()))["steps"]
+            for colour, (name, values) in zip(colours, means_over_seeds(results[arm], key).items()):
+                for one in results[arm].values():
+                    ax.plot(steps, one[key][name], color=colour, alpha=0.25, linewidth=0.8)
+                ax.plot(steps, values, color=colour, label=name)
+            ax.set(title=title, xlabel="step")
+            ax.grid(alpha=0.3)
+        axes[1].sharey(axes[0])
+        axes[2].set_ylim(0, None)
+        axes[0].legend()
+        figure.savefig(folder / f"{setting}_domains.png", dpi=110)
+    names = [name for name in ARMS if name in results]
+    figure = make(figsize=(9, 0.4 * len(names) + 1.2))
+    for ax, measure in zip(figure.subplots(1, 2, sharey=True), ("worst_ratio", "mean_ratio")):
+        for place, name in enumerate(names):
+            values = [run[measure] for run in results[name].values()]
+            ax.plot(values, [place] * len(values), "o", color="#999999", markersize=3)
+            mean, error = mean_and_error(values)
+            ax.errorbar(mean, place, xerr=0 if math.isnan(error) else 2 * error, fmt="|", color=colours[0], capsize=3,
+                        markersize=10)
+        ax.set(yticks=range(len(names)), yticklabels=names, xlabel=MEASURES[measure])
+        ax.grid(axis="x", alpha=0.3)
+    ax.invert_yaxis()
+    figure.savefig(folder / f"{setting}_arms.png", dpi=110)
+
+
+def write_report(results: dict, config: Config, folder: Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    steps = [run["first_worst_ratio"] for runs in results.values() for run in runs.values()]
+    lines = [f"Mean ± standard error over seeds; the worst ratio was {statistics.mean(steps):.2f} before the runs.", "",
+             *table(results, ARMS, MEASURES), ""]
+    if results.keys() & ABLATIONS.keys():
+        lines += ["DDK with one value changed:", "", *table(results, ["ddk", *ABLATIONS], list(MEASURES)[:-1]), ""]
+    text = "\n".join([*lines, *verdicts(results)]) + "\n"
+    write_text(folder / f"{config.setting}.md", text)
+    figures(results, folder, config.setting)
+    print(f"\n{text}\nwritten to {folder}")
+
+
+def main():
+    config = parse_config(Config)
+    setting, out_dir = SETTINGS[config.setting], Path(config.out_dir or f"out/compare-{config.setting}")
+    path = Path(config.results or out_dir / "results.json")
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    import_optional("matplotlib", "figures")  # not after hours
+    todo = [(seed, name) for seed in range(config.seeds) for name in chosen_arms(config.arms)
+            if str(seed) not in results.get(name, {})]
+    if todo:
+        common = dict(data_dir=f"data/{config.setting}", **setting.keys,
+                      **dict(pair.split("=") for pair in config.keys.split(",") if pair))
+        common = {key: distill.Config.__dataclass_fields__[key].type(value) if isinstance(value, str) else value
+                  for key, value in common.items()}
+        make_bins(setting, Path(common["data_dir"]))
+        first = pretraining(setting, common, "teacher", 0, config.steps)
+        print(f"The teacher: {first.student}, {first.max_steps} steps", flush=True)
+        teacher = run(replace(first, out_dir=str(out_dir / "teacher")))
+    for count, (seed, name) in enumerate(todo, 1):
+        base = pretraining(setting, common, "student", seed, config.steps)
+        base = run(replace(base, out_dir=str(out_dir / f"base-{seed}")))
+        arm = distill.resolve_config(**{
+            **common, "preset": "quickstart", "teacher": str(teacher), "student": str(base), "seed": seed, "keep": 1,
+            "out_dir": str(out_dir / f"{name}-{seed}"), **(ARMS | ABLATIONS)[name]})
+        run(arm)
+        gave = summary(Path(arm.out_dir))
+        results.setdefault(name, {})[str(seed)] = gave
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(results))
+        print(f"{count}/{len(todo)}  {name}, seed {seed}: worst ratio {gave['worst_ratio']:.3f}, mean "
+              f"{gave['mean_ratio']:.3f}, {gave['step_s'] * 1000:.0f} ms a step on {torch.get_num_threads()} threads",
+              flush=True)
+    write_report(results, config, Path(config.assets or out_dir))
+
+
+if __name__ == "__main__":
+    run_program(main)
