@@ -188,13 +188,18 @@ def resolve_config(**given) -> Config:
                    out_dir=config.out_dir or f"out/{chosen}-{config.method}-{config.seed}")
 
 
+def mixture_text(given: str) -> str:
+    """`name=weight,…`, also from a .json file of them."""
+    if not given.endswith(".json"):
+        return given
+    return ",".join(f"{name}={weight}" for name, weight in json.loads(Path(given).read_text("utf-8")).items())
+
+
 def parse_mixture(text: str) -> dict[str, float]:
     """`name=weight,…`, or what a .json file of that holds, as a dict; {} if empty."""
     try:
-        if text.endswith(".json"):
-            weights = {name: float(weight) for name, weight in json.loads(Path(text).read_text("utf-8")).items()}
-        else:
-            weights = {name: float(weight) for name, weight in (part.split("=") for part in text.split(",") if text)}
+        parts = [part.split("=") for part in mixture_text(text).split(",") if text]
+        weights = {name: float(weight) for name, weight in parts}
         if not all(0 <= weight < math.inf for weight in weights.values()) or text and not any(weights.values()):
             raise ValueError
     except (OSError, ValueError, TypeError, AttributeError):
@@ -959,11 +964,12 @@ def add_filters(student: GPT, teacher: GPT):
         nn.init.eye_(weight)
 
 
-def train_filters(student: GPT, teacher: GPT, micro_batches: Iterator[list[torch.Tensor]], config: Config, autocast):
+def train_filters(student: GPT, teacher: GPT, micro_batches: Iterator[list[torch.Tensor]], config: Config, autocast,
+                  stopped: Callable[[], int]):
     """TED's first stage: each filter of the two frozen models alone, to predict the next token from its layer.
 
-    In this small form the filtered layers of both are read by the teacher's final norm and head, also frozen, where TED
-    trains a head for each. `micro_batches` gives this rank's share of a step's windows, in pieces."""
+    In this small form the teacher's final norm and head, also frozen, read the filtered layers of both, where TED
+    trains a head for each. `micro_batches` gives a rank's windows of each step, in pieces. Exits if `stopped()`."""
     keeps, filters = layer_pairs(student, teacher), [*student.filters["student"], *student.filters["teacher"]]
     student.filters["teacher"].requires_grad_(True)
     optimizer = torch.optim.AdamW(student.filters.parameters(), lr=config.lr, weight_decay=0.0)
@@ -981,6 +987,8 @@ def train_filters(student: GPT, teacher: GPT, micro_batches: Iterator[list[torch
             weight.grad = over_ranks(weight.grad)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if number := stopped():
+            sys.exit(128 + number)
     student.filters["teacher"].requires_grad_(False)
 
 
@@ -1077,8 +1085,7 @@ def train(config: Config) -> Path:
     Iteration s finds s finished updates. It evaluates and updates r if s is a multiple of K or the last, saves if due,
     and makes one update unless it is the last: there is one iteration more than updates."""
     out_dir, device = Path(config.out_dir), resolve_device(config.device)
-    config = replace(config, dtype=resolve_dtype(config), mixture=",".join(
-        f"{name}={weight!r}" for name, weight in parse_mixture(config.mixture).items()))  # by content, if from a file
+    config = replace(config, dtype=resolve_dtype(config), mixture=mixture_text(config.mixture))
     parallel = "none" if not dist.is_initialized() else config.parallel if config.parallel != "auto" else (
         "fsdp" if device.type == "cuda" and config.optimizer == "adamw" and config.method != "ted" else "ddp")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16" and parallel != "fsdp")
@@ -1158,7 +1165,7 @@ def train(config: Config) -> Path:
             first = MixtureSampler(bins.n_windows, config.batch_size, config.seed)  # the run's own stays as it is
             first.probs = base_probs
             train_filters(student, teacher, (draw(first)[2].to(device).split(micro_batch_size) for _ in iter(int, 1)),
-                          config, autocast)
+                          config, autocast, stopped)
         trained = DistributedDataParallel(student) if parallel == "ddp" else student
         if not resumed:
             log("run", config=asdict(config), versions=environment(), base=dict(zip(names, base_probs.tolist())),
@@ -1222,12 +1229,12 @@ def train(config: Config) -> Path:
             _, domain_ids, batch = ahead or draw()
             waited = time.perf_counter() - waiting
             micro_batches = batch.to(device, non_blocking=True).split(micro_batch_size)
-            domain_weights = np.ones(len(names))
+            window_weights = torch.ones(config.batch_size)
             if config.method == "doremi_proxy":
                 state.doremi = doremi_step(state.doremi, student, teacher, micro_batches, domain_ids[mine],
                                            len(names), autocast)
-                domain_weights = state.doremi["weights"] / sampler.probs
-            window_weights = torch.from_numpy(domain_weights[domain_ids]).float()
+                shares = zip(state.doremi["weights"], sampler.probs)
+                window_weights = torch.tensor([alpha / p if p else 0.0 for alpha, p in shares])[domain_ids]
             num_tokens = window_weights.sum().item() * config.block_size
             weights = window_weights[mine, None].to(device, non_blocking=True).split(micro_batch_size)
             sums = torch.zeros(4, device=device)  # loss, ce, kl, and whether a signal came

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import distill
-from data import (UserError, build_bins, import_optional, load_tokenizer, option, parse_config, quickstart_domains,
-                  run_program, write_text)
+from data import (UserError, build_bins, convert, import_optional, load_tokenizer, option, parse_config,
+                  quickstart_domains, run_program, write_text)
 from sample_mixture import read_metrics
 
 # name → what differs from DDK, which the first row is, with the paper's values but for the quickstart's K = 25
@@ -97,12 +97,26 @@ class Config:
 
     def problems(self) -> list[str]:
         unknown = [name for name in chosen_arms(self.arms) if name not in ARMS | ABLATIONS]
-        return [f"--arms={self.arms}: {' '.join(unknown)} is none of {' '.join(ARMS | ABLATIONS)}"] * bool(unknown)
+        problems = [f"--arms={self.arms}: {' '.join(unknown)} is none of {' '.join(ARMS | ABLATIONS)}"] * bool(unknown)
+        try:
+            own_keys(self.keys)
+        except UserError as error:
+            problems.append(str(error))
+        return problems
 
 
 def chosen_arms(text: str) -> list[str]:
     groups = {"arms": ARMS, "ablations": ABLATIONS, "all": ARMS | ABLATIONS}
     return [name for word in text.split(",") for name in groups.get(word, [word])]
+
+
+def own_keys(text: str) -> dict:
+    """key=value,… of distill.py's keys, each of its type. UserError names one that is wrong."""
+    try:
+        pairs = dict(pair.split("=") for pair in text.split(",") if pair)
+        return {key: convert(value, distill.Config.__dataclass_fields__[key].type) for key, value in pairs.items()}
+    except (KeyError, ValueError) as error:
+        raise UserError(f"--keys={text}: write key=value,… with keys of distill.py ({error})") from None
 
 
 def make_bins(setting: Setting, data_dir: Path):
@@ -264,10 +278,7 @@ def main():
     todo = [(seed, name) for seed in range(config.seeds) for name in chosen_arms(config.arms)
             if str(seed) not in results.get(name, {})]
     if todo:
-        common = dict(data_dir=f"data/{config.setting}", **setting.keys,
-                      **dict(pair.split("=") for pair in config.keys.split(",") if pair))
-        common = {key: distill.Config.__dataclass_fields__[key].type(value) if isinstance(value, str) else value
-                  for key, value in common.items()}
+        common = {"data_dir": f"data/{config.setting}", **setting.keys, **own_keys(config.keys)}
         make_bins(setting, Path(common["data_dir"]))
         first = pretraining(setting, common, "teacher", 0, config.steps)
         print(f"The teacher: {first.student}, {first.max_steps} steps", flush=True)

@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import signal
+import types
+from contextlib import nullcontext
 from dataclasses import replace
 from decimal import Decimal, getcontext
 
@@ -76,7 +78,7 @@ def test_a_whole_run_follows_alg_1(config, data_dir, tmp_path):
     assert len({line["domains"]["digits"]["teacher_ppl"] for line in lines}) == 1
 
 
-@pytest.mark.parametrize("method", ["ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"])
+@pytest.mark.parametrize("method", ["ddk_no_fs", "ddk_es", "kd", "minillm", "ted", "cpt"])
 def test_each_arm_draws_by_its_own_rule(config, data_dir, tmp_path, method):
     train(config(method=method, max_steps=4))
     factor = None
@@ -120,6 +122,148 @@ def test_minillms_divergence_puts_the_student_first(config, data_dir, teacher, t
         both = [dense_distillation_loss(*logits, windows[:, 1:], direction=d)[2].item() for d in ("reverse", "forward")]
     (line,) = read_lines(tmp_path / "run", "train")
     assert line["kl"] == pytest.approx(both[0], rel=1e-5) and both[0] != pytest.approx(both[1], rel=1e-3)
+
+
+# ----------------------------------------------- TED and DoReMi ----------------------------------------------------
+
+
+def test_ted_with_no_weight_on_its_filters_is_kd(config, tmp_path):
+    for method in ("ted", "kd"):
+        train(config(method=method, filter_weight=0, filter_steps=3, grad_clip=0, weight_decay=0,
+                     out_dir=str(tmp_path / method)))
+    ted, kd = (read_lines(tmp_path / method, "train") for method in ("ted", "kd"))
+    assert ted == kd and len(kd) == 8
+
+
+def test_teds_loss_adds_the_distance_of_the_filtered_layers(config, data_dir, teacher, tmp_path, monkeypatch):
+    """At the first step, with the filters of stage 1 taken from the run."""
+    seen, original = {}, distill.train_filters
+
+    def train_filters(student, *rest):
+        seen["before"] = [weight.clone() for weight in student.filters.parameters()]
+        original(student, *rest)
+        seen["after"] = [weight.clone() for weight in student.filters.parameters()]
+
+    monkeypatch.setattr(distill, "train_filters", train_filters)
+    folder = train(config(method="ted", filter_weight=0.5, filter_steps=4, max_steps=1))
+    eye = torch.eye(64, 32), torch.eye(64)  # of one layer of the student's and of the teacher's each
+    assert all(weight.equal(one) for weight, one in zip(seen["before"], eye, strict=True))
+    assert not any(weight.equal(one) for weight, one in zip(seen["after"], eye))
+    windows = torch.from_numpy(TokenBins(data_dir, 16).train_windows(
+        *MixtureSampler(TokenBins(data_dir, 16).n_windows, 8, 0).next_batch()))
+    torch.manual_seed(0)
+    models = GPT(GPTConfig.scratch(1, 32, 257, 16)), GPT.from_pretrained(teacher)
+    with torch.no_grad():
+        layers = [model(windows[:, :-1], loss_fn=lambda hidden, head, layer: layer, keep=[len(model.layers) - 1])
+                  for model in models]
+        ours, wanted = (layer @ weight.T for layer, weight in zip(layers, seen["after"]))
+        distance = ((ours - wanted) ** 2).mean() / (wanted ** 2).mean()
+    (line,) = read_lines(tmp_path / "run", "train")
+    assert line["loss"] == pytest.approx(line["ce"] + 0.2 * line["kl"] + 0.5 * distance.item(), rel=1e-4)
+    assert not [name for name in load_file(folder / "model.safetensors") if "filter" in name]
+
+
+def test_teds_first_stage_teaches_the_filters_to_predict(config, data_dir, teacher):
+    """The loss of each filtered layer, read by the teacher's norm and head, falls; the models stay as they are."""
+    torch.manual_seed(3)
+    models = [GPT(GPTConfig.scratch(1, 32, 257, 16)), GPT.from_pretrained(teacher)]
+    models[1].requires_grad_(False)
+    distill.add_filters(*models)
+    before = [p.clone() for model in models for name, p in model.named_parameters() if "filters" not in name]
+    bins = TokenBins(data_dir, 16)
+    rows = torch.from_numpy(bins.train_windows(*MixtureSampler(bins.n_windows, 8, 0).next_batch()))
+
+    def losses():
+        with torch.no_grad():
+            for role, model in zip(("student", "teacher"), models):
+                layer = model(rows[:, :-1], loss_fn=lambda hidden, head, layer: layer, keep=[len(model.layers) - 1])
+                logits = models[1].norm(models[0].filters[role][0](layer)) @ models[1].head_weight.T
+                yield dense_distillation_loss(logits, None, rows[:, 1:])[0].item()
+    first = list(losses())
+    distill.train_filters(*models, iter(lambda: [rows], None), config(filter_steps=30, lr=1e-2), nullcontext(),
+                          lambda: 0)
+    assert all(after < 0.9 * loss for after, loss in zip(losses(), first))
+    after = [p for model in models for name, p in model.named_parameters() if "filters" not in name]
+    assert all(p.equal(q) for p, q in zip(before, after, strict=True))
+    assert [p.requires_grad for p in models[0].filters.parameters()] == [True, False]
+
+
+@pytest.mark.parametrize("depths, pairs", [((2, 4), ([0, 1], [1, 3])), ((1, 2), ([0], [1])), ((24, 40), (
+    [5, 11, 17, 23], [9, 19, 29, 39])), ((3, 2), ([1, 2], [0, 1]))])
+def test_ted_compares_evenly_spaced_layers_with_the_last_among_them(depths, pairs):
+    models = [types.SimpleNamespace(layers=range(depth)) for depth in depths]
+    assert distill.layer_pairs(*models) == pairs
+
+
+def exact_doremi(weights, excess):
+    raised = [Decimal(w) * Decimal(x).exp() for w, x in zip(weights, excess)]
+    return [float(Decimal("0.999") * w / sum(raised) + Decimal("0.001") / len(raised)) for w in raised]
+
+
+def test_a_doremi_proxy_weighs_the_loss_by_its_excess(config, data_dir, teacher, tmp_path):
+    """The first step, written out; signs is left out of the data, so that its λ stays 0."""
+    train(config(method="doremi_proxy", mixture="letters=3,digits=1,signs=0", max_steps=1, val_samples=2))
+    bins = TokenBins(data_dir, 16)
+    sampler = MixtureSampler(bins.n_windows, 8, 0)
+    sampler.probs = {"letters": 3, "digits": 1, "signs": 0}
+    ids, windows = sampler.next_batch()
+    rows = torch.from_numpy(bins.train_windows(ids, windows))
+    torch.manual_seed(0)
+    proxy, reference = GPT(GPTConfig.scratch(1, 32, 257, 16)), GPT.from_pretrained(teacher)
+    with torch.no_grad():
+        losses = [torch.nn.functional.cross_entropy(model(rows[:, :-1]).transpose(1, 2), rows[:, 1:], reduction="none")
+                  for model in (proxy, reference)]
+    over = (losses[0] - losses[1]).clamp(min=0)
+    excess = [over[torch.from_numpy(ids == i)].mean().item() if (ids == i).any() else 0.0 for i in range(3)]
+    weights = exact_doremi([1 / 3] * 3, excess)
+    assert excess[2] == 0 and min(excess[:2]) > 0
+    state = read_state(checkpoints(tmp_path / "run")[-1]).doremi
+    assert state["excess"] == pytest.approx(excess, rel=1e-5)
+    assert state["weights"] == state["total"] == pytest.approx(weights, rel=1e-5)
+    of_windows = torch.tensor([weights[i] / (0.75, 0.25)[i] for i in ids])[:, None]
+    (line,) = read_lines(tmp_path / "run", "train")
+    assert line["loss"] == pytest.approx(((of_windows * losses[0]).sum() / (of_windows.sum() * 16)).item(), rel=1e-5)
+
+
+def test_cpt_doremi_makes_a_reference_and_a_proxy_once_and_draws_by_the_mean_of_its_weights(
+        run_main, data_dir, teacher, tmp_path):
+    arguments = [f"--data_dir={data_dir}", f"--teacher={teacher}", "--student=scratch:1x32", "--block_size=16",
+                 "--batch_size=8", "--val_samples=5", "--interval=2", "--max_steps=4", f"--out_dir={tmp_path / 'run'}",
+                 "--method=cpt_doremi"]
+    assert run_main(distill, *arguments)[::2] == (0, "")
+    runs = {name: tmp_path / f"run{name}" for name in ("", "-reference", "-proxy")}
+    (proxy,) = [json.loads((runs["-proxy"] / "config.json").read_text())["config"]]
+    assert proxy["teacher"] == str(checkpoints(runs["-reference"])[-1]) and proxy["method"] == "doremi_proxy"
+    state = read_state(checkpoints(runs["-proxy"])[-1])
+    mean = [total / state.step for total in state.doremi["total"]]
+    assert sum(mean) == pytest.approx(1) and mean != pytest.approx(natural(data_dir), abs=0.005)
+    for line in read_lines(runs[""], "mixture"):
+        assert list(line["r"].values()) == pytest.approx(mean, rel=1e-9)
+        assert all(domain["ratio"] > 0 for domain in line["domains"].values())  # to the teacher, though it trains none
+    made = {path: path.stat().st_mtime_ns for name in ("-reference", "-proxy") for path in runs[name].rglob("*.pt")}
+    status, out, err = run_main(distill, *arguments)
+    assert (status, err) == (0, "") and out.count("this run is finished") == 3
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+
+
+def test_a_mixture_from_a_file_is_known_by_its_content(config, data_dir, tmp_path):
+    path = tmp_path / "mixture.json"
+    path.write_text('{"letters": 1, "digits": 1, "signs": 2}')
+    train(config(method="kd", mixture=str(path)))
+    assert list(read_lines(tmp_path / "run", "mixture")[0]["r"].values()) == [0.25, 0.25, 0.5]
+    train(config(method="kd", mixture="letters=1,digits=1,signs=2"))  # the same: finished
+    path.write_text('{"letters": 2, "digits": 1, "signs": 1}')
+    with pytest.raises(UserError, match="--mixture=letters=2,digits=1,signs=1"):
+        train(config(method="kd", mixture=str(path)))
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", '{"letters": "x"}', '{"letters": -1}', "{", '{"letters": 0}', "null"])
+def test_a_bad_mixture_file_is_one_message(run_main, data_dir, teacher, tmp_path, text):
+    (tmp_path / "mixture.json").write_text(text)
+    for mixture in (tmp_path / "mixture.json", tmp_path / "none.json"):
+        status, out, err = run_main(distill, f"--data_dir={data_dir}", f"--teacher={teacher}", "--student=scratch:1x32",
+                                    f"--mixture={mixture}")
+        assert status == 2 and err.startswith(f"error: --mixture={mixture}: write") and err.count("\n") == 1
 
 
 def test_evaluation_changes_nothing_in_training(config, tmp_path):
@@ -260,7 +404,7 @@ def assert_same_run(one, other):
         assert (last_one / name).read_bytes() == (last_other / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("method", ["ddk", "kd"])
+@pytest.mark.parametrize("method", ["ddk", "kd", "ted", "doremi_proxy"])
 def test_stopped_by_a_signal_and_resumed_equals_straight_to_the_bit(config, tmp_path, monkeypatch, method):
     train(config(method=method, out_dir=str(tmp_path / "straight")))
     stop_at(monkeypatch, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))

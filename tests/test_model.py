@@ -1027,3 +1027,11 @@ def test_the_programs_errors_are_a_message_and_status_2(arguments, named, folder
         arguments, named = ([text.replace(name, str(path)) for text in texts] for texts in (arguments, named))
     status, _, message = run_main(model_program, *arguments)
     assert status == 2 and all(text in message for text in named), message
+
+
+def test_kept_layers_reach_the_loss_behind_hidden_and_head():
+    model, idx = GPT(GPTConfig.scratch(3, 32, 50, 16)), torch.arange(8)[None]
+    hidden, head, first, last = model(idx, loss_fn=lambda *given: given, keep=(0, 2))
+    assert head is model.head_weight and first.shape == last.shape == (1, 8, 32) and not first.equal(last)
+    torch.testing.assert_close(model.norm(last), hidden)
+    assert model(idx, loss_fn=lambda *given: len(given)) == 2

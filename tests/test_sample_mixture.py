@@ -15,8 +15,8 @@ import pytest
 
 import sample_mixture
 from data import build_bins, load_tokenizer
-from sample_mixture import (MixtureSampler, discrepancy_factor, interval_probs, keyed_permutation, next_factor,
-                            smooth_update)
+from sample_mixture import (MixtureSampler, discrepancy_factor, doremi_update, interval_probs, keyed_permutation,
+                            next_factor, smooth_update)
 
 # ----------------------------------------------- Eq. 1 and Eq. 2 ------------------------------------------------------
 
@@ -481,3 +481,14 @@ def test_an_error_is_one_message_without_a_traceback():
                          text=True)
     assert run.returncode == 2 and run.stdout == "" and run.stderr.startswith("error: --alpha=2")
     assert len(run.stderr.splitlines()) == 1
+
+
+def test_doremis_update_raises_what_lags_and_keeps_a_floor():
+    weights = doremi_update([0.2, 0.3, 0.5], [1.0, 0.0, 2.0])
+    raised = [0.2 * math.e, 0.3, 0.5 * math.e ** 2]
+    assert weights.tolist() == pytest.approx([0.999 * w / sum(raised) + 0.001 / 3 for w in raised], rel=1e-12)
+    weights = np.full(3, 1 / 3)
+    for _ in range(2000):
+        weights = doremi_update(weights, [0.0, 0.0, 5.0])
+    assert weights.sum() == pytest.approx(1) and weights[0] == pytest.approx(0.001 / 3, rel=0.01)
+    assert np.isfinite(doremi_update([0.5, 0.5], [0.0, 1e4])).all()

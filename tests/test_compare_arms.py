@@ -1,0 +1,87 @@
+"""The comparison of arms: what it computes from runs, and a whole one in miniature."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compare_arms import ABLATIONS, ARMS, CLAIMS, MEASURES, chosen_arms, mean_and_error, paired, table, verdicts
+
+ROOT = Path(__file__).parent.parent
+
+
+def made_up(**arms) -> dict:
+    """Results in which all measures of a run are one value."""
+    return {arm: {str(seed): dict.fromkeys(MEASURES, value) for seed, value in enumerate(values)}
+            for arm, values in arms.items()}
+
+
+def test_mean_and_standard_error():
+    mean, error = mean_and_error([1.0, 2.0, 3.0, 6.0])
+    assert mean == 3 and error == pytest.approx(math.sqrt(14 / 3) / 2)
+    assert math.isnan(mean_and_error([1.0])[1])
+
+
+def test_seeds_are_paired():
+    results = made_up(ddk=[1.0, 2.0, 3.0], kd=[1.5, 2.5])
+    assert paired(results, "ddk", "kd", "worst_ratio") == [-0.5, -0.5]
+    assert paired(results, "kd", "ddk", "worst_ratio", relative=True) == [1.5, 1.25]
+    assert paired(results, "ddk", "ted", "worst_ratio") == []
+
+
+@pytest.mark.parametrize("kd, seen", [([1.5, 2.51, 3.49], "holds"), ([0.9, 1.91, 2.89], "does not hold at this scale"),
+                                      ([1.5, 1.9, 3.1], "cannot be told"), ([1.5, 2.5, 3.5], "holds")])
+def test_a_claim_is_decided_by_two_standard_errors_of_the_paired_differences(kd, seen):
+    lines = verdicts(made_up(ddk=[1.0, 2.0, 3.0], kd=kd))
+    assert len(lines) == 4 and all(line.endswith(f"| {seen} |") for line in lines[2:])  # by worst and by mean ratio
+
+
+def test_a_claim_on_one_seed_is_not_told():
+    assert len(verdicts(made_up(ddk=[1.0], kd=[2.0]))) == 2
+
+
+def test_the_table_has_a_line_for_each_arm_that_ran():
+    lines = table(made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0]), ARMS, ["worst_ratio", "step_s"])
+    assert lines[2:] == ["| `ddk` | 2 | 1.500 ± 0.500 | 0.500 ± 0.000 |",
+                         "| `kd` | 2 | 3.000 ± 1.000 | 1.000 ± 0.000 |"]
+
+
+def test_arms_and_ablations_by_name():
+    assert chosen_arms("arms") == list(ARMS) and chosen_arms("all") == [*ARMS, *ABLATIONS]
+    assert chosen_arms("kd,gamma=0.5") == ["kd", "gamma=0.5"]
+    assert all(name in ARMS | ABLATIONS for _, *names, _ in CLAIMS for name in names)
+
+
+def test_a_whole_comparison_goes_on_where_it_was_and_its_runs_replay(tmp_path):
+    def compare(*words):
+        keys = f"max_steps=2,interval=1,val_samples=2,batch_size=4,block_size=32,data_dir={tmp_path / 'bins'}"
+        command = [sys.executable, ROOT / "tests" / "compare_arms.py", "--steps=2", f"--out_dir={tmp_path / 'out'}",
+                   f"--keys={keys}", *words]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    assert "2/2  kd, seed 0" in compare("--arms=ddk,kd", "--seeds=1")
+    printed = compare("--arms=ddk,kd", "--seeds=2")
+    assert "2/2  kd, seed 1" in printed and "seed 0" not in printed and "Collecting" not in printed
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert {arm: list(runs) for arm, runs in results.items()} == {"ddk": ["0", "1"], "kd": ["0", "1"]}
+    first = [results["ddk"][seed]["first_worst_ratio"] for seed in ("0", "1")]
+    assert first[0] != first[1] and results["kd"]["0"]["first_worst_ratio"] == first[0]  # a base for each seed
+    for name in ("quickstart.md", "quickstart_arms.png", "quickstart_domains.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 500
+    text = (tmp_path / "out" / "quickstart.md").read_text()
+    assert "| `ddk` | 2 |" in text and "DDK above KD" in text
+    metrics = tmp_path / "out" / "ddk-1" / "metrics.jsonl"
+    replay = subprocess.run([sys.executable, ROOT / "sample_mixture.py", f"--metrics={metrics}"], capture_output=True,
+                            text=True)
+    assert "largest difference to the r of the run: 0.0e+00" in replay.stdout
+
+
+def test_mistakes_are_named_at_once():
+    command = [sys.executable, ROOT / "tests" / "compare_arms.py", "--arms=best", "--keys=lr=x"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "--arms=best: best is none of ddk" in result.stderr
+    assert "--keys=lr=x: write key=value" in result.stderr and "Traceback" not in result.stderr
