@@ -993,13 +993,13 @@ def train_filters(student: GPT, teacher: GPT, micro_batches: Iterator[list[torch
 
 
 def filter_distance(filters: nn.ModuleDict, layers_S, layers_T) -> torch.Tensor:
-    """TED's second stage: squared distance of the filtered layers (…, d) as a share of the teacher's mean square, so
-    that no model's scale matters; mean over layers and widths, sum over tokens."""
+    """TED's second stage: squared distance of the filtered layers (…, d) as a share of the teacher's square, so that no
+    model's scale matters; the mean over layers, the sum over tokens."""
     distances = []
     for filter_S, filter_T, layer_S, layer_T in zip(filters["student"], filters["teacher"], layers_S, layers_T):
         wanted = filter_T(layer_T).float()
-        distance = (filter_S(layer_S).float() - wanted).square().mean(dim=-1)
-        distances.append((distance / wanted.square().mean()).sum())
+        distance = (filter_S(layer_S).float() - wanted).square().sum(dim=-1)
+        distances.append((distance / wanted.square().sum(dim=-1)).sum())
     return torch.stack(distances).mean()
 
 

@@ -157,7 +157,7 @@ def test_teds_loss_adds_the_distance_of_the_filtered_layers(config, data_dir, te
         layers = [model(windows[:, :-1], loss_fn=lambda hidden, head, layer: layer, keep=[len(model.layers) - 1])
                   for model in models]
         ours, wanted = (layer @ weight.T for layer, weight in zip(layers, seen["after"]))
-        distance = ((ours - wanted) ** 2).mean() / (wanted ** 2).mean()
+        distance = (((ours - wanted) ** 2).sum(dim=-1) / (wanted ** 2).sum(dim=-1)).mean()
     (line,) = read_lines(tmp_path / "run", "train")
     assert line["loss"] == pytest.approx(line["ce"] + 0.2 * line["kl"] + 0.5 * distance.item(), rel=1e-4)
     assert not [name for name in load_file(folder / "model.safetensors") if "filter" in name]
