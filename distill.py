@@ -70,9 +70,9 @@ class Config:
     student: str = option("", "folder of the student; scratch:LxD for L new layers, D wide; layers:N of the teacher's")
     domains: str = option("", "name,name,… of the bins' domains; all if empty")
     method: Literal[METHODS] = option(
-        "ddk", "ddk; without factor smoothing (Eq. 1 every time); with equal sampling. In the natural mixture: kd; "
-               "minillm: teacher-forced reverse KL; ted: layers are compared too; cpt: no teacher in the loss. "
-               "cpt_doremi: cpt in the mixture that a doremi_proxy, made first, ends with")
+        "ddk", "ddk; ddk_no_fs: without factor smoothing (Eq. 1 every time); ddk_es: equal sampling. In the natural "
+               "mixture: kd; minillm: teacher-forced reverse KL; ted: layers are compared too; cpt: no teacher in the "
+               "loss. cpt_doremi: cpt by the mean of the weights that a doremi_proxy, made first, goes through")
     # Eq. 3
     gamma: float = option(0.2, "γ, weight of the divergence from the teacher", least=0)
     temperature: float = option(1.0, "T, divides both models' logits in the divergence", least=1e-3)
@@ -83,7 +83,7 @@ class Config:
     stop_ratio: float = option(0.0, "end once no domain's perplexity ratio is above this; 0: never", least=0)
     mixture: str = option("", "base proportions instead of the natural ones: name=weight,… or a .json of them")
     filter_steps: int = option(0, "ted: steps that train the layers' filters first; 0: a tenth of max_steps", least=0)
-    filter_weight: float = option(1.0, "ted: weight of the distance between filtered layers", least=0)
+    filter_weight: float = option(0.1, "ted: weight of the distance between filtered layers", least=0)
     block_size: int = option(2048, "tokens a window", least=1)
     batch_size: int = option(256, "windows a step, over all ranks and micro-batches", least=1)
     micro_batch_size: int = option(0, "windows a forward pass; 0: a rank's whole share", least=0)
@@ -141,6 +141,8 @@ class Config:
              f"--device={self.device}: fewer GPUs than processes here; start fewer, or take --device=cpu"),
             (self.parallel == "fsdp" and self.optimizer == "muon", "--optimizer=muon: not with fsdp; take ddp"),
             (self.parallel == "fsdp" and self.method == "ted", "--method=ted: not with fsdp; take ddp"),
+            (self.method == "cpt_doremi" and self.student.startswith("layers:"),
+             f"--student={self.student}: cpt_doremi starts three runs from it; name the folder of such a model"),
             (self.mixture and self.method == "cpt_doremi", f"--mixture={self.mixture}: cpt_doremi finds its own"),
             (os.path.isfile(self.out_dir), f"--out_dir={self.out_dir}: is a file; name a folder"),
             (self.resume == "never" and any(Path(self.out_dir).resolve() in Path(name or ".").resolve().parents
@@ -258,7 +260,9 @@ def eq3_rows(z_S, z_T, targets, counted, gamma, T, direction, vocab_size, wants_
         reverse:  KL = Σ q (log q − log p)    ∂KL/∂z_S = q ⊙ (log q − log p − KL) / T
     targets and counted are (n, 1); counted is a token's weight, mostly 1, or 0 where the target is ignored."""
     z, e, total = exponentials(z_S)
-    ce, kl = total.log() + z_S.amax(dim=-1, keepdim=True) - z_S.gather(-1, targets), torch.zeros_like(total)
+    # Not from z: a gather from what is made here would keep torch.compile from fusing the passes.
+    z_target = z_S.gather(-1, targets).to(z.dtype) - z_S.amax(dim=-1, keepdim=True)
+    ce, kl = total.log() - z_target, torch.zeros_like(total)
     if z_T is not None:
         q_is_s = T == 1 and vocab_size == z_S.shape[-1]
         z_q, e_q, total_q = (z, e, total) if q_is_s else exponentials(z_S[:, :vocab_size], T)
@@ -546,7 +550,12 @@ def recomputed(forward: Callable) -> Callable:
     return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
 
 
-def spread(model: GPT, config: Config, device: torch.device, shard: bool) -> GPT:
+def shards(config: Config) -> bool:
+    """Whether the student's tensors are spread over the GPUs, where `parallel` leaves it open."""
+    return config.optimizer == "adamw" and config.method != "ted"
+
+
+def spread(model: GPT, config: Config, device: torch.device, shard: bool):
     """Put load_model's result on every rank's `device`: whole, or a share of each tensor.
 
     FSDP2 gathers a block, or what lies outside the blocks, while it computes, as the dtype of the products; gradients
@@ -558,7 +567,8 @@ def spread(model: GPT, config: Config, device: torch.device, shard: bool) -> GPT
         for layer in model.layers:
             layer.compile()  # in place: names, saving and loading stay as they are
     if not dist.is_initialized():
-        return model.to(device)
+        model.to(device)
+        return
     whole = model.state_dict() if rank() == 0 else {}
     model.to("meta")
     if shard:
@@ -569,7 +579,6 @@ def spread(model: GPT, config: Config, device: torch.device, shard: bool) -> GPT
             fully_shard(part, mesh=mesh, mp_policy=policy)
     model.to_empty(device=device)
     set_model_state_dict(model, whole, options=whole_tensors())
-    return model
 
 
 def whole_tensors(cpu_offload: bool = False) -> StateDictOptions:
@@ -835,7 +844,7 @@ def dry_run(config: Config):
     UserError lists what is wrong."""
     bins, models, problems = preflight(config)
     width, world = 2 if resolve_dtype(config) == "bfloat16" else 4, int(os.environ.get("WORLD_SIZE", 1))
-    sharded = {"student": world > 1 and config.parallel != "ddp" and config.optimizer == "adamw"}
+    sharded = {"student": world > 1 and config.parallel != "ddp" and shards(config)}
     sharded["teacher"] = sharded["student"] and config.shard_teacher
     flops, memory = {"teacher": 0}, {}  # of a forward pass, a token; bytes
     for role, model in models.items():
@@ -860,14 +869,16 @@ def dry_run(config: Config):
         drawn, evaluations = config.max_steps * config.batch_size, -(-config.max_steps // config.interval) + 1
         tokens, measured = drawn * config.block_size, len(bins.names) * config.val_samples * config.block_size
         passes = 4 if config.checkpoint_activations else 3
-        training = tokens * (passes * flops["student"] + flops["teacher"] * (not config.method.startswith("cpt")))
+        training = tokens * (passes * flops["student"] + flops["teacher"] * (config.method not in WITHOUT_TEACHER))
         evaluation = measured * (evaluations * flops["student"] + flops["teacher"])
         hours = (training + evaluation) / (0.4 * 312e12 * 3600)
         print(f"memory: {', '.join(f'{part} {size / 2**30:.1f}' for part, size in memory.items())}, in all "
               f"{sum(memory.values()) / 2**30:.1f} GiB on each of {world} devices\n"
               f"tokens: {tokens:,} in {config.max_steps:,} steps; {measured:,} at each of {evaluations} evaluations\n"
               f"FLOPs: {training:.2e} to train, {evaluation:.2e} to evaluate: {hours:,.1f} hours of an A100 at 40 % of "
-              f"its bfloat16 peak, {hours / world:,.1f} of {world}")
+              f"its bfloat16 peak, {hours / world:,.1f} of {world}"
+              + ", besides the filters' first steps" * (config.method == "ted")
+              + ", besides the runs of DoReMi's reference and proxy" * (config.method == "cpt_doremi"))
         for name, n in bins.n_windows.items():
             print(f"{name}: {n * config.block_size:,} tokens; {drawn / sum(bins.n_windows.values()):.2f} epochs in "
                   f"natural proportions, {drawn / len(bins.names) / n:.2f} if all domains are drawn alike")
@@ -875,6 +886,7 @@ def dry_run(config: Config):
         raise UserError("\n".join(problems))
 
 
+WITHOUT_TEACHER = ("cpt", "cpt_doremi", "doremi_proxy")  # in the loss
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense, bfloat16
 
 
@@ -952,36 +964,37 @@ def layer_pairs(student: GPT, teacher: GPT, most: int = 4) -> tuple[list[int], l
     return tuple([round((i + 1) * depth / pairs) - 1 for i in range(pairs)] for depth in depths)
 
 
-def add_filters(student: GPT, teacher: GPT):
+def add_filters(student: GPT, teacher: GPT, pairs: tuple[list[int], list[int]]):
     """Give the student TED's linear filters, one for each compared layer of both models, to the teacher's width. They
     start as the identity, cut or filled with zeros. A checkpoint holds them, an exported model does not."""
     student.filters = nn.ModuleDict({role: nn.ModuleList(
         nn.Linear(model.config.hidden_size, teacher.config.hidden_size, bias=False, device=student.head_weight.device)
-        for _ in keep) for role, model, keep in zip(("student", "teacher"), (student, teacher),
-                                                    layer_pairs(student, teacher))})
+        for _ in keep) for role, model, keep in zip(("student", "teacher"), (student, teacher), pairs)})
     student.filters["teacher"].requires_grad_(False)
     for weight in student.filters.parameters():
         nn.init.eye_(weight)
 
 
-def train_filters(student: GPT, teacher: GPT, micro_batches: Iterator[list[torch.Tensor]], config: Config, autocast,
-                  stopped: Callable[[], int]):
+def train_filters(student: GPT, teacher: GPT, pairs, micro_batches: Iterator[list[torch.Tensor]], config: Config,
+                  autocast, stopped: Callable[[], int]):
     """TED's first stage: each filter of the two frozen models alone, to predict the next token from its layer.
 
     In this small form the teacher's final norm and head, also frozen, read the filtered layers of both, where TED
     trains a head for each. `micro_batches` gives a rank's windows of each step, in pieces. Exits if `stopped()`."""
-    keeps, filters = layer_pairs(student, teacher), [*student.filters["student"], *student.filters["teacher"]]
+    filters = [*student.filters["student"], *student.filters["teacher"]]
+    steps = min(config.max_steps, config.filter_steps or config.max_steps // 10)
+    print(f"TED's filters: {steps} steps, of which nothing is kept if they are stopped", flush=True)
     student.filters["teacher"].requires_grad_(True)
     optimizer = torch.optim.AdamW(student.filters.parameters(), lr=config.lr, weight_decay=0.0)
-    for _ in range(config.filter_steps or config.max_steps // 10):
+    for _ in range(steps):
         for rows in next(micro_batches):
             with torch.no_grad(), autocast:
-                layers = [layer for model, keep in zip((student, teacher), keeps)
+                layers = [layer for model, keep in zip((student, teacher), pairs)
                           for layer in model(rows[:, :-1], loss_fn=lambda hidden, head, *kept: kept, keep=keep)]
             with autocast:
-                loss = sum(distillation_loss(teacher.norm(filter(layer)), teacher.head_weight, None, None, rows[:, 1:],
-                                             num_tokens=config.batch_size * config.block_size)[0]
-                           for filter, layer in zip(filters, layers))
+                loss = sum(distillation_loss(teacher.norm(to_teacher(layer)), teacher.head_weight, None, None,
+                                             rows[:, 1:], num_tokens=config.batch_size * config.block_size)[0]
+                           for to_teacher, layer in zip(filters, layers))
             loss.backward()
         for weight in student.filters.parameters():
             weight.grad = over_ranks(weight.grad)
@@ -995,12 +1008,10 @@ def train_filters(student: GPT, teacher: GPT, micro_batches: Iterator[list[torch
 def filter_distance(filters: nn.ModuleDict, layers_S, layers_T) -> torch.Tensor:
     """TED's second stage: squared distance of the filtered layers (…, d) as a share of the teacher's square, so that no
     model's scale matters; the mean over layers, the sum over tokens."""
-    distances = []
-    for filter_S, filter_T, layer_S, layer_T in zip(filters["student"], filters["teacher"], layers_S, layers_T):
-        wanted = filter_T(layer_T).float()
-        distance = (filter_S(layer_S).float() - wanted).square().sum(dim=-1)
-        distances.append((distance / wanted.square().sum(dim=-1)).sum())
-    return torch.stack(distances).mean()
+    filtered_S, filtered_T = ([to_teacher(layer).float() for to_teacher, layer in zip(filters[role], layers)]
+                              for role, layers in (("student", layers_S), ("teacher", layers_T)))
+    return sum(((ours - wanted).square().sum(dim=-1) / wanted.square().sum(dim=-1)).sum()
+               for ours, wanted in zip(filtered_S, filtered_T)) / len(layers_S)
 
 
 @torch.no_grad()
@@ -1019,26 +1030,37 @@ def doremi_step(before: dict | None, proxy: GPT, reference: GPT, micro_batches, 
             of_proxy, of_reference = (model(rows[:, :-1], loss_fn=token_losses) for model in (proxy, reference))
         excess = (of_proxy - of_reference).clamp(min=0).sum(dim=1)
         sums.index_add_(1, ids, torch.stack((excess, torch.full_like(excess, rows[:, 1:].shape[1]))))
-    total, tokens = over_ranks(sums).double().cpu().numpy()
+    total, tokens = over_ranks(sums).cpu().double().numpy()
     excess = np.where(tokens > 0, total / np.maximum(tokens, 1), before["excess"])
     weights = doremi_update(before["weights"], excess)
     return {"weights": weights.tolist(), "excess": excess.tolist(), "total": (weights + before["total"]).tolist()}
 
 
 def doremi(config: Config) -> Config:
-    """`config` with the mixture that DoReMi finds, by two runs beside the main one; a finished one is not made again.
+    """`config`; if its method is cpt_doremi, with the mixture that DoReMi finds, by two runs beside the main one.
 
     The reference is the student trained as it is, in the natural mixture. The proxy is the student again, trained with
-    the loss weighted by α; the mixture is α's mean over its steps."""
-    reference = replace(config, method="cpt", teacher="", stop_ratio=0.0, out_dir=f"{config.out_dir}-reference")
+    the loss weighted by α; the mixture is α's mean over its steps. A run that is finished is not made again."""
+    if config.method != "cpt_doremi" or not config.max_steps:
+        return config
+    *_, problems = on_rank_0(lambda: preflight(config))  # before two runs
+    if problems:
+        refuse("\n".join(problems))
+    beside = str(Path(config.out_dir))
+    reference = replace(config, method="cpt", teacher="", stop_ratio=0.0, out_dir=f"{beside}-reference")
     print(f"\nDoReMi's reference, kept in {reference.out_dir}", flush=True)
-    proxy = replace(reference, method="doremi_proxy", teacher=str(train(reference)), out_dir=f"{config.out_dir}-proxy")
+    proxy = replace(reference, method="doremi_proxy", teacher=str(train(reference)), out_dir=f"{beside}-proxy")
     print(f"\nDoReMi's proxy, kept in {proxy.out_dir}", flush=True)
-    state = read_state(train(proxy))
-    names, total = state.domains, np.array(state.doremi["total"])
-    mixture = ",".join(f"{name}={share!r}" for name, share in zip(names, (total / total.sum()).tolist()))
+    folder = train(proxy)
+    mixture = on_rank_0(lambda: doremi_mixture(read_state(folder)))
     print(f"\nDoReMi's mixture: {mixture}", flush=True)
     return replace(config, mixture=mixture)
+
+
+def doremi_mixture(state: TrainState) -> str:
+    """The mean of α over a proxy's steps, as name=weight,…"""
+    total = np.array(state.doremi["total"])
+    return ",".join(f"{name}={share!r}" for name, share in zip(state.domains, (total / total.sum()).tolist()))
 
 
 # ------------ Alg. 1 --------------------------------------------------------------------------------------------------
@@ -1087,7 +1109,7 @@ def train(config: Config) -> Path:
     out_dir, device = Path(config.out_dir), resolve_device(config.device)
     config = replace(config, dtype=resolve_dtype(config), mixture=mixture_text(config.mixture))
     parallel = "none" if not dist.is_initialized() else config.parallel if config.parallel != "auto" else (
-        "fsdp" if device.type == "cuda" and config.optimizer == "adamw" and config.method != "ted" else "ddp")
+        "fsdp" if device.type == "cuda" and shards(config) else "ddp")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16" and parallel != "fsdp")
 
     with ExitStack() as stack:
@@ -1100,8 +1122,9 @@ def train(config: Config) -> Path:
             teacher = load_model(config.teacher, config, models["teacher"], getattr(torch, config.dtype))
             spread(teacher.requires_grad_(False), config, device, parallel == "fsdp" and config.shard_teacher)
         student = load_model(str(resumed or config.student), config, models["student"], torch.float32)
+        keep_S, keep_T = layers = layer_pairs(student, teacher) if config.method == "ted" else ((), ())
         if config.method == "ted":
-            add_filters(student, teacher)
+            add_filters(student, teacher, layers)
         saved = read_optimizer(resumed, student) if resumed and rank() == 0 else {}
         if saved.get("weights"):
             student.load_state_dict(saved["weights"])
@@ -1123,11 +1146,11 @@ def train(config: Config) -> Path:
         mine = slice(rank() * share, (rank() + 1) * share)
         micro_batch_size = config.micro_batch_size or share
         tokens_per_step = config.batch_size * config.block_size
-        teaches = teacher is not None and config.method not in ("cpt", "cpt_doremi", "doremi_proxy")
+        teaches = teacher is not None and config.method not in WITHOUT_TEACHER
         flops = 3 * forward_flops(student, config.block_size) + (
             forward_flops(teacher, config.block_size) if teaches else 0)
 
-        def draw(sampler: MixtureSampler = sampler) -> tuple[dict, np.ndarray, torch.Tensor]:
+        def draw() -> tuple[dict, np.ndarray, torch.Tensor]:
             """The sampler's state, then from the next global batch: each window's domain, and this rank's windows."""
             before = sampler.state_dict()
             domain_ids, window_ids = sampler.next_batch()
@@ -1160,16 +1183,15 @@ def train(config: Config) -> Path:
             teacher_ppl = teacher_perplexities(identity, cache, lambda: measure(teacher))
             if number := stopped():
                 sys.exit(128 + number)  # nothing is done yet that could be saved
-        keep_S, keep_T = layer_pairs(student, teacher) if config.method == "ted" else ((), ())
         if config.method == "ted" and not resumed:
-            first = MixtureSampler(bins.n_windows, config.batch_size, config.seed)  # the run's own stays as it is
-            first.probs = base_probs
-            train_filters(student, teacher, (draw(first)[2].to(device).split(micro_batch_size) for _ in iter(int, 1)),
-                          config, autocast, stopped)
+            start = sampler.state_dict()  # the run itself begins with the same batches
+            train_filters(student, teacher, layers, (draw()[2].to(device).split(micro_batch_size)
+                                                     for _ in itertools.count()), config, autocast, stopped)
+            sampler.load_state_dict(start)
         trained = DistributedDataParallel(student) if parallel == "ddp" else student
         if not resumed:
             log("run", config=asdict(config), versions=environment(), base=dict(zip(names, base_probs.tolist())),
-                parameters={role: sum(p.numel() for p in model.parameters())
+                parameters={role: sum(p.numel() for name, p in model.named_parameters() if "filters." not in name)
                             for role, model in (("teacher", teacher), ("student", student)) if model is not None})
         started, first_step, ahead, asked = time.perf_counter(), state.step, None, True
         step_started = started
@@ -1399,13 +1421,15 @@ def main():
             config = quickstart(config)
         if config.dry_run:
             return on_rank_0(lambda: dry_run(config))
-        folder = train(doremi(config) if config.method == "cpt_doremi" else config)
+        folder = train(doremi(config))
         on_rank_0(lambda: tell(config, folder))
 
 
 def tell(config: Config, folder: Path):
     """Print what a run gave, where it lies and what to try next."""
     report(config, folder)
+    if config.method == "doremi_proxy" and config.max_steps:
+        print(f"DoReMi's mixture, for --mixture: {doremi_mixture(read_state(folder))}")
     if config.preset == "quickstart":
         show_continuations(config, folder)
         given = [word for word in sys.argv[1:] if not word.startswith(("--method", "--out_dir"))]

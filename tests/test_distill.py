@@ -19,7 +19,7 @@ import distill
 from data import TokenBins, UserError, build_bins, bytes_settings, load_tokenizer
 from distill import (checkpoints, dense_distillation_loss, make_optimizers, read_state, resolve_config, train)
 from model import GPT, GPTConfig
-from sample_mixture import MixtureSampler
+from sample_mixture import METHODS, MixtureSampler
 
 NAMES = ["letters", "digits", "signs"]
 
@@ -168,7 +168,8 @@ def test_teds_first_stage_teaches_the_filters_to_predict(config, data_dir, teach
     torch.manual_seed(3)
     models = [GPT(GPTConfig.scratch(1, 32, 257, 16)), GPT.from_pretrained(teacher)]
     models[1].requires_grad_(False)
-    distill.add_filters(*models)
+    pairs = distill.layer_pairs(*models)
+    distill.add_filters(*models, pairs)
     before = [p.clone() for model in models for name, p in model.named_parameters() if "filters" not in name]
     bins = TokenBins(data_dir, 16)
     rows = torch.from_numpy(bins.train_windows(*MixtureSampler(bins.n_windows, 8, 0).next_batch()))
@@ -180,8 +181,8 @@ def test_teds_first_stage_teaches_the_filters_to_predict(config, data_dir, teach
                 logits = models[1].norm(models[0].filters[role][0](layer)) @ models[1].head_weight.T
                 yield dense_distillation_loss(logits, None, rows[:, 1:])[0].item()
     first = list(losses())
-    distill.train_filters(*models, iter(lambda: [rows], None), config(filter_steps=30, lr=1e-2), nullcontext(),
-                          lambda: 0)
+    distill.train_filters(*models, pairs, iter(lambda: [rows], None),
+                          config(filter_steps=30, max_steps=30, lr=1e-2), nullcontext(), lambda: 0)
     assert all(after < 0.9 * loss for after, loss in zip(losses(), first))
     after = [p for model in models for name, p in model.named_parameters() if "filters" not in name]
     assert all(p.equal(q) for p, q in zip(before, after, strict=True))
@@ -228,7 +229,7 @@ def test_a_doremi_proxy_weighs_the_loss_by_its_excess(config, data_dir, teacher,
 def test_cpt_doremi_makes_a_reference_and_a_proxy_once_and_draws_by_the_mean_of_its_weights(
         run_main, data_dir, teacher, tmp_path):
     arguments = [f"--data_dir={data_dir}", f"--teacher={teacher}", "--student=scratch:1x32", "--block_size=16",
-                 "--batch_size=8", "--val_samples=5", "--interval=2", "--max_steps=4", f"--out_dir={tmp_path / 'run'}",
+                 "--batch_size=8", "--val_samples=5", "--interval=2", "--max_steps=4", f"--out_dir={tmp_path}/run/",
                  "--method=cpt_doremi"]
     assert run_main(distill, *arguments)[::2] == (0, "")
     runs = {name: tmp_path / f"run{name}" for name in ("", "-reference", "-proxy")}
@@ -244,6 +245,16 @@ def test_cpt_doremi_makes_a_reference_and_a_proxy_once_and_draws_by_the_mean_of_
     status, out, err = run_main(distill, *arguments)
     assert (status, err) == (0, "") and out.count("this run is finished") == 3
     assert made == {path: path.stat().st_mtime_ns for path in made}
+
+
+def test_cpt_doremi_refuses_before_its_two_runs_what_its_third_would(run_main, data_dir, teacher, tmp_path):
+    GPT(GPTConfig.scratch(1, 32, 100, 16)).save_pretrained(tmp_path / "small")
+    common = [f"--data_dir={data_dir}", "--block_size=16", "--batch_size=8", "--val_samples=5", "--max_steps=2",
+              "--method=cpt_doremi", f"--out_dir={tmp_path / 'run'}"]
+    for words, message in (([f"--teacher={tmp_path / 'small'}", "--student=scratch:1x32"], "has 100 ids"),
+                           ([f"--teacher={teacher}", "--student=layers:1"], "--student=layers:1: cpt_doremi starts")):
+        status, out, err = run_main(distill, *common, *words)
+        assert status == 2 and message in err and not list(tmp_path.glob("run*"))
 
 
 def test_a_mixture_from_a_file_is_known_by_its_content(config, data_dir, tmp_path):
@@ -302,6 +313,15 @@ def test_the_last_step_is_evaluated_and_saved_whatever_k(config, tmp_path):
     assert [line["step"] for line in read_lines(tmp_path / "run", "mixture")] == [0, 2]
     (end,) = read_lines(tmp_path / "run", "end")
     assert end["step"] == 3 and set(end["domains"]) == set(NAMES)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_max_steps_0_makes_no_step_by_any_method(run_main, data_dir, teacher, tmp_path, method):
+    status, out, err = run_main(
+        distill, f"--data_dir={data_dir}", f"--teacher={teacher}", "--student=scratch:1x32", "--block_size=16",
+        "--batch_size=8", "--val_samples=5", "--max_steps=0", f"--method={method}", f"--out_dir={tmp_path / 'run'}")
+    assert (status, err) == (0, "") and [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert not read_lines(tmp_path / "run", "train") and len(read_lines(tmp_path / "run", "mixture")) == 1
 
 
 def test_max_steps_0_only_evaluates(config, tmp_path):

@@ -146,15 +146,14 @@ def do_job(rank: int, job: dict) -> dict:
     spread, train_windows, rotate = distill.spread, TokenBins.train_windows, model.rotate
 
     def spread_seen(gpt, config, device, shard):
-        result = spread(gpt, config, device, shard)
-        parameters = list(result.parameters())
+        spread(gpt, config, device, shard)
+        parameters = list(gpt.parameters())
         role = "student" if parameters[0].requires_grad else "teacher"
         seen["models"][role] = {
-            "fsdp": all(isinstance(part, FSDPModule) for part in [*result.layers, result]),
+            "fsdp": all(isinstance(part, FSDPModule) for part in [*gpt.layers, gpt]),
             "sharded": all(isinstance(p, DTensor) for p in parameters), "dtype": str(parameters[0].dtype),
             "elements": sum(p.numel() for p in parameters),
             "here": sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in parameters)}
-        return result
 
     def windows_seen(bins, domain_ids, window_ids):
         seen["windows"].append([domain_ids.tolist(), window_ids.tolist()])
@@ -298,6 +297,7 @@ def runs(processes, given, teacher, tmp_path_factory):
         torch.manual_seed(2)
         sizes = distill.replace(GPTConfig.scratch(2, 32, 257, 64), tie_word_embeddings=False)
         GPT(sizes).save_pretrained(untied)
+
     def own_bins(name: str) -> str:
         """Bins beside which no teacher was measured yet."""
         ignore = shutil.ignore_patterns("teacher_ppl.json")
@@ -414,6 +414,14 @@ def test_rotary_tables_stay_float32_under_fsdp_in_bfloat16(runs):
     fsdp, alone = ([line["loss"] for line in read_lines(runs[name][0], "train")]
                    for name in ("fsdp2, bfloat16", "one, untied"))
     assert fsdp != alone and fsdp == pytest.approx(alone, rel=0.02)  # it was bfloat16, and close to float32
+
+
+def test_doremis_three_runs_in_two_processes(processes, given, tmp_path):
+    keys = {**given, "method": "cpt_doremi", "max_steps": 4, "interval": 2, "out_dir": str(tmp_path / "run")}
+    statuses, out, err = launch(processes, tmp_path, keys, world=2)
+    assert statuses == [0, 0] and err == "" and "DoReMi's mixture: letters=" in out
+    assert [checkpoints(tmp_path / f"run{name}")[-1].name for name in ("", "-reference", "-proxy")] == [
+        "step_00000004"] * 3
 
 
 # ----------------------------------------------- Resuming ----------------------------------------------------------

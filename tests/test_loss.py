@@ -583,20 +583,26 @@ def test_perplexity_leaves_random_state_gradients_and_weights():
     assert torch.is_grad_enabled()
 
 
-def test_token_weights_multiply_each_tokens_terms():
+@pytest.mark.parametrize("keys", [{}, dict(direction="reverse", temperature=2.0, vocab_size=9), dict(temperature=0.5)])
+def test_token_weights_multiply_each_tokens_terms(keys):
     torch.manual_seed(0)
     hidden, head = torch.randn(2, 3, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
     teacher_hidden, teacher_head = torch.randn(2, 3, 5), torch.randn(11, 5)
     targets = torch.tensor([[1, 2, -100], [4, 10, 0]])
     weights = torch.tensor([[0.5, 2.0, 7.0], [0.0, 1.0, 3.0]])
     ours = distillation_loss(hidden, head, teacher_hidden, teacher_head, targets, gamma=0.7, num_tokens=6.5,
-                             token_weights=weights, chunk_size=4)
-    kept = torch.autograd.grad(ours[0], (hidden, head))
-    each = [dense_distillation_loss(hidden[i, j:j + 1] @ head.T, teacher_hidden[i, j:j + 1] @ teacher_head.T,
-                                    targets[i, j:j + 1], gamma=0.7) if targets[i, j] >= 0 else None for i in range(2) for j in range(3)]
-    for part in range(3):
-        wanted = sum(w * losses[part] for w, losses in zip(weights.flatten(), each) if losses is not None) / 6.5
-        assert ours[part].item() == pytest.approx(wanted.item(), rel=1e-5)
-        if part == 0:
-            for got, exact in zip(kept, torch.autograd.grad(wanted, (hidden, head))):
-                torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-6)
+                             token_weights=weights, chunk_size=4, **keys)
+    each = [[weights[i, j] * part for part in dense_distillation_loss(  # of one token
+        hidden[i, j:j + 1] @ head.T, teacher_hidden[i, j:j + 1] @ teacher_head.T, targets[i, j:j + 1],
+        gamma=0.7, **keys)]
+        for i in range(2) for j in range(3) if targets[i, j] >= 0]
+    wanted = [sum(parts) / 6.5 for parts in zip(*each)]
+    torch.testing.assert_close(list(ours), wanted)
+    for got, exact in zip(*(torch.autograd.grad(losses[0], (hidden, head)) for losses in (ours, wanted))):
+        torch.testing.assert_close(got, exact)
+
+
+def test_a_sure_tokens_cross_entropy_keeps_its_digits_at_large_logits():
+    hidden, head = torch.tensor([[1.0]]), torch.tensor([[1000.0], [991.0]])
+    _, ce, _ = distillation_loss(hidden, head, None, None, torch.tensor([0]))
+    assert ce.item() == pytest.approx(math.log1p(math.exp(-9)), rel=1e-3)
