@@ -66,11 +66,12 @@ OWN_KEYS = ("method", "seed", "teacher", "student", "out_dir")  # of distill.py,
 
 @dataclass
 class Setting:
-    """Data, sizes and steps that all arms share. Mixtures are weights of QUICKSTART_BYTES' domains, in their order."""
+    """Data, sizes and steps that all arms share."""
     vocab_size: int  # of a BPE trained on the text; 0: bytes
-    n_bytes: dict
+    n_bytes: dict  # of each domain, at most
     teacher: str
     teacher_steps: int
+    teacher_mixture: str
     student: str
     student_steps: int
     student_mixture: str
@@ -79,9 +80,11 @@ class Setting:
 
 LOPSIDED = "python=.495,cpp=.495,math=.005,prose=.005"
 SETTINGS = {
-    "quickstart": Setting(0, distill.QUICKSTART_BYTES, "scratch:4x128", 600, "scratch:2x96", 300, LOPSIDED, {}),
-    "larger": Setting(4096, {"python": 14_000_000, "cpp": 10_000_000, "math": 2_500_000, "prose": 1_500_000},
-                      "scratch:6x256", 2600, "scratch:3x128", 600, LOPSIDED,
+    "quickstart": Setting(0, distill.QUICKSTART_BYTES, "scratch:4x128", 600, "python=1,cpp=1,math=1,prose=1",
+                          "scratch:2x96", 300, LOPSIDED, {}),
+    # The teacher sees the small domains more often than their size, but not so often that it learns them by heart.
+    "larger": Setting(4096, {"python": 14_000_000, "cpp": 10_000_000, "math": 1_500_000, "prose": 800_000},
+                      "scratch:6x256", 2600, "python=3,cpp=3,math=2,prose=1", "scratch:3x128", 600, LOPSIDED,
                       dict(max_steps=800, interval=40, val_samples=48, save_every=200)),
 }
 
@@ -110,7 +113,7 @@ class Config:
 
 def chosen_arms(text: str) -> list[str]:
     groups = {"arms": ARMS, "ablations": ABLATIONS, "all": ARMS | ABLATIONS}
-    return [name for word in text.split(",") for name in groups.get(word, [word])]
+    return list(dict.fromkeys(name for word in text.split(",") for name in groups.get(word, [word])))
 
 
 def own_keys(text: str) -> dict:
@@ -155,11 +158,10 @@ def make_bins(setting: Setting, data_dir: Path):
 
 def pretraining(setting: Setting, common: dict, role: str, seed: int, steps: int) -> distill.Config:
     """A model of its own for `role`, trained as the quickstart trains its two."""
-    mixture = setting.student_mixture if role == "student" else ",".join(f"{name}=1" for name in setting.n_bytes)
     return distill.resolve_config(**{
         **distill.PRESETS["quickstart"], **common, "preset": "custom", "method": "cpt", "optimizer": "muon",
-        "student": getattr(setting, role), "max_steps": steps or getattr(setting, f"{role}_steps"), "mixture": mixture,
-        "interval": 10**9, "lr": 1e-2, "min_lr": 1e-3, "keep": 1, "seed": seed})
+        "student": getattr(setting, role), "max_steps": steps or getattr(setting, f"{role}_steps"),
+        "mixture": getattr(setting, f"{role}_mixture"), "interval": 10**9, "lr": 1e-2, "min_lr": 1e-3, "keep": 1, "seed": seed})
 
 
 def run(config: distill.Config) -> Path:
