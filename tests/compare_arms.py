@@ -17,6 +17,7 @@ import json
 import math
 import statistics
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
@@ -161,7 +162,8 @@ def pretraining(setting: Setting, common: dict, role: str, seed: int, steps: int
     return distill.resolve_config(**{
         **distill.PRESETS["quickstart"], **common, "preset": "custom", "method": "cpt", "optimizer": "muon",
         "student": getattr(setting, role), "max_steps": steps or getattr(setting, f"{role}_steps"),
-        "mixture": getattr(setting, f"{role}_mixture"), "interval": 10**9, "lr": 1e-2, "min_lr": 1e-3, "keep": 1, "seed": seed})
+        "mixture": getattr(setting, f"{role}_mixture"), "interval": 10**9, "lr": 1e-2, "min_lr": 1e-3,
+        "keep": 1, "seed": seed})
 
 
 def run(config: distill.Config) -> Path:
@@ -180,13 +182,16 @@ def summary(out_dir: Path) -> dict:
     mixtures = [line for line in metrics if line["kind"] == "mixture"]
     steps = [line["tokens"] / line["step"] / line["tokens_per_s"] for line in metrics if line["kind"] == "train"]
     ratios = [domain["ratio"] for domain in end.values()]
+
+    def over_steps(of: Callable[[dict, str], float]) -> dict[str, list[float]]:
+        return {name: [round(of(line, name), 5) for line in mixtures] for name in end}
     return {
         "mean_ppl": statistics.mean(domain["student_ppl"] for domain in end.values()),
         "mean_ratio": statistics.mean(ratios), "worst_ratio": max(ratios), "step_s": statistics.median(steps),
         "first_worst_ratio": max(domain["ratio"] for domain in mixtures[0]["domains"].values()),
         "steps": [line["step"] for line in mixtures],
-        "r": {name: [line["r"][name] for line in mixtures] for name in end},
-        "ratio": {name: [line["domains"][name]["ratio"] for line in mixtures] for name in end},
+        "r": over_steps(lambda line, name: line["r"][name]),
+        "ratio": over_steps(lambda line, name: line["domains"][name]["ratio"]),
     }
 
 
