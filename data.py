@@ -84,13 +84,15 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
     parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds, given, problems = typing.get_type_hints(cls), {}, []
-    options = [entry for entry in fields(cls) if entry.metadata]
+    options, bare = [entry for entry in fields(cls) if entry.metadata], (make or cls)()
     for entry in options:
+        default, alone = repr(entry.default), repr(getattr(bare, entry.name))
+        default += f"; with no arguments {alone}" * (alone != default)
         kind = kinds[entry.name]
         words = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ["VALUE"]
         parser.add_argument(f"--{entry.name}", nargs="?", const="true" if kind is bool else None,
                             default=argparse.SUPPRESS, metavar="|".join(filter(None, words)),
-                            help=f"{entry.metadata['help']} (default: {entry.default!r})".replace("%", "%%"))
+                            help=f"{entry.metadata['help']} (default: {default})".replace("%", "%%"))
     if "sources" in kinds:
         parser.add_argument("sources", nargs="*", metavar="NAME=GLOB")
     known, unknown = parser.parse_known_intermixed_args(argv)

@@ -1060,3 +1060,10 @@ def test_a_bad_teacher_is_warned_of_before_the_first_step_and_in_the_report(
 def test_of_a_key_given_twice_the_last_wins():
     config = distill.parse_config(distill.Config, ["--seed=1", "--seed=2"], make=resolve_config)
     assert config.seed == 2 and config.out_dir == "out/quickstart-ddk-2"
+
+
+def test_help_shows_the_papers_values_and_the_quickstarts(run_main):
+    shown = " ".join(run_main(distill, "--help")[1].split())
+    for key, paper, quickstart in (("interval", 1000, 25), ("max_steps", 30000, 400), ("val_samples", 500, 64)):
+        assert re.search(rf"--{key} \[VALUE\] [^(]*\(default: {paper}; with no arguments {quickstart}\)", shown)
+    assert "(default: 0.2)" in shown
