@@ -216,7 +216,8 @@ def table(results: dict, names, measures) -> list[str]:
         for measure in measures:
             values = (paired(results, name, "kd", measure, relative=True) if measure == "step_s"
                       else [run[measure] for run in runs.values()])
-            cells.append("{:.3f} ± {:.3f}".format(*mean_and_error(values)) if values else "")
+            mean, error = mean_and_error(values) if values else (math.nan, math.nan)
+            cells.append(" ± ".join(f"{value:.3f}" for value in (mean, error) if not math.isnan(value)))
         lines.append(f"| `{name}` | {len(runs)} | " + " | ".join(cells) + " |")
     return lines
 

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import pytest
 import torch
+from compare_arms import ARMS, MEASURES, table, verdicts
 from conftest import read_lines
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,6 +42,20 @@ def test_each_link_to_a_line_leads_to_what_it_names():
 
 def test_nothing_is_left_to_be_filled_in():
     assert not re.search(r"@@[A-Z]+@@", README)
+
+
+def test_the_readmes_tables_are_those_of_the_assets():
+    paths = list((ROOT / "assets").glob("*.md"))
+    lines = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert len(lines) > 20 and [line for line in lines if line not in README] == []
+    assert all(f"(assets/{path.stem}_{figure}.png)" in README for path in paths for figure in ("arms", "domains"))
+
+
+def test_the_tables_follow_from_the_results_beside_them():
+    for path in (ROOT / "assets").glob("*.json"):
+        results = json.loads(path.read_text(encoding="utf-8"))
+        lines = [*table(results, ARMS, MEASURES), *verdicts(results)]
+        assert [line for line in lines if line not in path.with_suffix(".md").read_text(encoding="utf-8")] == []
 
 
 def test_each_link_to_a_file_or_heading_leads_somewhere():
