@@ -1367,6 +1367,9 @@ def show_continuations(config: Config, folder: Path):
 # ------------ Quickstart ----------------------------------------------------------------------------------------------
 
 QUICKSTART_MODELS = {"teacher": "scratch:4x128", "student": "scratch:2x96"}
+QUICKSTART_MIXTURES = {"teacher": "python=1,cpp=1,math=1,prose=1",
+                       "student": "python=.495,cpp=.495,math=.005,prose=.005"}
+PRETRAINING = dict(preset="custom", method="cpt", optimizer="muon", interval=10**9, lr=1e-2, min_lr=1e-3, keep=1)
 # As unequal as the domains of a real corpus: the natural mixture is nine tenths code.
 QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 5_000_000, "math": 800_000, "prose": 600_000}
 
@@ -1392,14 +1395,10 @@ def quickstart(config: Config) -> Config:
     *_, problems = on_rank_0(lambda: preflight(replace(config, **sizes)))  # before minutes of training
     if problems:
         refuse("\n".join(problems))
-    for role, steps, mixture in (
-        ("teacher", config.pretrain_steps, "python=1,cpp=1,math=1,prose=1"),
-        ("student", (config.pretrain_steps + 1) // 2, "python=.495,cpp=.495,math=.005,prose=.005"),
-    ):
+    for role, steps in (("teacher", config.pretrain_steps), ("student", (config.pretrain_steps + 1) // 2)):
         if not getattr(config, role):
-            base = resolve_config(**{**PRESETS["quickstart"], "preset": "custom", "method": "cpt", "optimizer": "muon",
-                                     "student": sizes[role], "max_steps": steps, "mixture": mixture, "interval": 10**9,
-                                     "lr": 1e-2, "min_lr": 1e-3, "keep": 1, "log_every": 50, "dtype": "float32",
+            base = resolve_config(**{**PRESETS["quickstart"], **PRETRAINING, "student": sizes[role], "max_steps": steps,
+                                     "mixture": QUICKSTART_MIXTURES[role], "log_every": 50, "dtype": "float32",
                                      "device": config.device, "compile": config.compile, "timeout": config.timeout,
                                      "data_dir": str(data_dir), "out_dir": str(data_dir / role)})
             if problems := base.problems():

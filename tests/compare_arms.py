@@ -79,14 +79,14 @@ class Setting:
     keys: dict
 
 
-LOPSIDED = "python=.495,cpp=.495,math=.005,prose=.005"
+SIZES, MIXTURES = distill.QUICKSTART_MODELS, distill.QUICKSTART_MIXTURES
 SETTINGS = {
-    "quickstart": Setting(0, distill.QUICKSTART_BYTES, "scratch:4x128", 600, "python=1,cpp=1,math=1,prose=1",
-                          "scratch:2x96", 300, LOPSIDED, {}),
+    "quickstart": Setting(0, distill.QUICKSTART_BYTES, SIZES["teacher"], 600, MIXTURES["teacher"],
+                          SIZES["student"], 300, MIXTURES["student"], {}),
     # The teacher sees the small domains more often than their size, but not so often that it learns them by heart.
     "larger": Setting(4096, {"python": 14_000_000, "cpp": 10_000_000, "math": 1_500_000, "prose": 800_000},
-                      "scratch:6x256", 2600, "python=3,cpp=3,math=2,prose=1", "scratch:3x128", 600, LOPSIDED,
-                      dict(max_steps=800, interval=40, val_samples=48, save_every=200)),
+                      "scratch:6x256", 2600, "python=3,cpp=3,math=2,prose=1", "scratch:3x128", 600,
+                      MIXTURES["student"], dict(max_steps=800, interval=40, val_samples=48, save_every=200)),
 }
 
 
@@ -160,10 +160,9 @@ def make_bins(setting: Setting, data_dir: Path):
 def pretraining(setting: Setting, common: dict, role: str, seed: int, steps: int) -> distill.Config:
     """A model of its own for `role`, trained as the quickstart trains its two."""
     return distill.resolve_config(**{
-        **distill.PRESETS["quickstart"], **common, "preset": "custom", "method": "cpt", "optimizer": "muon",
+        **distill.PRESETS["quickstart"], **common, **distill.PRETRAINING, "seed": seed,
         "student": getattr(setting, role), "max_steps": steps or getattr(setting, f"{role}_steps"),
-        "mixture": getattr(setting, f"{role}_mixture"), "interval": 10**9, "lr": 1e-2, "min_lr": 1e-3,
-        "keep": 1, "seed": seed})
+        "mixture": getattr(setting, f"{role}_mixture")})
 
 
 def run(config: distill.Config) -> Path:
