@@ -25,7 +25,6 @@ import pydoc_data.topics
 import re
 import shutil
 import sys
-import sysconfig
 import time
 import typing
 from collections import Counter
@@ -54,9 +53,9 @@ def blame(source: str | Path, mend: str):
         raise UserError(f"{source}: {type(error).__name__}: {error}; {mend}") from None
 
 
-def option(default, help: str, least: float = -math.inf, most: float = math.inf, required: bool = False):
+def option(default, help: str, least: float = -math.inf, most: float = math.inf):
     """A dataclass field that is a command-line key; a number must be finite and from `least` to `most`."""
-    return field(default=default, metadata={"help": help, "least": least, "most": most, "required": required})
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
 
 
 def convert(text: str | None, kind):
@@ -102,7 +101,7 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
         except ValueError as error:
             problems.append(f"--{key}{'' if text is None else '='}{text or ''}: {error}")
     for word in unknown:
-        near = difflib.get_close_matches(word.lstrip("-").partition("=")[0], kinds, n=1)
+        near = difflib.get_close_matches(word.lstrip("-").partition("=")[0], [entry.name for entry in options], n=1)
         problems.append(f"{word}: {'unknown' if word.startswith('-') else 'not a'} key; " + (
             f"did you mean --{near[0]}=…?" if near else "write --key=value; --help lists the keys"))
     config = (make or cls)(**given)
@@ -111,8 +110,6 @@ def parse_config(cls, argv: list[str] | None = None, make: Callable | None = Non
         if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):
             problems.append(f"--{entry.name}={value}: must be " + (
                 f"from {least} to {most}" if most < math.inf else f"a finite number, {least} or more"))
-        if entry.metadata["required"] and not value:
-            problems.append(f"--{entry.name}: give {entry.metadata['help']}")
     problems += config.problems() if hasattr(config, "problems") else []
     if problems:
         if os.environ.get("RANK", "0") != "0":  # rank 0 mostly says the same, and torchrun then ends this process
@@ -168,13 +165,11 @@ def bytes_settings() -> dict:
     """The bytes tokenizer as a tokenizer.json: GPT-2's alphabet of printable characters for bytes, and no merges."""
     printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    level = {"type": "ByteLevel", "trim_offsets": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     unused = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
     return {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "version": "1.0", "normalizer": None, "pre_tokenizer": level, "decoder": level,
         "added_tokens": [{"id": 256, "content": END_OF_TEXT, "special": True, **flags}],
-        "pre_tokenizer": {**level, "add_prefix_space": False, "use_regex": False},
-        "decoder": {**level, "add_prefix_space": True, "use_regex": True},
         "model": {"type": "BPE", **unused, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
                   "vocab": {chr(byte if byte in printable else next(others)): byte for byte in range(256)},
                   "merges": []}}
@@ -193,7 +188,7 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
     `eot` is the token that ends a document, if not the tokenizer's own (`eos_token` in tokenizer_config.json).
     UserError if there is no such tokenizer or token, or it would have to be downloaded and cannot."""
     path, names = Path(source), tiktoken.list_encoding_names()
-    if source != "bytes" and (path.is_dir() or path.name == "tokenizer.json"):
+    if source not in ("bytes", *names) and (path.is_dir() or path.name == "tokenizer.json"):
         return _huggingface_tokenizer(path / "tokenizer.json" if path.is_dir() else path, eot)
     if source == "bytes":  # no merges: a piece is as many tokens as bytes, and short pieces are quick to search
         encoding = tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={END_OF_TEXT: 256},
@@ -267,8 +262,7 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
 
 def import_optional(module: str, wanted_by: str):
     """A package that only some formats need. UserError says how to get it."""
-    package = module.partition(".")[0]
-    with blame(wanted_by, f"pip install {package}"):
+    with blame(wanted_by, f"pip install {module.partition('.')[0]}"):
         return importlib.import_module(module)
 
 
@@ -289,12 +283,11 @@ def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
     return domains
 
 
-def read_documents(paths: Iterable[Path], text_key: str = "text", left_out: Counter | None = None) -> Iterator[str]:
+def read_documents(paths: Iterable[Path], text_key: str, left_out: Counter) -> Iterator[str]:
     """The documents of `paths` in order: lines of JSON in .jsonl and .json(l).gz|zst, rows of .parquet, else the whole
     file (in pieces of 8 million characters, so that memory does not grow with it).
 
     `left_out` counts, by reason, what is not a document or had to be mended. UserError on a line that is not JSON."""
-    left_out = Counter() if left_out is None else left_out
     for text in (text for path in paths for text in _read_file(path, text_key, left_out)):
         if not isinstance(text, str):
             left_out[f"records without a text under the key {text_key}"] += 1
@@ -325,11 +318,10 @@ def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str | N
             opener = {".jsonl": open, ".gz": gzip.open}.get(path.suffix) or import_optional("zstandard", str(path)).open
             with opener(path, **how) as lines:
                 for number, line in enumerate(lines, 1):
-                    if not line.strip():
-                        continue
-                    with blame(f"{path}, line {number}", "it must be one JSON record"):
-                        record = json.loads(line)
-                    yield record.get(text_key) if isinstance(record, dict) else None
+                    if line.strip():
+                        with blame(f"{path}, line {number}", "it must be one JSON record"):
+                            record = json.loads(line)
+                        yield record.get(text_key) if isinstance(record, dict) else None
         else:
             with open(path, **how) as file:
                 pieces = iter(lambda: file.read(PIECE) + file.readline(PIECE), "")  # up to a line's end
@@ -443,7 +435,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
         files = [f"{name}.train.{k:03d}.bin" for k in range(shards)] if shards > 1 else [f"{name}.train.bin"]
         train = (document for document in hashed(start(), name, n_bytes) if document.key > threshold)
         written = {k: write(files[k], documents) for k, documents in itertools.groupby(
-            train, lambda document: document.start * shards // n_bytes)}
+            train, lambda document: min(shards - 1, document.start * shards // n_bytes))}
         meta["domains"][name] = {
             "dtype": dtype, "train": [written.get(k) or write(file, []) for k, file in enumerate(files)],
             "val": write(f"{name}.val.bin", hashed((document.text for document in validation), name))}
@@ -535,8 +527,7 @@ class TokenBins:
 
 
 def read_meta(data_dir: Path, key: str = "--data_dir") -> dict:
-    """meta.json of a bins folder, checked against the files beside it. UserError names what is wrong, and the `key`
-    that the folder was given by."""
+    """meta.json of a bins folder, checked against the files beside it. `key`: what a UserError calls the folder by."""
     path = data_dir / "meta.json"
     if not path.is_file():
         raise UserError(f"{key}={data_dir}: no meta.json there; make bins with data.py --out_dir={data_dir}")
@@ -572,10 +563,7 @@ def verify(data_dir: Path):
 
 
 def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterable[str]]]:
-    """Four domains of text that come with Python, torch and what torch needs, each of about `n_bytes` at most.
-
-    Math is sympy's docstrings, for their formulas and worked examples; prose is Python's topics and numpy's docstrings.
-    """
+    """Four domains of text that come with Python, torch and what torch needs, each of about `n_bytes` at most."""
     def without_licence(text: str) -> str:
         head = re.match(r"(\s*(#[^\n]*\n|//[^\n]*\n|/\*.*?\*/))+", text, re.DOTALL)
         return text[head.end():] if head and re.search("copyright|licen[cs]e", head[0], re.I) else text
@@ -585,23 +573,22 @@ def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterab
         nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
         return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
-    sources = {  # package, suffix, paths left out, what is taken of a file
-        "python": ("stdlib", ".py", r"(^|/)(site-packages|tests?|idlelib|encodings|pydoc_data)/", without_licence),
+    sources = {  # package, or a module of the library; suffix, paths left out, what is taken of a file
+        "python": ("argparse", ".py", r"(^|/)(site-packages|tests?|idlelib|encodings|pydoc_data)/", without_licence),
         "cpp": ("torch", ".h", r"^(?!include/)|ATen/(ops|[^/]*$)|google/|sleef", without_licence),
-        "math": ("sympy", ".py", r"tests/|parsing/", docstrings),
+        "math": ("sympy", ".py", r"tests/|parsing/", docstrings),  # formulas and worked examples
         "prose": ("numpy", ".py", r"tests/|_pyinstaller/", docstrings),
     }
 
     def documents(name: str) -> Iterator[str]:
         package, suffix, left_out, take = sources[name]
-        folder = Path(sysconfig.get_path("stdlib") if package == "stdlib"
-                      else importlib.util.find_spec(package).submodule_search_locations[0])
+        folder = Path(importlib.util.find_spec(package).origin).parent
         paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob(f"*{suffix}")}
         # By the hash of their names, so that the first few megabytes are a sample of all
         chosen = [paths[path] for path in sorted(paths, key=lambda path: content_hash(path.encode()))
                   if not re.search(left_out, path)]
         first, left = pydoc_data.topics.topics.values() if name == "prose" else (), n_bytes[name]
-        for text in itertools.chain(first, map(take, read_documents(chosen))):
+        for text in itertools.chain(first, map(take, read_documents(chosen, "text", Counter()))):
             if left <= 0:
                 return
             # Tables, of characters or of constants, are mostly digits and signs.

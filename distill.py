@@ -21,7 +21,6 @@ import os
 import pickle
 import re
 import resource
-import shlex
 import shutil
 import signal
 import subprocess
@@ -57,12 +56,28 @@ from sample_mixture import METHODS, MixtureSampler, doremi_update, interval_prob
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
+# Config's own defaults are the paper's: K, validation windows, learning rates, warm-up, steps, a batch of 500k tokens.
+# It does not say block_size, weight_decay, grad_clip and AdamW's betas: those are ours, and so are the folders' names.
+PAPER_DOMAINS = ("common_crawl,c4,stack,wikipedia,books,arxiv,stackexchange,chinese_books,chinese_common_crawl,"
+                 "openwebmath")
+PRESETS = {
+    "qwen1.5-14b-1.8b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-1.8B", domains=PAPER_DOMAINS),
+    "qwen1.5-14b-4b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-4B", domains=PAPER_DOMAINS),
+    "qwen1.5-7b-1.8b": dict(teacher="models/Qwen1.5-7B", student="models/Qwen1.5-1.8B", domains=PAPER_DOMAINS),
+    "llama2-13b-tinyllama-1.1b": dict(teacher="models/Llama-2-13b-hf", student="models/TinyLlama-1.1B",
+                                      domains=PAPER_DOMAINS),
+    "starcoder-15.5b-3b": dict(teacher="models/starcoder", student="models/starcoderbase-3b",
+                               domains="python,java,typescript,c_sharp"),
+    # A few minutes on two cores, the teacher's training included.
+    "quickstart": dict(interval=25, val_samples=64, block_size=256, batch_size=16, max_steps=400, lr=1e-3, min_lr=1e-4,
+                       warmup_steps=20, save_every=100),
+}
+
 
 @dataclass
 class Config:
     """Keys of `python distill.py`. Where the paper gives a value, that is the default."""
-    preset: Literal["", "quickstart", "custom", "qwen1.5-14b-1.8b", "qwen1.5-14b-4b", "qwen1.5-7b-1.8b",
-                    "llama2-13b-tinyllama-1.1b", "starcoder-15.5b-3b"] = option(
+    preset: Literal[("", "custom", *PRESETS)] = option(
         "", "a set of defaults; quickstart when neither teacher nor student is given, else custom")
     out_dir: str = option("", "the run's folder; out/PRESET-METHOD-SEED if empty")
     data_dir: str = option("", "the bins' folder, made by data.py; data/PRESET if empty")
@@ -73,10 +88,8 @@ class Config:
         "ddk", "ddk; ddk_no_fs: without factor smoothing (Eq. 1 every time); ddk_es: equal sampling. In the natural "
                "mixture: kd; minillm: teacher-forced reverse KL; ted: layers are compared too; cpt: no teacher in the "
                "loss. cpt_doremi: cpt by the mean of the weights that a doremi_proxy, made first, goes through")
-    # Eq. 3
     gamma: float = option(0.2, "γ, weight of the divergence from the teacher", least=0)
     temperature: float = option(1.0, "T, divides both models' logits in the divergence", least=1e-3)
-    # Eq. 1, Eq. 2, Alg. 1
     alpha: float = option(0.5, "α, how much of r follows the discrepancies; the rest is uniform", least=0, most=1)
     interval: int = option(1000, "K, steps between two updates of r", least=1)
     val_samples: int = option(500, "validation windows a domain", least=1)
@@ -145,41 +158,25 @@ class Config:
              f"--student={self.student}: cpt_doremi starts three runs from it; name the folder of such a model"),
             (self.mixture and self.method == "cpt_doremi", f"--mixture={self.mixture}: cpt_doremi finds its own"),
             (os.path.isfile(self.out_dir), f"--out_dir={self.out_dir}: is a file; name a folder"),
-            (self.resume == "never" and any(Path(self.out_dir).resolve() in Path(name or ".").resolve().parents
-                                            for name in (self.teacher, self.student)),
-             f"--out_dir={self.out_dir}: holds the teacher or the student; name another folder"),
+            (self.resume == "never" and any(Path(name or ".").resolve().is_relative_to(Path(self.out_dir).resolve())
+                                            for name in (self.teacher, self.student, self.data_dir)),
+             f"--out_dir={self.out_dir}: holds the data, the teacher or the student; name another folder"),
             (len(set(domains)) < len(domains), f"--domains={self.domains}: name each once"),
             (self.mixture and self.method == "ddk_es", f"--mixture={self.mixture}: ddk_es draws all domains alike"),
+            (makes_models and not (self.teacher and self.student) and PRESETS["quickstart"]["batch_size"] % world,
+             f"--nproc_per_node={world}: the quickstart trains its models on {PRESETS['quickstart']['batch_size']} "
+             "windows a step, which must be a multiple of the processes"),
             (self.batch_size % (max(1, self.micro_batch_size) * world),
              f"--batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size or 1}"
              + f" × {world} processes" * (world > 1)),
         ) if wrong]
-        sinks = [name for name in ("tensorboard", "wandb") if getattr(self, name)]
-        for check, text in ((parse_mixture, self.mixture), (resolve_device, self.device),
-                            *((functools.partial(import_optional, wanted_by=f"--{name}"), name) for name in sinks)):
+        for check, *arguments in ((parse_mixture, self.mixture), (resolve_device, self.device), *(
+                (import_optional, name, f"--{name}") for name in ("tensorboard", "wandb") if getattr(self, name))):
             try:
-                check(text)
+                check(*arguments)
             except UserError as error:
                 problems.append(str(error))
         return problems
-
-
-# Config's own defaults are the paper's: K, validation windows, learning rates, warm-up, steps, a batch of 500k tokens.
-# It does not say block_size, weight_decay, grad_clip and AdamW's betas: those are ours, and so are the folders' names.
-PAPER_DOMAINS = ("common_crawl,c4,stack,wikipedia,books,arxiv,stackexchange,chinese_books,chinese_common_crawl,"
-                 "openwebmath")
-PRESETS = {
-    "qwen1.5-14b-1.8b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-1.8B", domains=PAPER_DOMAINS),
-    "qwen1.5-14b-4b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-4B", domains=PAPER_DOMAINS),
-    "qwen1.5-7b-1.8b": dict(teacher="models/Qwen1.5-7B", student="models/Qwen1.5-1.8B", domains=PAPER_DOMAINS),
-    "llama2-13b-tinyllama-1.1b": dict(teacher="models/Llama-2-13b-hf", student="models/TinyLlama-1.1B",
-                                      domains=PAPER_DOMAINS),
-    "starcoder-15.5b-3b": dict(teacher="models/starcoder", student="models/starcoderbase-3b",
-                               domains="python,java,typescript,c_sharp"),
-    # A few minutes on two cores, the teacher's training included.
-    "quickstart": dict(interval=25, val_samples=64, block_size=256, batch_size=16, max_steps=400, lr=1e-3, min_lr=1e-4,
-                       warmup_steps=20, save_every=100),
-}
 
 
 def resolve_config(**given) -> Config:
@@ -225,17 +222,15 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
         raise ValueError(f"direction {direction!r} must be forward or reverse")
     counted = targets != -100
     num_tokens = counted.sum().clamp(min=1) if num_tokens is None else num_tokens
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student_logits = student_logits.to(dtype)
-    ce = F.cross_entropy(student_logits.flatten(0, -2), targets.flatten(), reduction="sum")
-    ce = ce / num_tokens
+    student_logits = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
+    ce = F.cross_entropy(student_logits.flatten(0, -2), targets.flatten(), reduction="sum") / num_tokens
     if teacher_logits is None:
-        return ce, ce.detach(), torch.zeros_like(ce).detach()
+        return ce, ce.detach(), torch.zeros_like(ce)
     rows = min(student_logits.shape[-1], teacher_logits.shape[-1])
     if (vocab_size := vocab_size or rows) > rows:
         raise ValueError(f"vocab_size {vocab_size} is more than the {rows} rows of a head")
     log_q = F.log_softmax(student_logits[..., :vocab_size] / temperature, dim=-1)
-    log_p = F.log_softmax(teacher_logits.detach()[..., :vocab_size].to(dtype) / temperature, dim=-1)
+    log_p = F.log_softmax(teacher_logits.detach()[..., :vocab_size].to(student_logits.dtype) / temperature, dim=-1)
     if direction == "reverse":
         log_p, log_q = log_q, log_p
     kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1).where(counted, 0).sum() / num_tokens
@@ -307,7 +302,7 @@ class FusedEq3(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, weights, num_tokens, chunk_size, *settings):
-        # The head's gradient, a sum over chunks, is float32 whatever the head is.
+        # The head's gradient, a sum over chunks, is at least float32 whatever the head is.
         of_hidden = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
         of_head = head.new_zeros(head.shape, dtype=torch.promote_types(
             head.dtype, torch.float32)) if ctx.needs_input_grad[1] else None
@@ -323,10 +318,9 @@ class FusedEq3(torch.autograd.Function):
         logits_S, logits_T = (x if x is None else x.new_empty(chunk_size, len(x)) for x in (head, teacher_head))
         for start in range(0, len(targets), chunk_size):
             chunk = slice(start, start + chunk_size)
-            z_S, z_T = logits_S[:len(targets[chunk])], None
-            torch.mm(hidden[chunk], head.T, out=z_S)
-            if teacher_head is not None:
-                z_T = torch.mm(teacher_hidden[chunk], teacher_head.T, out=logits_T[:len(z_S)])
+            z_S = torch.mm(hidden[chunk], head.T, out=logits_S[:len(targets[chunk])])
+            z_T = None if teacher_head is None else torch.mm(
+                teacher_hidden[chunk], teacher_head.T, out=logits_T[:len(z_S)])
             for rows in (slice(first, first + n_rows) for first in range(0, len(z_S), n_rows)):
                 losses += eq3(z_S[rows], None if z_T is None else z_T[rows], targets[chunk][rows],
                               counted[chunk][rows], *settings, any(ctx.needs_input_grad))
@@ -352,9 +346,10 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
                       num_tokens=None, chunk_size: int | None = None, token_weights=None):
     """Eq. 3 from hidden states (…, d) and heads (V, d), never holding the logits of all tokens or making them twice.
 
-    The rest is dense_distillation_loss's. Logits are made for `chunk_size` tokens at a time; by default for 512 or,
-    on a CPU, as give 50 million, on CUDA as give 2²⁸. Gradients reach student_hidden and student_head, once.
-    `token_weights`, as many as targets, multiply each token's terms; give `num_tokens` with them."""
+    The rest is dense_distillation_loss's. Logits are made for `chunk_size` tokens at a time; by default for as many
+    as give 2²⁸ of them on CUDA, elsewhere for 512, or fewer where the head is large. Gradients reach student_hidden
+    and student_head, once. `token_weights`, as many as targets, multiply each token's terms; give `num_tokens` with
+    them."""
     if direction not in ("forward", "reverse"):
         raise ValueError(f"direction {direction!r} must be forward or reverse")
     rows = min(len(head) for head in (student_head, teacher_head) if head is not None)
@@ -372,6 +367,8 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
                           chunk_size, gamma, temperature, direction, vocab_size)
 
 
+# ------------ The optimizers ------------------------------------------------------------------------------------------
+
 def learning_rate(step: int, config: Config) -> float:
     """Of the update after `step` finished ones: linear up to lr in warmup_steps, then cosine to min_lr at the last."""
     if step < config.warmup_steps:
@@ -379,14 +376,6 @@ def learning_rate(step: int, config: Config) -> float:
     last = config.max_steps - 1
     progress = (step - config.warmup_steps) / (last - config.warmup_steps) if last > config.warmup_steps else 1.0
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def forward_flops(model: GPT, block_size: int) -> int:
-    """Floating-point operations of a forward pass, a token."""
-    config = model.config
-    weights = sum(p.numel() for p in model.layers.parameters()) + config.vocab_size * config.hidden_size
-    # Two products over the causal half of T × T scores in each layer, besides those with the weights
-    return 2 * weights + 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * block_size
 
 
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
@@ -399,61 +388,6 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     # match_rms_adamw scales Muon's steps to AdamW's usual size, so that one learning rate serves both.
     muon = dict(lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, torch.optim.Muon(hidden, **muon)] if hidden else [adamw]
-
-
-# ------------ Evaluation: ℓ_S and ℓ_T ---------------------------------------------------------------------------------
-
-def validation_windows(bins: TokenBins, count: int) -> dict[str, torch.Tensor]:
-    """The first `count` of each domain's validation, (count, block_size + 1) int64. UserError if there are fewer."""
-    return {name: torch.from_numpy(bins.val_windows(name, count)) for name in bins.names}
-
-
-@torch.no_grad()
-def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, batch: int, autocast=nullcontext(),
-                 stopped: Callable[[], int] = lambda: 0) -> dict[str, float]:
-    """exp of the mean next-token cross-entropy over each domain's windows (n, block_size + 1): the paper's ℓ.
-
-    Over the tokenizer's ids alone (`vocab_size`), for teacher and student alike, `batch` windows a rank at a time.
-    Draws no random number. {} as soon as `stopped()`, asked after each batch, is not 0."""
-    device, ppl = model.head_weight.device, {}
-    for name, domain in windows.items():
-        total = torch.zeros((), dtype=torch.float64)
-        for rows in domain.split(batch * world_size()):
-            mine = rows[rank()::world_size()]
-            # FSDP needs equally many forward passes on all ranks: one without windows makes one that counts nothing.
-            idx = (mine if len(mine) else rows[:1])[:, :-1].to(device)
-            targets = (mine[:, 1:] if len(mine) else torch.full_like(rows[:1, 1:], -100)).to(device)
-            with autocast:
-                _, ce, _ = model(idx, loss_fn=lambda hidden, head: distillation_loss(
-                    hidden, head[:vocab_size], None, None, targets, num_tokens=1))
-            total += ce.cpu().double()
-            if stopped():
-                return {}
-        mean = over_ranks(total).item() / domain[:, 1:].numel()
-        if not math.isfinite(mean):
-            refuse(f"domain {name}: a model's loss is {mean}; its weights are damaged, or dtype is too coarse")
-        ppl[name] = math.exp(min(mean, 700.0))
-    return ppl
-
-
-def teacher_perplexities(identity: str, cache: Path, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-    """ℓ_T, measured once: kept in `cache` under `identity`, which stands for teacher, bins, windows and precision."""
-    def read() -> dict:
-        try:
-            return {**json.loads(cache.read_text(encoding="utf-8"))}
-        except (OSError, ValueError, TypeError):
-            return {}
-
-    def keep():
-        try:
-            write_text(cache, json.dumps({**read(), identity: ppl}, indent=1))
-        except OSError as error:
-            print(f"note: {cache} cannot be written ({error.strerror}); the teacher will be measured again next time")
-
-    ppl = on_rank_0(lambda: read().get(identity))
-    if not ppl and (ppl := measure()):
-        on_rank_0(keep)
-    return ppl
 
 
 # ------------ Many processes ------------------------------------------------------------------------------------------
@@ -475,13 +409,13 @@ def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
 
 
 def on_rank_0(make: Callable):
-    """What `make()` returns on rank 0, on every rank. A UserError there ends all of them, and rank 0 tells it."""
+    """What `make()` returns on rank 0, on every rank. A UserError or OSError there ends all, and rank 0 tells it."""
     result = [None]
     if rank() == 0:
         try:
             result = [make()]
-        except UserError as error:
-            result = [error]
+        except (UserError, OSError) as error:
+            result = [UserError(str(error))]
     if dist.is_initialized():
         dist.broadcast_object_list(result)
     if isinstance(result[0], UserError):
@@ -547,10 +481,11 @@ def load_model(source: str, config: Config, sizes: GPTConfig, dtype: torch.dtype
 
 
 def recomputed(forward: Callable) -> Callable:
+    # A function, since torch.compile would leave a functools.partial as it is.
     return lambda *inputs: checkpoint(forward, *inputs, use_reentrant=False)
 
 
-def shards(config: Config) -> bool:
+def can_shard(config: Config) -> bool:
     """Whether the student's tensors are spread over the GPUs, where `parallel` leaves it open."""
     return config.optimizer == "adamw" and config.method != "ted"
 
@@ -560,11 +495,10 @@ def spread(model: GPT, config: Config, device: torch.device, shard: bool):
 
     FSDP2 gathers a block, or what lies outside the blocks, while it computes, as the dtype of the products; gradients
     are reduced in float32. Without `cast_forward_inputs` the rotary tables stay float32."""
-    if config.checkpoint_activations:
-        for layer in model.layers:
+    for layer in model.layers:
+        if config.checkpoint_activations:
             layer.forward = recomputed(layer.forward)
-    if config.compile == "true" or config.compile == "auto" and device.type == "cuda":
-        for layer in model.layers:
+        if config.compile == "true" or config.compile == "auto" and device.type == "cuda":
             layer.compile()  # in place: names, saving and loading stay as they are
     if not dist.is_initialized():
         model.to(device)
@@ -586,6 +520,58 @@ def whole_tensors(cpu_offload: bool = False) -> StateDictOptions:
     return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload, broadcast_from_rank0=dist.is_initialized())
 
 
+# ------------ Evaluation: ℓ_S and ℓ_T ---------------------------------------------------------------------------------
+
+def validation_windows(bins: TokenBins, count: int) -> dict[str, torch.Tensor]:
+    """The first `count` of each domain's validation, (count, block_size + 1) int64. UserError if there are fewer."""
+    return {name: torch.from_numpy(bins.val_windows(name, count)) for name in bins.names}
+
+
+@torch.no_grad()
+def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, batch: int, autocast=nullcontext(),
+                 stopped: Callable[[], int] = lambda: 0) -> dict[str, float]:
+    """exp of the mean next-token cross-entropy over each domain's windows (n, block_size + 1): the paper's ℓ.
+
+    Over the tokenizer's ids alone (`vocab_size`), for teacher and student alike, `batch` windows a rank at a time.
+    Draws no random number. {} as soon as `stopped()`, asked after each batch, is not 0."""
+    device, ppl = model.head_weight.device, {}
+    for name, domain in windows.items():
+        total = torch.zeros((), dtype=torch.float64)
+        for rows in domain.split(batch * world_size()):
+            mine = rows[rank()::world_size()]
+            # FSDP needs equally many forward passes on all ranks: one without windows makes one that counts nothing.
+            idx = (mine if len(mine) else rows[:1])[:, :-1].to(device)
+            targets = (mine[:, 1:] if len(mine) else torch.full_like(rows[:1, 1:], -100)).to(device)
+            with autocast:
+                _, ce, _ = model(idx, loss_fn=lambda hidden, head: distillation_loss(
+                    hidden, head[:vocab_size], None, None, targets, num_tokens=1))
+            total += ce.cpu().double()
+            if stopped():
+                return {}
+        mean = over_ranks(total).item() / domain[:, 1:].numel()
+        if not math.isfinite(mean):
+            refuse(f"domain {name}: a model's loss is {mean}; its weights are damaged, or dtype is too coarse")
+        ppl[name] = math.exp(min(mean, 700.0))
+    return ppl
+
+
+def teacher_perplexities(identity: str, cache: Path, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """ℓ_T, measured once: kept in `cache` under `identity`, which stands for teacher, bins, windows and precision."""
+    def read() -> dict:
+        try:
+            return {**json.loads(cache.read_text(encoding="utf-8"))}
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    ppl = on_rank_0(lambda: read().get(identity))
+    if not ppl and (ppl := measure()) and rank() == 0:
+        try:
+            write_text(cache, json.dumps({**read(), identity: ppl}, indent=1))
+        except OSError as error:
+            print(f"note: {cache} cannot be written ({error.strerror}); the teacher will be measured again next time")
+    return ppl
+
+
 # ------------ Checkpoints ---------------------------------------------------------------------------------------------
 
 @dataclass
@@ -601,22 +587,20 @@ class TrainState:
 
 
 def save_checkpoint(folder: Path, model: GPT, optimizers: list[torch.optim.Optimizer], state: TrainState,
-                    bins: TokenBins, export_dtype: torch.dtype = torch.float32):
+                    bins: TokenBins, export_dtype: str):
     """Write a model's folder with optimizer.pt, train_state.json and manifest.json under a temporary name, sync all of
     it to disk, then rename: it is whole or not there. An `export_dtype` that rounds the weights, or filters that are
     not exported, leave the exact ones in optimizer.pt. All ranks call it, rank 0 writes."""
-    weights = get_model_state_dict(model, options=whole_tensors(cpu_offload=True))
+    whole = whole_tensors(cpu_offload=True)
+    weights = get_model_state_dict(model, options=whole)
     # Asked before the first update, an optimizer makes up a state in which it has made one.
-    moments = None
-    if state.step:
-        moments = get_optimizer_state_dict(model, optimizers, options=whole_tensors(cpu_offload=True))
+    moments = get_optimizer_state_dict(model, optimizers, options=whole) if state.step else None
     if rank():
         return
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder.with_name(folder.name + ".tmp")  # not there: newest_checkpoint cleared what a killed run left
     try:
-        model.save_pretrained(temporary, export_dtype, weights)
-        exact = export_dtype != torch.float32 or hasattr(model, "filters")
+        model.save_pretrained(temporary, {"fp32": torch.float32, "bf16": torch.bfloat16}[export_dtype], weights)
+        exact = export_dtype != "fp32" or hasattr(model, "filters")
         torch.save({"optimizer": moments, "weights": weights if exact else None}, temporary / "optimizer.pt")
         save_tokenizer(temporary, bins)
         write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
@@ -655,13 +639,11 @@ def damage(folder: Path) -> str | None:
 
 def newest_checkpoint(out_dir: Path) -> Path | None:
     """The newest whole checkpoint; damaged ones are named and set aside as corrupt_step_…."""
-    for unfinished in out_dir.glob("step_*.tmp"):
-        shutil.rmtree(unfinished)
-    for old in out_dir.glob("step_*.old"):  # killed between save_checkpoint's two renames
-        if old.with_suffix("").exists():
-            shutil.rmtree(old)
-        else:
+    for old in out_dir.glob("step_*.old"):
+        if not old.with_suffix("").exists():  # killed between save_checkpoint's two renames
             os.replace(old, old.with_suffix(""))
+    for left in [*out_dir.glob("step_*.tmp"), *out_dir.glob("step_*.old")]:
+        shutil.rmtree(left)
     for folder in reversed(checkpoints(out_dir)):
         if not (wrong := damage(folder)):
             return folder
@@ -669,28 +651,6 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
         os.replace(folder, aside)
         print(f"WARNING: {folder}: {wrong}; set aside as {aside.name}; the one before it, if any, is used")
     return None
-
-
-@contextmanager
-def locked(folder: Path):
-    """Hold a folder, made if missing, for this process alone. UserError if another one has it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another run is at work there; wait for its end, or name another "
-                            "folder") from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or with .1, .2, … behind it if that exists."""
-    names = (path.with_name(f"{path.name}.{n}" if n else path.name) for n in itertools.count())
-    return next(name for name in names if not name.exists())
 
 
 AS_SAVED = "not as a run saves it; delete this step's folder, and the one before it is used"
@@ -720,25 +680,45 @@ def read_optimizer(folder: Path, model: GPT) -> dict:
         return saved
 
 
-def model_content(folder: str) -> str:
-    """Identity of a model, whatever its folder is called: from its config.json and weights."""
-    files = [Path(folder) / "config.json", *weight_files(Path(folder))]
-    return digest(*((path.name, file_sha256(path)) for path in files))
-
-
 # ------------ Starting, resuming, and what is written -----------------------------------------------------------------
 
 # Keys that do not change the experiment; folders are compared by content
 FREE_KEYS = {"preset", "out_dir", "data_dir", "teacher", "student", "micro_batch_size", "compile", "device", "parallel",
              "save_every", "keep", "resume", "log_every", "pretrain_steps", "export_dtype", "dry_run", "shard_teacher",
              "checkpoint_activations", "timeout", "tensorboard", "wandb"}
+CE_ONLY = ("cpt", "cpt_doremi", "doremi_proxy")  # methods whose loss has no divergence
+
+
+@contextmanager
+def locked(folder: Path):
+    """Hold a folder, made if missing, for this process alone. UserError if another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is at work there; wait for it, or name another folder") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or with .1, .2, … behind it if that exists."""
+    names = (path.with_name(f"{path.name}.{n}" if n else path.name) for n in itertools.count())
+    return next(name for name in names if not name.exists())
+
+
+def model_content(folder: str) -> str:
+    """Identity of a model, whatever its folder is called: from its config.json and weights."""
+    files = [Path(folder) / "config.json", *weight_files(Path(folder))]
+    return digest(*((path.name, file_sha256(path)) for path in files))
 
 
 def check_same_experiment(out_dir: Path, record: dict):
     """UserError if `out_dir` holds a run of another configuration or content than `record`, naming what differs."""
     path = out_dir / "config.json"
-    if not checkpoints(out_dir):  # nothing to go on from
-        return
     with blame(path, "not as a run writes it; name another --out_dir"):
         before = json.loads(path.read_text(encoding="utf-8"))
         config, content = {**asdict(Config()), **before["config"]}, {**before["content"]}  # keys may be new since then
@@ -794,7 +774,7 @@ def model_problems(role: str, folder: str, model: GPTConfig, bins: TokenBins) ->
                f"--tokenizer={folder}")
 
 
-def model_config(source: str, bins: TokenBins, teacher: GPTConfig | None = None) -> GPTConfig:
+def model_config(source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
     """Sizes of the model that `teacher` or `student` names: a folder, scratch:LxD or layers:N of the teacher's."""
     kind, _, size = source.partition(":")
     if kind == "scratch":
@@ -812,10 +792,10 @@ def open_bins(config: Config) -> TokenBins:
     return TokenBins(config.data_dir, config.block_size, [name for name in config.domains.split(",") if name])
 
 
-def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig], list[str]]:
-    """The bins, the sizes of teacher (if there is one) and student, and all that does not fit, before a weight is read.
+def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
+    """The bins and the models' sizes, checked before a weight is read. UserError lists all that does not fit.
 
-    UserError if there are no bins."""
+    With dry_run, what the run would take is printed, whatever else does not fit."""
     bins, models, problems = open_bins(config), {}, []
     if (mixture := parse_mixture(config.mixture)) and set(mixture) != set(bins.names):
         problems.append(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
@@ -830,7 +810,11 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig], list[str
         validation_windows(bins, config.val_samples)
     except UserError as error:
         problems.append(str(error))
-    return bins, models, problems
+    if config.dry_run:
+        print_cost(config, bins, models)
+    if problems:
+        raise UserError("\n".join(problems))
+    return bins, models
 
 
 def resolve_dtype(config: Config) -> str:
@@ -838,13 +822,18 @@ def resolve_dtype(config: Config) -> str:
     return config.dtype if config.dtype != "auto" else "bfloat16" if on_cuda else "float32"
 
 
-def dry_run(config: Config):
-    """Print what a run would take, estimated from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says.
+def forward_flops(model: GPT, block_size: int) -> int:
+    """Floating-point operations of a forward pass, a token."""
+    config = model.config
+    weights = sum(p.numel() for p in model.layers.parameters()) + config.vocab_size * config.hidden_size
+    # Two products over the causal half of T × T scores in each layer, besides those with the weights
+    return 2 * weights + 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * block_size
 
-    UserError lists what is wrong."""
-    bins, models, problems = preflight(config)
+
+def print_cost(config: Config, bins: TokenBins, models: dict[str, GPTConfig]):
+    """Print what a run would take, estimated from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says."""
     width, world = 2 if resolve_dtype(config) == "bfloat16" else 4, int(os.environ.get("WORLD_SIZE", 1))
-    sharded = {"student": world > 1 and config.parallel != "ddp" and shards(config)}
+    sharded = {"student": world > 1 and config.parallel != "ddp" and can_shard(config)}
     sharded["teacher"] = sharded["student"] and config.shard_teacher
     flops, memory = {"teacher": 0}, {}  # of a forward pass, a token; bytes
     for role, model in models.items():
@@ -869,7 +858,7 @@ def dry_run(config: Config):
         drawn, evaluations = config.max_steps * config.batch_size, -(-config.max_steps // config.interval) + 1
         tokens, measured = drawn * config.block_size, len(bins.names) * config.val_samples * config.block_size
         passes = 4 if config.checkpoint_activations else 3
-        training = tokens * (passes * flops["student"] + flops["teacher"] * (config.method not in WITHOUT_TEACHER))
+        training = tokens * (passes * flops["student"] + flops["teacher"] * (config.method not in CE_ONLY))
         evaluation = measured * (evaluations * flops["student"] + flops["teacher"])
         hours = (training + evaluation) / (0.4 * 312e12 * 3600)
         print(f"memory: {', '.join(f'{part} {size / 2**30:.1f}' for part, size in memory.items())}, in all "
@@ -882,11 +871,8 @@ def dry_run(config: Config):
         for name, n in bins.n_windows.items():
             print(f"{name}: {n * config.block_size:,} tokens; {drawn / sum(bins.n_windows.values()):.2f} epochs in "
                   f"natural proportions, {drawn / len(bins.names) / n:.2f} if all domains are drawn alike")
-    if problems:
-        raise UserError("\n".join(problems))
 
 
-WITHOUT_TEACHER = ("cpt", "cpt_doremi", "doremi_proxy")  # in the loss
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense, bfloat16
 
 
@@ -900,21 +886,19 @@ def utilisation(device: torch.device, flops_per_s: float) -> str:
     return f"{used}  {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
 
 
-def open_sinks(config: Config, step: int, stack: ExitStack) -> list[Callable[[dict], None]]:
+def open_sinks(config: Config, step: int, stack: ExitStack) -> Iterator[Callable[[dict], None]]:
     """Functions that also get each line of metrics.jsonl, as --tensorboard and --wandb ask for."""
-    sinks = []
     if config.tensorboard:
         writer = import_optional("torch.utils.tensorboard", "--tensorboard").SummaryWriter(
             config.out_dir, purge_step=step + 1)
         stack.callback(writer.close)
-        sinks.append(lambda line: [writer.add_scalar(key, value, line["step"]) for key, value in scalars(line).items()])
+        yield lambda line: [writer.add_scalar(key, value, line["step"]) for key, value in scalars(line).items()]
     if config.wandb:
         run = import_optional("wandb", "--wandb").init(
             project="ddk", name=config.out_dir, config=asdict(config), resume="allow",
             id=digest(os.uname().nodename, os.path.abspath(config.out_dir))[:16])
         stack.callback(run.finish)
-        sinks.append(lambda line: run.log(scalars(line), step=line["step"]))
-    return sinks
+        yield lambda line: run.log(scalars(line), step=line["step"])
 
 
 def scalars(line: dict) -> dict[str, float]:
@@ -926,15 +910,11 @@ def scalars(line: dict) -> dict[str, float]:
     return {key: value for key, value in numbers.items() if isinstance(value, int | float)}
 
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
+def stop_requests(stack: ExitStack) -> Callable[[], int]:
+    """A function: the number of a signal that this process got until `stack` closes, else 0.
 
-
-@contextmanager
-def stop_requests():
-    """A function: the number of a signal that this process got while the context lasts, else 0.
-
-    SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C count; a second Ctrl-C exits at once. The end of torchrun, which dies of a
-    SIGUSR1 and leaves its processes behind, counts as SIGTERM."""
+    A second Ctrl-C exits at once. The end of torchrun, which dies of a SIGUSR1 and leaves its processes behind, counts
+    as SIGTERM."""
     received, launcher = [], os.getppid()
 
     def receive(number, frame):
@@ -942,17 +922,14 @@ def stop_requests():
             raise KeyboardInterrupt
         received.append(number)
 
-    def number() -> int:
+    def request() -> int:
         orphan = "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != launcher
         return max(received, default=signal.SIGTERM if orphan else 0)
 
-    before = {number: signal.signal(number, receive) for number in STOP_SIGNALS
-              if signal.getsignal(number) is not signal.SIG_IGN}  # as nohup has it
-    try:
-        yield number
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            stack.callback(signal.signal, number, signal.signal(number, receive))
+    return request
 
 
 # ------------ Baselines that need more than a switch: TED and DoReMi --------------------------------------------------
@@ -999,7 +976,7 @@ def train_filters(student: GPT, teacher: GPT, pairs, micro_batches: Iterator[lis
         for weight in student.filters.parameters():
             weight.grad = over_ranks(weight.grad)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         if number := stopped():
             sys.exit(128 + number)
     student.filters["teacher"].requires_grad_(False)
@@ -1043,9 +1020,7 @@ def doremi(config: Config) -> Config:
     the loss weighted by α; the mixture is α's mean over its steps. A run that is finished is not made again."""
     if config.method != "cpt_doremi" or not config.max_steps:
         return config
-    *_, problems = on_rank_0(lambda: preflight(config))  # before two runs
-    if problems:
-        refuse("\n".join(problems))
+    on_rank_0(lambda: preflight(config))  # before two runs
     beside = str(Path(config.out_dir))
     reference = replace(config, method="cpt", teacher="", stop_ratio=0.0, out_dir=f"{beside}-reference")
     print(f"\nDoReMi's reference, kept in {reference.out_dir}", flush=True)
@@ -1078,9 +1053,7 @@ def start_run(config: Config, stack: ExitStack):
     In this order: nothing there → start; another experiment → refuse; finished → say so; else the newest whole
     checkpoint, or the start if there is none. → bins, models' sizes, their content, state, checkpoint, whether done"""
     out_dir = Path(config.out_dir)
-    bins, models, problems = preflight(config)
-    if problems:
-        raise UserError("\n".join(problems))
+    bins, models = preflight(config)
     content = {"data_dir": bins.content(), **{
         role: model_content(source) if os.path.isdir(source) else source
         for role, source in (("teacher", config.teacher), ("student", config.student))}}
@@ -1088,7 +1061,8 @@ def start_run(config: Config, stack: ExitStack):
     if config.resume == "never" and out_dir.exists():
         with locked(out_dir):
             os.replace(out_dir, free_name(out_dir))
-    check_same_experiment(out_dir, record)
+    if checkpoints(out_dir):
+        check_same_experiment(out_dir, record)
     stack.enter_context(locked(out_dir))
     write_text(out_dir / "config.json", json.dumps(record, indent=1))
     resumed, metrics = newest_checkpoint(out_dir), out_dir / "metrics.jsonl"
@@ -1109,7 +1083,7 @@ def train(config: Config) -> Path:
     out_dir, device = Path(config.out_dir), resolve_device(config.device)
     config = replace(config, dtype=resolve_dtype(config), mixture=mixture_text(config.mixture))
     parallel = "none" if not dist.is_initialized() else config.parallel if config.parallel != "auto" else (
-        "fsdp" if device.type == "cuda" and shards(config) else "ddp")
+        "fsdp" if device.type == "cuda" and can_shard(config) else "ddp")
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16" and parallel != "fsdp")
 
     with ExitStack() as stack:
@@ -1146,7 +1120,7 @@ def train(config: Config) -> Path:
         mine = slice(rank() * share, (rank() + 1) * share)
         micro_batch_size = config.micro_batch_size or share
         tokens_per_step = config.batch_size * config.block_size
-        teaches = teacher is not None and config.method not in WITHOUT_TEACHER
+        teaches = config.method not in CE_ONLY
         flops = 3 * forward_flops(student, config.block_size) + (
             forward_flops(teacher, config.block_size) if teaches else 0)
 
@@ -1162,25 +1136,23 @@ def train(config: Config) -> Path:
 
         metrics_path = out_dir / "metrics.jsonl" if rank() == 0 else os.devnull
         metrics = stack.enter_context(open(metrics_path, "a", encoding="utf-8"))
-        sinks = open_sinks(config, state.step, stack) if rank() == 0 else []
+        sinks = list(open_sinks(config, state.step, stack)) if rank() == 0 else []
 
         def log(kind: str, **values):
             line = {"kind": kind, "step": state.step, **values}
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
+            print(json.dumps(line), file=metrics, flush=True)
             for sink in sinks:
                 sink(line)
 
-        received = stack.enter_context(stop_requests())
+        received = stop_requests(stack)
 
         def stopped() -> int:
             """The number of a signal that any rank received, on every rank."""
             return int(over_ranks(torch.tensor(received()), dist.ReduceOp.MAX))
 
-        identity = digest(content["teacher"], bins.content(), config.block_size, config.val_samples, config.dtype)
+        identity = digest(content["teacher"], content["data_dir"], config.block_size, config.val_samples, config.dtype)
         if teacher is not None:
-            cache = Path(config.data_dir) / "teacher_ppl.json"
-            teacher_ppl = teacher_perplexities(identity, cache, lambda: measure(teacher))
+            teacher_ppl = teacher_perplexities(identity, bins.dir / "teacher_ppl.json", lambda: measure(teacher))
             if number := stopped():
                 sys.exit(128 + number)  # nothing is done yet that could be saved
         if config.method == "ted" and not resumed:
@@ -1194,12 +1166,15 @@ def train(config: Config) -> Path:
                 parameters={role: sum(p.numel() for name, p in model.named_parameters() if "filters." not in name)
                             for role, model in (("teacher", teacher), ("student", student)) if model is not None})
         started, first_step, ahead, asked = time.perf_counter(), state.step, None, True
-        step_started = started
         saved_at = (state.step, state.evaluated) if resumed else None  # the newest checkpoint
         while True:
             # Evaluate, update r, log. `evaluated` keeps a resumed run from doing it twice.
-            evaluate = state.evaluated != state.step and (state.step % config.interval == 0 or is_last(config, state))
+            t, since_update = divmod(state.step, config.interval)
+            evaluate = state.evaluated != state.step and (since_update == 0 or is_last(config, state))
             if evaluate and (student_ppl := measure(student)):
+                if since_update == 0 and teacher is not None:
+                    state.factor = next_factor(config.method, state.factor, list(student_ppl.values()),
+                                               [teacher_ppl[name] for name in names], config.alpha).tolist()
                 state.domains = {name: {
                     "student_ppl": student_ppl[name], "teacher_ppl": teacher_ppl[name],
                     "ratio": teacher_ppl[name] and student_ppl[name] / teacher_ppl[name],
@@ -1207,13 +1182,7 @@ def train(config: Config) -> Path:
                     "tokens": int(sampler.drawn[i]) * config.block_size, "epochs": float(sampler.epochs[i])}
                     for i, name in enumerate(names)}
                 state.evaluated = state.step
-                if state.step % config.interval == 0:
-                    t = state.step // config.interval
-                    if teacher is not None:
-                        state.factor = next_factor(config.method, state.factor, list(student_ppl.values()),
-                                                   list(teacher_ppl.values()), config.alpha).tolist()
-                        for domain, factor in zip(state.domains.values(), state.factor):
-                            domain["factor"] = factor
+                if since_update == 0:
                     sampler.probs = interval_probs(config.method, t, state.factor, base_probs)
                     state.first_domains = state.first_domains or state.domains
                     log("mixture", t=t, r=dict(zip(names, sampler.probs.tolist())), domains=state.domains)
@@ -1227,29 +1196,25 @@ def train(config: Config) -> Path:
             # Save
             folder = out_dir / f"step_{state.step:08d}"
             due = state.step and config.save_every and state.step % config.save_every == 0
-            if save := (last or due or number) and saved_at != (state.step, state.evaluated):
+            if (last or due or number) and saved_at != (state.step, state.evaluated):
                 state.sampler = ahead[0] if ahead else sampler.state_dict()
-                save_checkpoint(folder, student, optimizers, state, bins,
-                                {"fp32": torch.float32, "bf16": torch.bfloat16}[config.export_dtype])
+                save_checkpoint(folder, student, optimizers, state, bins, config.export_dtype)
                 saved_at = state.step, state.evaluated
                 for old in checkpoints(out_dir)[:-config.keep] if config.keep and rank() == 0 else []:
                     shutil.rmtree(old)
-            if evaluate or save:  # which is no part of the step's time
-                step_started = time.perf_counter()
             if last:
                 log("end", domains=state.domains)
+                return folder
             if number:
                 print(f"{out_dir}: stopped by {signal.Signals(number).name}, saved as {folder.name}; "
                       "the same command goes on from there")
                 sys.exit(128 + number)
-            if last:
-                break
 
             # One update
             lr = learning_rate(state.step, config)
-            waiting = time.perf_counter()
+            step_started = time.perf_counter()
             _, domain_ids, batch = ahead or draw()
-            waited = time.perf_counter() - waiting
+            waited = time.perf_counter() - step_started
             micro_batches = batch.to(device, non_blocking=True).split(micro_batch_size)
             window_weights = torch.ones(config.batch_size)
             if config.method == "doremi_proxy":
@@ -1265,11 +1230,9 @@ def train(config: Config) -> Path:
                 if parallel == "ddp":  # FSDP reduces each micro-batch's, so as to hold shares of gradients only
                     trained.require_backward_grad_sync = i + 1 == len(micro_batches)
                 with autocast:
-                    teacher_hidden = teacher_head = None
-                    if teaches:
-                        with torch.no_grad():
-                            teacher_hidden, teacher_head, *layers_T = teacher(
-                                idx, loss_fn=lambda *given: given, keep=keep_T)
+                    with torch.no_grad():
+                        teacher_hidden, teacher_head, *layers_T = teacher(
+                            idx, loss_fn=lambda *given: given, keep=keep_T) if teaches else (None, None)
 
                     def loss_fn(hidden, head, *layers_S):
                         loss, ce, kl = distillation_loss(
@@ -1287,9 +1250,7 @@ def train(config: Config) -> Path:
                 sums[:3] += torch.stack(losses).detach()
             grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
             # The next batch is read while a GPU still computes; not across an update of r, which it has to follow.
-            ahead = None
-            if (state.step + 1) % config.interval and state.step + 1 < config.max_steps:
-                ahead = draw()
+            ahead = draw() if (state.step + 1) % config.interval and state.step + 1 < config.max_steps else None
             sums[3] = received()
             loss, ce, kl, asked = over_ranks(sums).tolist()
             grad_norm = (grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm).item()
@@ -1302,12 +1263,12 @@ def train(config: Config) -> Path:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
                 optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad()
 
             state.step += 1
             now = time.perf_counter()
             eta = (now - started) / (state.step - first_step) * (config.max_steps - state.step)
-            step_s, step_started = now - step_started, now
+            step_s = now - step_started
             tokens_per_s = tokens_per_step / step_s
             log("train", loss=loss, ce=ce, kl=kl, lr=lr, grad_norm=grad_norm, tokens=state.step * tokens_per_step,
                 tokens_per_s=tokens_per_s, eta_s=eta)
@@ -1315,29 +1276,26 @@ def train(config: Config) -> Path:
                 print(f"step {state.step}/{config.max_steps}  loss {loss:.3f}  ce {ce:.3f}  kl {kl:.3f}  lr {lr:.1e}  "
                       f"{tokens_per_s:,.0f} tokens/s{utilisation(device, flops * tokens_per_s)}  data "
                       f"{waited / step_s:.1%}  ETA {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)
-    return folder
 
 
-def teacher_warnings(domains: dict[str, dict], vocab_size: int) -> list[str]:
+# ------------ What a run says at its end ------------------------------------------------------------------------------
+
+def teacher_warnings(domains: dict[str, dict], vocab_size: int) -> Iterator[str]:
     """What the first evaluation says against a teacher."""
-    warnings = []
     for name, domain in domains.items():
         if domain["teacher_ppl"] > vocab_size / 2:
-            warnings.append(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): HARDLY "
-                            "TRAINED, MADE OR LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
+            yield (f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): HARDLY TRAINED, "
+                   "MADE OR LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
         elif domain["ratio"] < 1:
-            warnings.append(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY "
-                            f"{1 / domain['ratio']:.2f}")
-    return warnings
+            yield f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY {1 / domain['ratio']:.2f}"
 
 
 def report(config: Config, folder: Path):
-    """Print what a run did in each domain, from its first evaluation to its last, from its last checkpoint."""
+    """Print what a run did in each domain, from its first evaluation to its last, and what to try next."""
     state = read_state(folder)
     domains, first = state.domains, state.first_domains
     drawn = sum(domain["tokens"] for domain in domains.values()) or 1
-    uniform = read_meta(Path(config.data_dir))["tokenizer"]["vocab_size"]
-    print("\n".join(teacher_warnings(first, uniform) if config.teacher else []))
+    print("\n".join(teacher_warnings(first, open_bins(config).vocab_size) if config.teacher else []))
     print(f"{config.method}, seed {config.seed}, step {state.step}: perplexity by domain\n")
     print(f"{'':14}{'teacher':>9}{'student':>19}{'student/teacher':>22}{'drawn':>9}{'epochs':>9}")
     for name, domain in domains.items():
@@ -1350,6 +1308,14 @@ def report(config: Config, folder: Path):
     if config.teacher:
         worst = [max(domain["ratio"] for domain in measured.values()) for measured in (first, domains)]
         print(f"{'worst ratio':14}{f'{worst[0]:.2f} → {worst[1]:.2f}':>50}")
+    if state.doremi:
+        print(f"DoReMi's mixture, for --mixture: {doremi_mixture(state)}")
+    if config.preset == "quickstart":
+        show_continuations(config, folder)
+        other = "ddk" if config.method == "kd" else "kd"
+        print(f"\nAnother arm on the same models:  the same command with --method={other}\n"
+              f"To hear more of this student:  python model.py --model={folder} --prompt='def main('")
+    print(f"The student lies in {folder}")
 
 
 def show_continuations(config: Config, folder: Path):
@@ -1374,27 +1340,28 @@ PRETRAINING = dict(preset="custom", method="cpt", optimizer="muon", interval=10*
 QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 5_000_000, "math": 800_000, "prose": 600_000}
 
 
-def make_quickstart_bins(data_dir: Path):
-    if (data_dir / "meta.json").is_file():
-        return
-    with locked(data_dir):
-        print(f"Collecting text into {data_dir} …", flush=True)
-        build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES), val_fraction=0.1)
-
-
 def quickstart(config: Config) -> Config:
     """Make what the quickstart lacks, in `data_dir`: bins, a teacher, a student base. Returns `config` with its models.
 
     `train` trains both with no teacher: the teacher on all domains alike, the base mostly on code, since small models
     are strong in some domains and weak in others. Every arm and seed then starts from the same two."""
     data_dir = Path(config.data_dir)
-    on_rank_0(lambda: make_quickstart_bins(data_dir))
+
+    def make_bins():
+        if (data_dir / "meta.json").is_file():
+            if (names := read_meta(data_dir)["domains"].keys()) != QUICKSTART_BYTES.keys():
+                raise UserError(f"--data_dir={data_dir}: holds {' '.join(names)}, not the quickstart's text; name "
+                                "--teacher and --student, or another folder")
+        else:
+            with locked(data_dir):
+                print(f"Collecting text into {data_dir} …", flush=True)
+                build_bins(data_dir, load_tokenizer("bytes"), quickstart_domains(QUICKSTART_BYTES), val_fraction=0.1)
+
+    on_rank_0(make_bins)
     sizes = {role: getattr(config, role) or size for role, size in QUICKSTART_MODELS.items()}
     if config.dry_run:
         return replace(config, **sizes)
-    *_, problems = on_rank_0(lambda: preflight(replace(config, **sizes)))  # before minutes of training
-    if problems:
-        refuse("\n".join(problems))
+    on_rank_0(lambda: preflight(replace(config, **sizes)))  # before minutes of training
     for role, steps in (("teacher", config.pretrain_steps), ("student", (config.pretrain_steps + 1) // 2)):
         if not getattr(config, role):
             base = resolve_config(**{**PRESETS["quickstart"], **PRETRAINING, "student": sizes[role], "max_steps": steps,
@@ -1419,23 +1386,9 @@ def main():
         if config.preset == "quickstart":
             config = quickstart(config)
         if config.dry_run:
-            return on_rank_0(lambda: dry_run(config))
+            return on_rank_0(lambda: preflight(config))
         folder = train(doremi(config))
-        on_rank_0(lambda: tell(config, folder))
-
-
-def tell(config: Config, folder: Path):
-    """Print what a run gave, where it lies and what to try next."""
-    report(config, folder)
-    if config.method == "doremi_proxy" and config.max_steps:
-        print(f"DoReMi's mixture, for --mixture: {doremi_mixture(read_state(folder))}")
-    if config.preset == "quickstart":
-        show_continuations(config, folder)
-        given = [word for word in sys.argv[1:] if not word.startswith(("--method", "--out_dir"))]
-        other = shlex.join(["python", "distill.py", *given, f"--method={'ddk' if config.method == 'kd' else 'kd'}"])
-        print(f"\nCompare with another arm on the same models:  {other}\n"
-              f"To hear more of this student:  python model.py --model={folder} --prompt='def main('")
-    print(f"The student lies in {folder}")
+        on_rank_0(lambda: report(config, folder))
 
 
 if __name__ == "__main__":

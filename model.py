@@ -11,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 
@@ -34,6 +34,7 @@ class Family:
     qk_norm: bool = False  # RMSNorm of each head's q and k, before rotary
     output_bias: bool = True  # attention_bias is on o_proj too
     transposed: bool = False  # the blocks' matrices are stored (in, out): GPT-2's Conv1D
+    multi_query: bool = False  # as its key says; if not, c_attn holds q, k and v of one head after the other
     prefix: str = "model."
     names: dict[str, str] = field(default_factory=dict)  # part of our parameters' names → as stored
     keys: dict[str, str] = field(default_factory=dict)  # GPTConfig's field → key of config.json; "": no key says it
@@ -47,9 +48,9 @@ LEARNED = dict(layer_norm=True, gated_mlp=False, learned_positions=True, prefix=
     "hidden_size": "n_embd", "intermediate_size": "n_inner", "num_hidden_layers": "n_layer",
     "num_attention_heads": "n_head", "max_position_embeddings": "n_positions", "hidden_act": "activation_function",
     "rms_norm_eps": "layer_norm_epsilon", "num_key_value_heads": "", "head_dim": "", "rope_theta": "",
-    "sliding_window": "", "attention_bias": "", "mlp_bias": ""})
-LEARNED_DEFAULTS = dict(max_position_embeddings=1024, rms_norm_eps=1e-5, tie_word_embeddings=True, attention_bias=True,
-                        mlp_bias=True)
+    "rope_scaling": "", "sliding_window": "", "attention_bias": "", "mlp_bias": ""})
+GPT2_DEFAULTS = dict(max_position_embeddings=1024, rms_norm_eps=1e-5, tie_word_embeddings=True, attention_bias=True,
+                     mlp_bias=True, hidden_act="gelu_pytorch_tanh")
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", keys={"sliding_window": ""}),
     "mistral": Family("MistralForCausalLM", keys={"attention_bias": "", "mlp_bias": ""},
@@ -58,16 +59,12 @@ FAMILIES = {
                     defaults=dict(max_position_embeddings=32768, attention_bias=True)),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, keys={"mlp_bias": ""},
                     defaults=dict(max_position_embeddings=32768, head_dim=128)),
-    "gpt2": Family("GPT2LMHeadModel", transposed=True, defaults={**LEARNED_DEFAULTS, "hidden_act": "gelu_new"},
-                   **LEARNED),
-    "gpt_bigcode": Family("GPTBigCodeForCausalLM", defaults={**LEARNED_DEFAULTS, "hidden_act": "gelu_pytorch_tanh"},
-                          **LEARNED),
+    "gpt2": Family("GPT2LMHeadModel", transposed=True, defaults={**GPT2_DEFAULTS, "hidden_act": "gelu_new"}, **LEARNED),
+    "gpt_bigcode": Family("GPTBigCodeForCausalLM", multi_query=True, defaults=GPT2_DEFAULTS, **LEARNED),
     "starcoder2": Family("Starcoder2ForCausalLM", layer_norm=True, gated_mlp=False,
                          names={"up_proj": "c_fc", "down_proj": "c_proj"},
                          keys={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
-                         defaults=dict(max_position_embeddings=4096, rms_norm_eps=1e-5, attention_bias=True,
-                                       mlp_bias=True, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
-                                       use_sliding_window=True)),
+                         defaults={**GPT2_DEFAULTS, "max_position_embeddings": 4096, "use_sliding_window": True}),
 }
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu,
                **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))}
@@ -136,9 +133,8 @@ class GPTConfig:
         rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
         given = {**settings, **{key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
-        values = {entry.name: given.get(key, family.defaults.get(entry.name)) for entry in fields(cls)
-                  for key in [family.keys.get(entry.name, entry.name)]}
-        values = {name: value for name, value in values.items() if value is not None}
+        values = {name: value for name in cls.__dataclass_fields__
+                  if (value := given.get(family.keys.get(name, name), family.defaults.get(name))) is not None}
         act = values.get("hidden_act", "silu")
         for key, value, known in (("rope type", rope_type, ("default", "llama3")), ("hidden_act", act, ACTIVATIONS),
                                   *((key, given.get(key, only), (only, None)) for key, only in ONLY.items())):
@@ -147,13 +143,12 @@ class GPTConfig:
         d, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
         if family.learned_positions:
             values.setdefault("intermediate_size", 4 * d)
-        if model_type == "gpt_bigcode" and given.get("multi_query", True):
+        if family.multi_query and given.get("multi_query", True):
             values["num_key_value_heads"] = 1
         slides = (given.get("use_sliding_window", family.defaults.get("use_sliding_window", False))
                   and given.get("max_window_layers", 0) < int(values["num_hidden_layers"]))
-        if layer_types := given.get("layer_types"):
-            slides = "sliding_attention" in layer_types
-        if not slides:
+        layer_types = given.get("layer_types") or ["sliding_attention"] * bool(slides)
+        if "sliding_attention" not in layer_types:
             values["sliding_window"] = None
         return cls(**{"num_key_value_heads": heads, "head_dim": d // heads, **values, "source": settings,
                       **{key: int(values[key]) for key in ("vocab_size", "hidden_size", "intermediate_size",
@@ -164,14 +159,12 @@ class GPTConfig:
         """The contents of a config.json that transformers 4 and 5 read alike, of the family that was read."""
         ours = {self.family.keys.get(key, key): value for key, value in asdict(self).items() if key != "source"}
         kept = {key: value for key, value in self.source.items()
-                if key != "layer_types" or len(value) == self.num_hidden_layers}
-        if self.family.learned_positions:
-            del ours["rope_scaling"]
-        else:
+                if key != "layer_types" or value and len(value) == self.num_hidden_layers}
+        if not self.family.learned_positions:
             scaling = {"rope_type": "llama3", **self.rope_scaling} if self.rope_scaling else None
             ours |= {"rope_scaling": scaling,
                      "rope_parameters": {"rope_type": "default", **(scaling or {}), "rope_theta": self.rope_theta}}
-        if self.model_type == "gpt_bigcode":
+        if self.family.multi_query:
             ours["multi_query"] = self.num_key_value_heads == 1
         ours.pop("", None)
         return {**kept, **ours, "architectures": [self.family.architecture]}
@@ -201,8 +194,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
-def make_norm(config: GPTConfig, width: int) -> nn.Module:
-    return (nn.LayerNorm if config.family.layer_norm else nn.RMSNorm)(width, eps=config.rms_norm_eps)
+def make_norm(config: GPTConfig) -> nn.Module:
+    return (nn.LayerNorm if config.family.layer_norm else nn.RMSNorm)(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Attention(nn.Module):
@@ -212,24 +205,21 @@ class Attention(nn.Module):
         super().__init__()
         d, hd, bias = config.hidden_size, config.head_dim, config.attention_bias
         self.head_dim = hd
-        self.grouped = config.num_key_value_heads != config.num_attention_heads
         self.q_proj = nn.Linear(d, config.num_attention_heads * hd, bias=bias)
         self.k_proj = nn.Linear(d, config.num_key_value_heads * hd, bias=bias)
         self.v_proj = nn.Linear(d, config.num_key_value_heads * hd, bias=bias)
         self.o_proj = nn.Linear(config.num_attention_heads * hd, d, bias=bias and config.family.output_bias)
-        self.q_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps) if config.family.qk_norm else None
-        self.k_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps) if config.family.qk_norm else None
+        norm = partial(nn.RMSNorm, hd, eps=config.rms_norm_eps) if config.family.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-        B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or G, T, hd)
+        q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, H or G, T, hd)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -254,9 +244,9 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.input_layernorm = make_norm(config, config.hidden_size)
+        self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = make_norm(config, config.hidden_size)
+        self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
@@ -274,13 +264,9 @@ class GPT(nn.Module):
         learned = config.family.learned_positions
         self.embed_positions = nn.Embedding(config.max_position_embeddings, d) if learned else None
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = make_norm(config, d)
+        self.norm = make_norm(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(d, config.vocab_size, bias=False)
-        if not self.embed_tokens.weight.is_meta:
-            self.init_weights()
-
-    def init_weights(self):
-        """GPT-2's: normal(0, 0.02), and less by √(2L) for the matrices that write to the residual stream."""
+        # GPT-2's initial weights: normal(0, 0.02), and less by √(2L) for what writes to the residual stream
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
@@ -300,14 +286,13 @@ class GPT(nn.Module):
         Hidden is after the final norm. So a loss that does its own product with the head need never hold all logits,
         and a wrapper (FSDP) can gather the head for it. ValueError on more tokens than positions are learned or the
         sliding window holds."""
-        config, T, rotary = self.config, idx.shape[1], None
+        config, T = self.config, idx.shape[1]
         if T > config.context and (config.sliding_window or config.family.learned_positions):
             raise UserError(f"{T} tokens, but this {config.model_type} reads at most {config.context}")
+        rotary = None if config.family.learned_positions else rotary_tables(config, T, idx.device)
         x = self.embed_tokens(idx)
-        if config.family.learned_positions:
+        if rotary is None:
             x = x + self.embed_positions.weight[:T]
-        else:
-            rotary = rotary_tables(config, T, idx.device)
         kept = []
         for i, layer in enumerate(self.layers):
             x = layer(x, rotary)
@@ -364,9 +349,9 @@ class GPT(nn.Module):
         with torch.device("meta"):  # no memory, no initialisation: every tensor comes from the file
             model = cls(config)
         own = model.state_dict()
-        prefix = config.family.prefix if any(key.startswith(config.family.prefix) for key in held) else ""
-        wanted = {key.removeprefix("" if prefix else config.family.prefix): names
-                  for key, names in checkpoint_tensors(model).items()}  # the hub's gpt2 was saved without its prefix
+        wanted = checkpoint_tensors(model)
+        if not any(key.startswith(config.family.prefix) for key in held):  # the hub's gpt2 was saved without it
+            wanted = {key.removeprefix(config.family.prefix): names for key, names in wanted.items()}
         head, embedding = "lm_head.weight", next(iter(wanted))
         if config.tie_word_embeddings and {head, embedding} <= held.keys():
             if not read_tensor(held[head], head).equal(read_tensor(held[embedding], embedding)):
@@ -382,16 +367,13 @@ class GPT(nn.Module):
             raise UserError(f"layers:{layers}: {folder} has {L} layers")
         kept, state = {round(i * (L - 1) / max(1, layers - 1)) for i in range(layers)}, {}
         for key, names in wanted.items():
-            tensor, parts = read_tensor(held[key], key), [own[name] for name in names]
-            expected = pack(key, parts, config).shape
-            for wrong, problem in (
-                (tensor.shape != expected, f"is {list(tensor.shape)}, but config.json makes it {list(expected)}"),
-                (tensor.dtype not in DTYPES, f"holds {tensor.dtype}; quantised weights are not read"),
-                (not all(piece.isfinite().all() for piece in tensor.flatten().split(2**20)),  # without a second copy
-                 "holds values that are not finite; copy it again"),
-            ):
-                if wrong:
-                    raise UserError(f"{held[key]}: {key} {problem}")
+            tensor, parts, where = read_tensor(held[key], key), [own[name] for name in names], f"{held[key]}: {key}"
+            if tensor.shape != (expected := pack(key, parts, config).shape):
+                raise UserError(f"{where} is {list(tensor.shape)}, but config.json makes it {list(expected)}")
+            if tensor.dtype not in DTYPES:
+                raise UserError(f"{where} holds {tensor.dtype}; quantised weights are not read")
+            if not all(piece.isfinite().all() for piece in tensor.flatten().split(2**20)):  # without a second copy
+                raise UserError(f"{where} holds values that are not finite; copy it again")
             for name, part in zip(names, unpack(key, tensor, [len(part) for part in parts], config)):
                 if not name.startswith("layers.") or int(name.split(".")[1]) in kept:
                     # A copy: what safetensors maps from the file is aligned as the file is, and sums by alignment.
@@ -413,10 +395,9 @@ def checkpoint_tensors(model: GPT) -> dict[str, list[str]]:
     """Each tensor of the model's checkpoint → our parameters in it: one, or q, k and v where the family fuses them."""
     family, tensors = model.config.family, {}
     for name in model.state_dict():
-        if name.startswith("filters."):  # of --method=ted, which needs them while it trains only
-            continue
-        key = ".".join(family.names.get(part, part) for part in name.split("."))
-        tensors.setdefault(key if name.startswith("lm_head.") else family.prefix + key, []).append(name)
+        if not name.startswith("filters."):  # of --method=ted, which needs them while it trains only
+            key = ".".join(family.names.get(part, part) for part in name.split("."))
+            tensors.setdefault(key if name.startswith("lm_head.") else family.prefix + key, []).append(name)
     return tensors
 
 
@@ -425,7 +406,7 @@ def pack(key: str, parts: list[torch.Tensor], config: GPTConfig) -> torch.Tensor
     whole = parts[0]
     if len(parts) > 1:
         whole = torch.cat(parts)
-        if interleaved(config):
+        if config.family.multi_query and len(parts[0]) == len(parts[1]):
             whole = whole.unflatten(0, (3, config.num_attention_heads, -1)).transpose(0, 1).flatten(0, 2)
     return whole.T if config.family.transposed and whole.dim() == 2 and ".h." in f".{key}" else whole
 
@@ -433,29 +414,22 @@ def pack(key: str, parts: list[torch.Tensor], config: GPTConfig) -> torch.Tensor
 def unpack(key: str, whole: torch.Tensor, rows: list[int], config: GPTConfig) -> list[torch.Tensor]:
     """Our parameters, of `rows` each, in the checkpoint's tensor `key`: pack's inverse."""
     whole = whole.T if config.family.transposed and whole.dim() == 2 and ".h." in f".{key}" else whole
-    if len(rows) > 1 and interleaved(config):
+    if len(rows) > 1 and config.family.multi_query and rows[0] == rows[1]:
         whole = whole.unflatten(0, (config.num_attention_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
     return list(whole.split(rows))
-
-
-def interleaved(config: GPTConfig) -> bool:
-    """Whether c_attn holds q, k and v of one head after the other, as StarCoder's does without multi-query."""
-    return config.model_type == "gpt_bigcode" and config.num_key_value_heads == config.num_attention_heads
 
 
 def weight_files(folder: Path) -> list[Path]:
     """model.safetensors, or the shards that its index names. ValueError if one is missing or outside the folder."""
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
-    if not files[0].is_file():
-        if not index.is_file():
-            raise UserError(f"{folder}: no model.safetensors, nor an index of shards; other formats are not read, "
-                            "convert them with transformers' save_pretrained")
+    if index.is_file() and not files[0].is_file():
         with blame(index, "no index of shards; copy it again"):
             weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files = [folder / name for name in sorted(set(weight_map.values()))]
     for path in files:
         if path.parent != folder or not path.is_file():
-            raise UserError(f"{path}: a shard named in {index.name}, but not a file in its folder; copy it there")
+            raise UserError(f"{path}: not a file in the model's folder; model.safetensors is needed, or the shards that"
+                            f" {index.name} names: convert other formats with transformers' save_pretrained")
     return files
 
 
@@ -464,11 +438,10 @@ def stored_tensors(folder: Path) -> dict[str, Path]:
     held = {}
     for path in weight_files(folder):
         with blame(path, "not a whole safetensors file; copy it again"), safe_open(path, framework="pt") as file:
-            keys = [key for key in file.keys() if not re.search(BUFFERS, key)]
-        for key in keys:
-            if key in held and not read_tensor(held[key], key).equal(read_tensor(path, key)):
-                raise UserError(f"{path}: {key} is not as in {held[key]}; copy both again")
-            held[key] = path
+            for key in (key for key in file.keys() if not re.search(BUFFERS, key)):
+                if key in held and not read_tensor(held[key], key).equal(file.get_tensor(key)):
+                    raise UserError(f"{path}: {key} is not as in {held[key]}; copy both again")
+                held[key] = path
     return held
 
 
@@ -491,19 +464,21 @@ def read_config(folder: Path) -> GPTConfig:
 
 def resolve_device(name: str) -> torch.device:
     """auto: cuda, then mps, then cpu. UserError if this machine lacks it."""
-    kinds = [kind for kind, there in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available()),
-                                      ("cpu", True)) if there]
-    if name != "auto" and not re.fullmatch(rf"({'|'.join(kinds)})(:\d+)?", name):
-        raise UserError(f"--device={name}: not on this machine, which has {' '.join(kinds)}")
-    return torch.device(kinds[0] if name == "auto" else name)
+    counts = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": 1}
+    names = [kind for kind in counts if counts[kind]]
+    names += [f"{kind}:{i}" for kind in names for i in range(counts[kind])]
+    if name not in ("auto", *names):
+        raise UserError(f"--device={name}: not on this machine, which has {' '.join(names)}")
+    return torch.device(names[0] if name == "auto" else name)
 
 
 @dataclass
 class GenerateConfig:
     """Keys of `python model.py`."""
-    model: str = option("", "the model's folder", required=True)
-    prompt: str = option("", "the text to continue", required=True)
+    model: str = option("", "the model's folder")
+    prompt: str = option("", "the text to continue")
     tokenizer: str = option("", "bytes, a tiktoken encoding or a tokenizer.json, if not in the model's folder")
+    eot: str = option("", "the token that ends a text; empty: the tokenizer's own")
     max_new_tokens: int = option(200, "tokens to add at most", least=1)
     temperature: float = option(0.8, "0 takes the likeliest token each time", least=0)
     top_k: int | None = option(None, "draw from the k likeliest only", least=1)
@@ -511,18 +486,20 @@ class GenerateConfig:
     device: str = option("auto", "auto: cuda, then mps, then cpu")
 
     def problems(self) -> list[str]:
-        return [] if Path(self.model).is_dir() else [f"--model={self.model}: no such folder"]
+        return ([f"--model={self.model}: name a model's folder"] * (not self.model or not Path(self.model).is_dir())
+                + ["--prompt: give the text to continue"] * (not self.prompt))
 
 
 def main():
     config = parse_config(GenerateConfig)
     folder = Path(config.model)
-    tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else model_tokenizer(folder)
+    tokenizer = (load_tokenizer(config.tokenizer, config.eot) if config.tokenizer
+                 else model_tokenizer(folder, config.eot))
     if tokenizer is None:
         raise UserError(f"--tokenizer: {folder} has no tokenizer files; name its tokenizer")
     device, rows = resolve_device(config.device), read_config(folder).vocab_size
     if tokenizer.vocab_size > rows:
-        raise UserError(f"--tokenizer={config.tokenizer}: {tokenizer.vocab_size} ids, but the model has {rows}")
+        raise UserError(f"--tokenizer: {tokenizer.name} has {tokenizer.vocab_size} ids, but the model {rows}")
     model = GPT.from_pretrained(folder).to(device)
     ids = tokenizer.encode_batch([config.prompt])[0].tolist()
     generator = torch.Generator(device).manual_seed(config.seed)

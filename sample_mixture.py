@@ -10,7 +10,6 @@ perplexities that a run logged, and draws the paper's Fig. 3:
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -39,15 +38,14 @@ def _weighted_softmax(weights, student_ppl, teacher_ppl) -> np.ndarray:
     exp that follows would pass that on."""
     student, teacher = np.asarray(student_ppl, dtype=np.float64), np.asarray(teacher_ppl, dtype=np.float64)
     if student.ndim != 1 or student.shape != teacher.shape or not student.size:
-        raise ValueError(f"student_ppl {student.shape} and teacher_ppl {teacher.shape} must be two equally long, "
-                         "non-empty lists: one perplexity a domain")
+        raise ValueError(f"student_ppl {student.shape}, teacher_ppl {teacher.shape}: must be one perplexity a domain")
     for name, ppl in (("student_ppl", student), ("teacher_ppl", teacher)):
         if not (np.isfinite(ppl) & (ppl >= 1)).all():
             raise ValueError(f"{name} {ppl.tolist()} must be finite and at least 1: perplexities, not losses")
     weights = _weights("factor", weights, len(student))
     ratios = [Fraction(s) / Fraction(t) for s, t in zip(student.tolist(), teacher.tolist())]
     largest = max(ratio for ratio, weight in zip(ratios, weights) if weight > 0)
-    # LLM-Shearing's update, ψ[i] = r[i] · ℓ_S[i]/ℓ_T[i], has np.log of each ratio in the place of the difference here.
+    # LLM-Shearing's update, ψ[i] = r[i] · ℓ_S[i]/ℓ_T[i], has np.log(student / teacher) in the place of the differences.
     with np.errstate(divide="ignore"):  # log 0 = −inf: a domain that α = 1 has driven to 0 stays there, as in Eq. 2
         log_psi = np.log(weights) + [float(ratio - largest) for ratio in ratios]
     psi = np.exp(log_psi - log_psi.max())
@@ -143,8 +141,7 @@ class MixtureSampler:
 
     def __init__(self, n_windows: dict[str, int], batch_size: int, seed: int):
         if not n_windows or min(*n_windows.values(), batch_size) < 1:
-            raise ValueError(f"n_windows {n_windows}, batch_size {batch_size}: at least one domain, with one window in "
-                             "each, and one window a batch are needed")
+            raise ValueError(f"n_windows {n_windows} and batch_size {batch_size} must be positive, and not empty")
         self.names, self.n_windows = list(n_windows), np.array(list(n_windows.values()), dtype=np.int64)
         self.batch_size, self.seed = batch_size, seed
         self.step = 0  # batches drawn
@@ -160,8 +157,8 @@ class MixtureSampler:
         return self._probs
 
     @probs.setter
-    def probs(self, weights: Mapping[str, float] | np.ndarray):
-        if isinstance(weights, Mapping):
+    def probs(self, weights: dict[str, float] | np.ndarray):
+        if isinstance(weights, dict):
             if set(weights) != set(self.names):
                 raise ValueError(f"probs name {sorted(weights)}, but the domains are {sorted(self.names)}")
             weights = [weights[name] for name in self.names]
@@ -218,11 +215,9 @@ class MixtureSampler:
 
 def read_metrics(path: Path, key: str = "") -> list[dict]:
     """The lines of a run's metrics.jsonl; a torn last line, left by a run that was killed, is not one."""
-    with blame(f"{key}{path}", "name the metrics.jsonl in a run's out_dir"):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    with blame(f"{key}{path}", "name the metrics.jsonl in a run's out_dir"), open(path, encoding="utf-8") as lines:
         metrics = [json.loads(line) for line in lines if line.endswith("\n")]
-        needed = {"mixture": {"kind", "step", "domains"}}
-        if not all(needed.get(line["kind"], {"kind", "step"}) <= set(line) for line in metrics):
+        if not all("step" in line and ("domains" in line or line["kind"] != "mixture") for line in metrics):
             raise ValueError("a line without step or domains")
         return metrics
 
@@ -249,8 +244,7 @@ class MixtureConfig:
     data_dir: str = option("", "bins: show how a run would draw from them, and a window of each domain")
     metrics: str = option("", "a run's metrics.jsonl: replay r from the perplexities in it")
     alpha: float | None = option(None, "replay with this α; none: the run's", least=0, most=1)
-    method: Literal[("", *METHODS)] = option(
-        "", "replay this arm's rule; empty: the run's")
+    method: Literal[("", *METHODS)] = option("", "replay this arm's rule; empty: the run's")
     plot: str = option("", "draw the shares and the ratios of --metrics to this .png")
     block_size: int = option(256, "tokens a window", least=1)
     batch_size: int = option(64, "windows a step", least=1)
@@ -272,14 +266,13 @@ def show_replay(config: MixtureConfig) -> dict[str, float]:
     method = config.method or run["config"].get("method", "ddk")
     alpha = run["config"].get("alpha", 0.5) if config.alpha is None else config.alpha
     names, base, factor, replayed = list(lines[0]["domains"]), run.get("base", lines[0]["r"]), None, []
+    print(f"r by {method}, α = {alpha}\n{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in names))
     for line in lines:
         measured = [[line["domains"][name][key] for name in names] for key in ("student_ppl", "teacher_ppl")]
         factor = next_factor(method, factor, *measured, alpha)
         r = interval_probs(method, line["t"], factor, np.array([base[name] for name in names]))
         replayed.append(dict(zip(names, r.tolist())))
-    print(f"r by {method}, α = {alpha}\n{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in replayed[0]))
-    for line, r in zip(lines, replayed):
-        print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r.values()))
+        print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r))
     difference = max(abs(line["r"][name] - r[name]) for line, r in zip(lines, replayed) for name in r)
     print(f"largest difference to the r of the run: {difference:.1e}\n")
     if config.plot:
@@ -289,9 +282,7 @@ def show_replay(config: MixtureConfig) -> dict[str, float]:
 
 def show_draws(config: MixtureConfig, r: dict[str, float] | None):
     """Print what `config.steps` batches by `r` draw from each domain, and the domain's next window as text."""
-    bins = TokenBins(config.data_dir, config.block_size)
-    if r and set(r) != set(bins.names):
-        raise UserError(f"--metrics={config.metrics}: a run on {' '.join(r)}; the bins are {' '.join(bins.names)}")
+    bins = TokenBins(config.data_dir, config.block_size, list(r or []))
     tokenizer = saved_tokenizer(bins.dir, bins.tokenizer)
     sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
     sampler.probs = r or sampler.probs

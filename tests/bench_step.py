@@ -7,7 +7,7 @@ three times over; a step's time is the median after warm-up.
 
 - parts: what no step can do without, each measured alone: the teacher's forward pass, the student's forward and
   backward pass, the loss from hidden states to gradients, and the optimizer.
-- ours: `distill.train`, as a run logs it: reading the data, clipping and writing metrics included.
+- ours: `distill.train`, as a run logs it: reading the data and clipping included.
 - transformers: both models with AutoModelForCausalLM, cross-entropy + 0.2 · KL of whole logits, AdamW.
 - trl: GKDTrainer with lmbda = 0 and beta = 0, so forward KL on the given text; it has no cross-entropy beside it.
 

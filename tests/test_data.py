@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import itertools
 import json
 import random
 import re
@@ -18,6 +19,7 @@ from typing import Literal
 
 import numpy as np
 import pytest
+import tiktoken
 
 import data
 from data import (TokenBins, UserError, build_bins, expand_sources, load_tokenizer, option, parse_config,
@@ -76,7 +78,7 @@ def refused(call, *arguments, **keys) -> str:
     ("--steps", ["--steps", "needs a value"]), ("--rate=fast", ["--rate=fast", "number"]),
     ("--deep=maybe", ["--deep=maybe", "true", "false"]), ("--arm=gd", ["--arm=gd", "ddk", "kd"]),
     ("--limit=far", ["--limit=far", "number"]), ("--stepz=1", ["--stepz", "did you mean --steps"]),
-    ("--qqq=1", ["--qqq", "--help"]), ("-steps=1", ["-steps=1", "--steps"]), ("--ste=1", ["--ste=1"])])
+    ("--qqq=1", ["--qqq", "--help"]), ("--source=x", ["--source=x", "--help"]), ("-steps=1", ["-steps=1", "--steps"]), ("--ste=1", ["--ste=1"])])
 def test_a_bad_argument_is_named_with_the_fix(argument, named):
     message = refused(parse_config, Example, [argument])
     assert len(message.splitlines()) == 1 and all(word in message for word in named)
@@ -128,10 +130,13 @@ def test_the_bytes_tokenizer_gives_the_bytes_of_any_text():
         assert ids.tolist() == list(text.encode()) and tokenizer.decode(ids.tolist()) == text
 
 
-def test_bytes_means_bytes_also_beside_a_folder_of_that_name(tmp_path, monkeypatch):
-    (tmp_path / "bytes").mkdir()
+def test_a_name_is_that_of_the_tokenizer_also_beside_a_folder_called_so(tmp_path, monkeypatch):
+    for name in ("bytes", "gpt2"):
+        (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
-    assert load_tokenizer("bytes").vocab_size == 257
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: tiktoken.Encoding(
+        name, pat_str=".", mergeable_ranks={b"a": 0}, special_tokens={"<|endoftext|>": 1}))
+    assert (load_tokenizer("bytes").vocab_size, load_tokenizer("gpt2").vocab_size) == (257, 2)
 
 
 @pytest.mark.parametrize("source, eot, named", [
@@ -515,6 +520,13 @@ def test_more_shards_than_documents(tmp_path):
     shards = meta["domains"]["code"]["train"]
     assert len(shards) == 10 and sum(shard["documents"] for shard in shards) == 2  # most are empty
     assert TokenBins(tmp_path, 2).n_windows["code"] > 0
+
+
+def test_documents_that_came_while_the_split_was_made_go_to_the_last_shard(tmp_path):
+    calls = itertools.count()
+    build_bins(tmp_path, load_tokenizer("bytes"), shards=3,
+               domains={"code": lambda: [*ARTICLES, *["late " * 99 + str(i) for i in range(99 * (next(calls) > 0))]]})
+    assert len(bin_texts(tmp_path, "code.train.002.bin")) > 90
 
 
 def test_bins_are_not_overwritten(tmp_path):

@@ -298,6 +298,16 @@ def test_the_teacher_is_measured_once_for_the_same_windows(config, data_dir, tmp
     assert measured.count(1) == 6  # the student one: before and after, three times
 
 
+def test_perplexities_kept_from_domains_in_another_order_go_to_their_own_domains(config, data_dir, tmp_path):
+    (data_dir / "teacher_ppl.json").unlink(missing_ok=True)
+    factors = []
+    for run, domains in (("a", "letters,signs"), ("b", "signs,letters")):
+        train(config(out_dir=str(tmp_path / run), domains=domains, max_steps=2))
+        measured = read_lines(tmp_path / run, "mixture")[0]["domains"]
+        factors.append({name: round(domain["factor"], 9) for name, domain in measured.items()})
+    assert factors[0] == factors[1] and factors[0]["letters"] != factors[0]["signs"]
+
+
 def test_stop_ratio_ends_a_run_early(config, tmp_path):
     train(config(out_dir=str(tmp_path / "whole"), max_steps=6))
     worst = [max(d["ratio"] for d in line["domains"].values()) for line in read_lines(tmp_path / "whole", "mixture")]
@@ -322,6 +332,13 @@ def test_max_steps_0_makes_no_step_by_any_method(run_main, data_dir, teacher, tm
         "--batch_size=8", "--val_samples=5", "--max_steps=0", f"--method={method}", f"--out_dir={tmp_path / 'run'}")
     assert (status, err) == (0, "") and [path.name for path in tmp_path.iterdir()] == ["run"]
     assert not read_lines(tmp_path / "run", "train") and len(read_lines(tmp_path / "run", "mixture")) == 1
+
+
+def test_a_proxy_that_is_good_enough_from_the_start_ends_as_any_run(run_main, data_dir, teacher, tmp_path):
+    status, out, err = run_main(
+        distill, f"--data_dir={data_dir}", f"--teacher={teacher}", "--student=scratch:1x32", "--block_size=16",
+        "--batch_size=8", "--val_samples=5", "--method=doremi_proxy", "--stop_ratio=1000", f"--out_dir={tmp_path / 'run'}")
+    assert (status, err) == (0, "") and "step_00000000" in out
 
 
 def test_max_steps_0_only_evaluates(config, tmp_path):
@@ -747,6 +764,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(config, tmp_path, mon
     (["--student=scratch:1x32"], ["--teacher: method=ddk needs one"]),
     (["--batch_size=10", "--micro_batch_size=4"], ["--batch_size=10: must be a multiple of micro_batch_size=4"]),
     (["--device=abacus"], ["--device=abacus"]),
+    (["--resume=never", "--out_dir=data"], ["--out_dir=data: holds the data"]),
+    (["--resume=never", "--out_dir=data/quickstart"], ["--out_dir=data/quickstart: holds the data"]),
     (["--mixture=a"], ["--mixture=a"]),
     (["--lr"], ["--lr: needs a value"]),
     (["lr=3"], ["lr=3: not a key"]),
@@ -759,6 +778,25 @@ def test_mistakes_on_the_command_line_are_named_all_at_once(arguments, messages,
     for message in messages:
         assert message in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_quickstart_refuses_so_many_processes_that_its_own_models_cannot_share_a_step(monkeypatch):
+    for name, value in dict(RANK=0, WORLD_SIZE=3, LOCAL_WORLD_SIZE=3).items():
+        monkeypatch.setenv(name, str(value))
+    (problem,) = resolve_config(batch_size=12, device="cpu").problems()
+    assert problem.startswith("--nproc_per_node=3: ") and " 16 windows" in problem
+
+
+def test_the_quickstart_refuses_other_bins_than_its_own(run_main, data_dir, tmp_path):
+    before = sorted(data_dir.rglob("*"))
+    status, _, err = run_main(distill, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'run'}")
+    assert status == 2 and f"--data_dir={data_dir}: " in err and "--teacher and --student" in err
+    assert sorted(data_dir.rglob("*")) == before
+
+
+def test_a_failure_of_the_disk_is_told_as_a_mistake_on_any_rank(tmp_path):
+    with pytest.raises(UserError, match="no_such"):
+        distill.on_rank_0(lambda: open(tmp_path / "no_such"))
 
 
 # ----------------------------------------------- Pre-flight ---------------------------------------------------------
@@ -870,9 +908,9 @@ def test_equal_ids_with_other_merges_are_another_tokenizer(config, teacher, tmp_
     texts = ["abc bcb abb " * 20, "cba aba cc a " * 20]
     build_bins(tmp_path / "bins", load_tokenizer(folders[0]), {"letters": lambda: texts}, val_fraction=0.5)
     given = dict(data_dir=str(tmp_path / "bins"), val_samples=2)
-    assert not distill.preflight(config(teacher=str(folders[0]), **given))[-1]
-    (problem,) = distill.preflight(config(teacher=str(folders[1]), **given))[-1]
-    assert "the ids are alike, but merges" in problem
+    distill.preflight(config(teacher=str(folders[0]), **given))
+    with pytest.raises(UserError, match="the ids are alike, but merges"):
+        distill.preflight(config(teacher=str(folders[1]), **given))
 
 
 def test_a_dry_run_reads_no_weights_and_writes_nothing(start, tmp_path):

@@ -199,7 +199,7 @@ def assert_same_settings(ours: GPTConfig, theirs):
     assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.num_key_value_heads == getattr(theirs, "num_key_value_heads", theirs.num_attention_heads)
     assert ours.sliding_window == getattr(theirs, "sliding_window", None)
-    assert ours.hidden_act == getattr(theirs, "hidden_act", None) or theirs.activation_function
+    assert ours.hidden_act == (getattr(theirs, "hidden_act", None) or theirs.activation_function)
     assert ours.intermediate_size == (getattr(theirs, "intermediate_size", None) or theirs.n_inner or 4 * theirs.n_embd)
     if ours.model_type in ("llama", "qwen3"):
         assert ours.attention_bias == theirs.attention_bias
@@ -606,6 +606,7 @@ DAMAGE = {  # what is wrong → (how it comes about, what the message names)
                                                                                         "factor": 8.0}),
                                          [CONFIG, "dynamic"]),
     "eight-bit weights": (spoil_tensor(Q, lambda tensor: tensor.to(torch.int8)), [WEIGHTS, Q, "holds"]),
+    "eight-bit floats": (spoil_tensor(Q, lambda tensor: tensor.to(torch.float8_e4m3fn)), [WEIGHTS, Q, "holds"]),
     "a layer of integers": (spoil_tensor(NORM, lambda tensor: tensor.long()), [WEIGHTS, NORM, "holds"]),
     "quantised": (spoil_config(quantization_config={"quant_method": "gptq"}), [CONFIG, "quantization_config", "gptq"]),
     "half of each head turned": (spoil_config(partial_rotary_factor=0.5), [CONFIG, "partial_rotary_factor", "0.5"]),
@@ -704,7 +705,10 @@ def test_a_setting_of_null_is_as_if_it_were_left_out(family, family_folders, tmp
     config = GPT.from_pretrained(tmp_path / "model").config
     edit_config(tmp_path / "model", quantization_config=None, rope_scaling=None, rope_parameters=None,
                 partial_rotary_factor=None, sliding_window=None, layer_types=None)
-    assert GPT.from_pretrained(tmp_path / "model").config == config
+    model = GPT.from_pretrained(tmp_path / "model")
+    assert model.config == config
+    model.save_pretrained(tmp_path / "saved")
+    assert GPT.from_pretrained(tmp_path / "saved").config == config
 
 
 # ----------------------------------------------- Shards ------------------------------------------------------------
@@ -1014,6 +1018,8 @@ def test_the_program_takes_a_tokenizer_where_the_folder_has_none(tmp_path, run_m
     (["--model=FOLDER", "--prompt=a", "--temperature=nan"], ["--temperature=nan"]),
     (["--model=FOLDER", "--prompt=a", "--max_new_tokens=many"], ["--max_new_tokens=many"]),
     (["--model=FOLDER", "--prompt=a", "--device=abacus"], ["--device=abacus"]),
+    (["--model=FOLDER", "--prompt=a", "--device=cpu:1"], ["--device=cpu:1", "cpu:0"]),
+    (["--model=FOLDER", "--prompt=a", "--tokenizer=bytes", "--eot=none such"], ["--eot=none such"]),
     (["--model=FOLDER", "--prompt=a", "--tokenizer=none such"], ["--tokenizer=none such"]),
     (["--model=BROKEN", "--prompt=a"], [CONFIG]),
     (["--model=SMALL", "--prompt=z", "--tokenizer=bytes"], ["30", "257"]),  # rows and ids

@@ -434,6 +434,14 @@ def test_the_program_draws_by_the_last_r_replayed(program, metrics, bins):
     assert "65.88%" in stdout and "34.12%" in stdout
 
 
+def test_the_program_draws_from_the_domains_of_the_run_alone(program, metrics, bins):
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()[:2]]
+    del lines[1]["domains"]["y"], lines[1]["r"]["y"]
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    status, stdout, _ = program(f"--metrics={metrics}", f"--data_dir={bins}", "--block_size=16")
+    assert status == 0 and "--- x" in stdout and "--- y" not in stdout
+
+
 def test_the_program_plots(program, metrics, tmp_path):
     pytest.importorskip("matplotlib")
     assert program(f"--metrics={metrics}", f"--plot={tmp_path / 'fig.png'}")[0] == 0
