@@ -38,6 +38,8 @@ import numpy as np
 import tiktoken
 
 
+# ------------ What the four programs share ----------------------------------------------------------------------------
+
 class UserError(ValueError):
     """Something the user can mend: programs print its message without a traceback and exit with status 2."""
 
@@ -52,6 +54,45 @@ def blame(source: str | Path, mend: str):
     except Exception as error:  # each format's library has its own kinds
         raise UserError(f"{source}: {type(error).__name__}: {error}; {mend}") from None
 
+
+def digest(*parts) -> str:
+    """sha256 of JSON-able `parts`."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def import_optional(module: str, wanted_by: str):
+    """A package that only some formats need. UserError says how to get it."""
+    with blame(wanted_by, f"pip install {module.partition('.')[0]}"):
+        return importlib.import_module(module)
+
+
+def fsync(path: Path):
+    """Make a file's content, or a folder's names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def write_text(path: Path, text: str):
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    fsync(temporary)
+    os.replace(temporary, path)
+
+
+def file_sha256(path: Path) -> str | None:
+    """None if there is no such file."""
+    if not path.is_file():
+        return None
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
+
+
+# ------------ The command line ----------------------------------------------------------------------------------------
 
 def option(default, help: str, least: float = -math.inf, most: float = math.inf):
     """A dataclass field that is a command-line key; a number must be finite and from `least` to `most`."""
@@ -136,6 +177,8 @@ def run_program(main: Callable):
         sys.exit(130)
 
 
+# ------------ Tokenizers ----------------------------------------------------------------------------------------------
+
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_META = "tokenizer_meta.json"  # the entry `tokenizer` of meta.json, in a model's folder
 # What a folder may hold of a tokenizer; copied along, so that a student's folder has the tokenizer of its bins.
@@ -154,11 +197,6 @@ class Tokenizer:
     encode_batch: Callable[[list[str]], list[np.ndarray]]
     decode: Callable[[list[int]], str]
     files: tuple[Path, ...] = ()
-
-
-def digest(*parts) -> str:
-    """sha256 of JSON-able `parts`."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def bytes_settings() -> dict:
@@ -203,11 +241,11 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
     if eot not in special:
         raise UserError(f"--eot={eot}: not a special token of {source}, which has {' '.join(special)}")
     ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
-    known = settings_digest(bytes_settings()) if source == "bytes" else digest(ranks, encoding._pat_str, special)
+    fingerprint = settings_digest(bytes_settings()) if source == "bytes" else digest(ranks, encoding._pat_str, special)
     encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
     pool = ThreadPoolExecutor(os.cpu_count())  # tiktoken lets go of Python's lock while it encodes
     return Tokenizer(name=str(source), vocab_size=encoding.max_token_value + 1, eot=special[eot], eot_token=eot,
-                     fingerprint=known, decode=encoding.decode,
+                     fingerprint=fingerprint, decode=encoding.decode,
                      encode_batch=lambda texts: list(pool.map(encode, texts)))
 
 
@@ -260,14 +298,13 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
     return load_tokenizer(folder, eot) if (folder / "tokenizer.json").is_file() else None
 
 
-def import_optional(module: str, wanted_by: str):
-    """A package that only some formats need. UserError says how to get it."""
-    with blame(wanted_by, f"pip install {module.partition('.')[0]}"):
-        return importlib.import_module(module)
+# ------------ Documents -----------------------------------------------------------------------------------------------
+
+PIECE = 8_000_000  # characters of a text file that become one document, about
 
 
 def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
-    """NAME=GLOB words → domain → files, sorted; a folder stands for all files below it."""
+    """NAME=GLOB words → domain → files, sorted; a folder stands for all below it but what a dot hides."""
     domains, problems = {}, []
     for word in sources:
         name, _, pattern = word.partition("=")
@@ -331,8 +368,9 @@ def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str | N
                     yield piece
 
 
+# ------------ The split, and bins -------------------------------------------------------------------------------------
+
 FORMAT_VERSION = 1
-PIECE = 8_000_000  # characters of a text file that become one document, about
 
 
 class Document(typing.NamedTuple):
@@ -446,30 +484,30 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Cal
     return meta
 
 
-def fsync(path: Path):
-    """Make a file's content, or a folder's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+# ------------ Windows -------------------------------------------------------------------------------------------------
 
-
-def write_text(path: Path, text: str):
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    fsync(temporary)
-    os.replace(temporary, path)
-
-
-def file_sha256(path: Path) -> str | None:
-    """None if there is no such file."""
+def read_meta(data_dir: Path, key: str = "--data_dir") -> dict:
+    """meta.json of a bins folder, checked against the files beside it. `key`: what a UserError calls the folder by."""
+    path = data_dir / "meta.json"
     if not path.is_file():
-        return None
-    sha256 = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()
+        raise UserError(f"{key}={data_dir}: no meta.json there; make bins with data.py --out_dir={data_dir}")
+    with blame(path, "copy the folder again, or delete meta.json and make the bins anew"):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        if meta["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
+        if not {"name", "eot_token", "fingerprint"} <= set(meta["tokenizer"]) or meta["tokenizer"]["vocab_size"] < 1:
+            raise ValueError("entries of the tokenizer are missing")
+        if not meta["domains"] or {domain["dtype"] for domain in meta["domains"].values()} - {"uint16", "uint32"}:
+            raise ValueError("no domains, or a dtype other than uint16 and uint32")
+        sizes = dict.fromkeys(meta["tokenizer"]["files"])
+        for domain in meta["domains"].values():
+            for entry in [*domain["train"], domain["val"]]:
+                sizes[entry["file"]], _ = entry["tokens"] * np.dtype(domain["dtype"]).itemsize, entry["sha256"]
+        for name, size in sizes.items():
+            file = data_dir / name
+            if file.parent != data_dir or not file.is_file() or size not in (None, file.stat().st_size):
+                raise ValueError(f"{file} is not in the folder, or not of {size} bytes")
+    return meta
 
 
 class TokenBins:
@@ -526,30 +564,6 @@ class TokenBins:
         return digest(self.domains, self.tokenizer["fingerprint"])
 
 
-def read_meta(data_dir: Path, key: str = "--data_dir") -> dict:
-    """meta.json of a bins folder, checked against the files beside it. `key`: what a UserError calls the folder by."""
-    path = data_dir / "meta.json"
-    if not path.is_file():
-        raise UserError(f"{key}={data_dir}: no meta.json there; make bins with data.py --out_dir={data_dir}")
-    with blame(path, "copy the folder again, or delete meta.json and make the bins anew"):
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        if meta["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
-        if not {"name", "eot_token", "fingerprint"} <= set(meta["tokenizer"]) or meta["tokenizer"]["vocab_size"] < 1:
-            raise ValueError("entries of the tokenizer are missing")
-        if not meta["domains"] or {domain["dtype"] for domain in meta["domains"].values()} - {"uint16", "uint32"}:
-            raise ValueError("no domains, or a dtype other than uint16 and uint32")
-        sizes = dict.fromkeys(meta["tokenizer"]["files"])
-        for domain in meta["domains"].values():
-            for entry in [*domain["train"], domain["val"]]:
-                sizes[entry["file"]], _ = entry["tokens"] * np.dtype(domain["dtype"]).itemsize, entry["sha256"]
-        for name, size in sizes.items():
-            file = data_dir / name
-            if file.parent != data_dir or not file.is_file() or size not in (None, file.stat().st_size):
-                raise ValueError(f"{file} is not in the folder, or not of {size} bytes")
-    return meta
-
-
 def verify(data_dir: Path):
     """Re-hash every bin of a folder. UserError lists those that changed since."""
     changed = []
@@ -561,6 +575,8 @@ def verify(data_dir: Path):
     if changed:
         raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins anew")
 
+
+# ------------ The quickstart's text -----------------------------------------------------------------------------------
 
 def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterable[str]]]:
     """Four domains of text that come with Python, torch and what torch needs, each of about `n_bytes` at most."""
@@ -598,6 +614,8 @@ def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterab
 
     return {name: functools.partial(documents, name) for name in n_bytes}
 
+
+# ------------ The program ---------------------------------------------------------------------------------------------
 
 @dataclass
 class DataConfig:

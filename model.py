@@ -125,7 +125,7 @@ class GPTConfig:
 
     @classmethod
     def from_dict(cls, settings: dict) -> "GPTConfig":
-        """From the contents of a config.json. ValueError on what would make it a network that this GPT is not."""
+        """From the contents of a config.json. UserError on what would make it a network that this GPT is not."""
         if (model_type := settings.get("model_type")) not in FAMILIES:
             raise UserError(f"model_type {model_type!r} is not known; {' '.join(FAMILIES)} are")
         family = FAMILIES[model_type]
@@ -284,7 +284,7 @@ class GPT(nn.Module):
         which gets what the layers in `keep` give (B, T, d), too, behind these two.
 
         Hidden is after the final norm. So a loss that does its own product with the head need never hold all logits,
-        and a wrapper (FSDP) can gather the head for it. ValueError on more tokens than positions are learned or the
+        and a wrapper (FSDP) can gather the head for it. UserError on more tokens than positions are learned or the
         sliding window holds."""
         config, T = self.config, idx.shape[1]
         if T > config.context and (config.sliding_window or config.family.learned_positions):
@@ -343,7 +343,7 @@ class GPT(nn.Module):
         """Read a Hugging Face folder, on the CPU, tensor by tensor, as `dtype` (None: the file's).
 
         `layers`: keep so many only, evenly spaced, the first and the last among them. A missing file, or a missing,
-        unexpected, mis-shaped, non-finite or contradictory tensor is a ValueError that names it. Nothing is unpickled
+        unexpected, mis-shaped, non-finite or contradictory tensor is a UserError that names it. Nothing is unpickled
         or filled in."""
         config, held = read_config(Path(folder)), stored_tensors(Path(folder))
         with torch.device("meta"):  # no memory, no initialisation: every tensor comes from the file
@@ -420,7 +420,7 @@ def unpack(key: str, whole: torch.Tensor, rows: list[int], config: GPTConfig) ->
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that its index names. ValueError if one is missing or outside the folder."""
+    """model.safetensors, or the shards that its index names. UserError if one is missing or outside the folder."""
     index, files = folder / "model.safetensors.index.json", [folder / "model.safetensors"]
     if index.is_file() and not files[0].is_file():
         with blame(index, "no index of shards; copy it again"):
@@ -452,7 +452,7 @@ def read_tensor(path: Path, key: str) -> torch.Tensor:
 
 
 def read_config(folder: Path) -> GPTConfig:
-    """The GPTConfig of a model's folder. ValueError names what is wrong there."""
+    """The GPTConfig of a model's folder. UserError names what is wrong there."""
     path = folder / "config.json"
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: a run's folder; name one of the step_ folders in it")
