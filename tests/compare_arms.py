@@ -86,7 +86,7 @@ SETTINGS = {
     # The teacher sees the small domains more often than their size, but not so often that it learns them by heart.
     "larger": Setting(4096, {"python": 14_000_000, "cpp": 10_000_000, "math": 1_500_000, "prose": 800_000},
                       "scratch:6x256", 2600, "python=3,cpp=3,math=2,prose=1", "scratch:3x128", 600,
-                      MIXTURES["student"], dict(max_steps=800, interval=40, val_samples=48, save_every=200)),
+                      MIXTURES["student"], dict(max_steps=600, interval=30, val_samples=48, save_every=200)),
 }
 
 
