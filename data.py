@@ -31,7 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,14 @@ def blame(source: str | Path, mend: str):
         raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
     except Exception as error:  # each format's library has its own kinds
         raise UserError(f"{source}: {type(error).__name__}: {error}; {mend}") from None
+
+
+def attempt(problems: list[str], make: Callable, *arguments):
+    """What `make(*arguments)` returns. If it fails, None, and `problems` gets its UserError: to tell all at once."""
+    try:
+        return make(*arguments)
+    except UserError as error:
+        problems.append(str(error))
 
 
 def digest(*parts) -> str:
@@ -243,9 +251,10 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
     ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
     fingerprint = settings_digest(bytes_settings()) if source == "bytes" else digest(ranks, encoding._pat_str, special)
     encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
+    known = {*encoding._mergeable_ranks.values(), *special.values()}  # cl100k_base leaves ids out
     pool = ThreadPoolExecutor(os.cpu_count())  # tiktoken lets go of Python's lock while it encodes
     return Tokenizer(name=str(source), vocab_size=encoding.max_token_value + 1, eot=special[eot], eot_token=eot,
-                     fingerprint=fingerprint, decode=encoding.decode,
+                     fingerprint=fingerprint, decode=lambda ids: encoding.decode([i for i in ids if i in known]),
                      encode_batch=lambda texts: list(pool.map(encode, texts)))
 
 
@@ -259,7 +268,8 @@ def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     if tokenizer.token_to_id(eot) is None:
-        raise UserError(f"--eot={eot}: {path.parent} names no such end-of-text token; give it as --eot=TOKEN")
+        raise UserError(f"--eot={eot}: no token of {path.parent} that could end a text; data.py and model.py take "
+                        "another as --eot=TOKEN")
     return Tokenizer(
         name=path.parent.name, vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
         eot=tokenizer.token_to_id(eot), eot_token=eot,
@@ -328,8 +338,6 @@ def read_documents(paths: Iterable[Path], text_key: str, left_out: Counter) -> I
     for text in (text for path in paths for text in _read_file(path, text_key, left_out)):
         if not isinstance(text, str):
             left_out[f"records without a text under the key {text_key}"] += 1
-        elif "\0" in text[:65536]:
-            left_out["binary files"] += 1
         elif not text.strip():
             left_out["empty documents"] += 1
         else:
@@ -362,7 +370,11 @@ def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str | N
         else:
             with open(path, **how) as file:
                 pieces = iter(lambda: file.read(PIECE) + file.readline(PIECE), "")  # up to a line's end
-                yield next(pieces, "")
+                first = next(pieces, "")
+                if "\0" in first[:65536]:
+                    left_out["binary files"] += 1
+                    return
+                yield first
                 for piece in pieces:
                     left_out[f"more documents than files, since texts are cut at {PIECE:,} characters"] += 1
                     yield piece
@@ -441,21 +453,29 @@ def _write_bin(path: Path, dtype: str, documents: Iterable[Document], tokenizer:
     return {"file": path.name, **counts, "sha256": sha256.hexdigest()}
 
 
+def check_free(out_dir: Path, tokenizer: Tokenizer | None):
+    """UserError if bins cannot be made in `out_dir`, since there are some, or the tokenizer itself."""
+    inside = tokenizer and any(path.parent.resolve() == out_dir.resolve() for path in tokenizer.files)
+    if inside or (out_dir / "meta.json").exists():
+        raise UserError(f"--out_dir={out_dir}: holds bins or the tokenizer already; name another folder")
+
+
 def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Callable[[], Iterable[str]]], *,
-               val_fraction: float = 0.05, val_bytes: int = 32_000_000, shards: int = 1) -> dict:
+               val_fraction: float = 0.05, val_bytes: int = 32_000_000, shards: int = 1,
+               made_by: dict | None = None) -> dict:
     """Write the bins of `domains` and, last, meta.json to `out_dir`; returns the latter.
 
     `domains` maps a name to a function that starts its documents anew: read once for the split, once to encode. Killed
     and started again on the same documents, it keeps the bins that were finished. Shard k holds the documents that
-    start in the k-th part of a domain's bytes, so that shards are finished one by one."""
+    start in the k-th part of a domain's bytes, so that shards are finished one by one. `made_by`, a configuration, is
+    kept in meta.json."""
     out_dir = Path(out_dir)
+    check_free(out_dir, tokenizer)
     out_dir.mkdir(parents=True, exist_ok=True)
-    if (out_dir / "meta.json").exists() or any(path.parent.samefile(out_dir) for path in tokenizer.files):
-        raise UserError(f"--out_dir={out_dir}: holds bins or the tokenizer already; name another folder")
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     entry = {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "eot", "eot_token", "fingerprint")}
     meta = {"format_version": FORMAT_VERSION, "tokenizer": {**entry, "files": [path.name for path in tokenizer.files]},
-            "domains": {}}
+            "domains": {}, "made_by": made_by}
     partial = out_dir / "partial.json"  # plan of a domain → its finished bins
     plans = json.loads(partial.read_text(encoding="utf-8")) if partial.is_file() else {}
     for name, start in domains.items():
@@ -514,13 +534,14 @@ class TokenBins:
     """The bins of a folder, cut into windows of block_size + 1 tokens: inputs, and targets one further on.
 
     Of n tokens, window i is tokens i·B … i·B + B inclusive: there are (n − 1)//B, and none crosses a shard. `names`:
-    only these domains. UserError if the folder is not whole, or a domain is missing or has no train window."""
+    only these domains, which a UserError says to be from `key`. UserError if the folder is not whole, or a domain is
+    missing or has no train window."""
 
-    def __init__(self, data_dir: str | Path, block_size: int, names: list[str] | None = None):
+    def __init__(self, data_dir: str | Path, block_size: int, names: list[str] | None = None, key: str = "--domains"):
         self.dir, self.block_size = Path(data_dir), block_size
         meta = read_meta(self.dir)
         if names and (unknown := [name for name in names if name not in meta["domains"]]):
-            raise UserError(f"--domains: {self.dir} has no {' '.join(unknown)}; it has {' '.join(meta['domains'])}")
+            raise UserError(f"{key}: {self.dir} has no {' '.join(unknown)}; it has {' '.join(meta['domains'])}")
         self.tokenizer, self.names = meta["tokenizer"], names or list(meta["domains"])
         self.domains = {name: meta["domains"][name] for name in self.names}
         self.vocab_size = self.tokenizer["vocab_size"]
@@ -646,13 +667,17 @@ def main():
         left_out[name] = Counter()  # anew each time: files are read twice, but counted once
         return read_documents(files, config.text_key, left_out[name])
 
-    sources = expand_sources(config.sources)
-    domains = {name: functools.partial(documents, name, files) for name, files in sources.items()}
-    tokenizer = load_tokenizer(config.tokenizer, config.eot)
+    problems, out_dir = [], Path(config.out_dir)
+    sources = attempt(problems, expand_sources, config.sources)
+    tokenizer = attempt(problems, load_tokenizer, config.tokenizer, config.eot)
+    attempt(problems, check_free, out_dir, tokenizer)
+    if problems:
+        raise UserError("\n".join(problems))
     print_config(config)
+    domains = {name: functools.partial(documents, name, files) for name, files in sources.items()}
     try:
-        meta = build_bins(config.out_dir, tokenizer, domains, shards=config.shards, val_fraction=config.val_fraction,
-                          val_bytes=config.val_bytes)
+        meta = build_bins(out_dir, tokenizer, domains, shards=config.shards, val_fraction=config.val_fraction,
+                          val_bytes=config.val_bytes, made_by=asdict(config))
     finally:  # a domain may have too few documents for the same reasons
         for reason, count in sum(left_out.values(), Counter()).items():
             print(f"note: {count} {reason}")

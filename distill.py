@@ -48,9 +48,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (TokenBins, Tokenizer, UserError, blame, build_bins, digest, file_sha256, fsync, import_optional,
-                  load_tokenizer, model_tokenizer, option, parse_config, print_config, quickstart_domains, read_meta,
-                  run_program, save_tokenizer, saved_tokenizer, write_text)
+from data import (TokenBins, Tokenizer, UserError, attempt, blame, build_bins, digest, file_sha256, fsync,
+                  import_optional, load_tokenizer, model_tokenizer, option, parse_config, print_config,
+                  quickstart_domains, read_meta, run_program, save_tokenizer, saved_tokenizer, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import METHODS, MixtureSampler, doremi_update, interval_probs, next_factor, read_metrics
 
@@ -170,12 +170,11 @@ class Config:
              f"--batch_size={self.batch_size}: must be a multiple of micro_batch_size={self.micro_batch_size or 1}"
              + f" × {world} processes" * (world > 1)),
         ) if wrong]
-        for check, *arguments in ((parse_mixture, self.mixture), (resolve_device, self.device), *(
-                (import_optional, name, f"--{name}") for name in ("tensorboard", "wandb") if getattr(self, name))):
-            try:
-                check(*arguments)
-            except UserError as error:
-                problems.append(str(error))
+        attempt(problems, parse_mixture, self.mixture)
+        attempt(problems, resolve_device, self.device)
+        for name in ("tensorboard", "wandb"):
+            if getattr(self, name):
+                attempt(problems, import_optional, name, f"--{name}")
         return problems
 
 
@@ -747,13 +746,23 @@ def environment() -> dict:
     return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__, "git": git or None}
 
 
-def first_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
-    """Where two tokenizers part, for the message that says so."""
+def first_difference(ours: Tokenizer, theirs: Tokenizer, bins: TokenBins) -> str | None:
+    """Where two tokenizers of unequal fingerprints part, for the message that says so.
+
+    tiktoken's settings cannot be set against those of a tokenizer.json. So of such two, None: they are taken for one
+    if they agree on all ids, and encode alike all ids' text in a row, and each domain's first validation window."""
     for i in range(max(ours.vocab_size, theirs.vocab_size)):
         texts = [tokenizer.decode([i]) if i < tokenizer.vocab_size else None for tokenizer in (ours, theirs)]
         if texts[0] != texts[1]:
             return f"id {i} is {texts[0]!r} in the bins, {texts[1]!r} there"
-    return "the ids are alike, but merges, added tokens, normaliser or pre-tokenizer are not"
+    if bool(ours.files) == bool(theirs.files) or "bytes" in (ours.name, theirs.name):
+        return "the ids are alike, but merges, added tokens, normaliser or pre-tokenizer are not"
+    for ids in (np.arange(ours.vocab_size), *(bins.val_windows(name, 1)[0] for name in bins.names)):
+        text = ours.decode(ids.tolist())
+        encoded = [tokenizer.encode_batch([text])[0].tolist() for tokenizer in (ours, theirs)]
+        if encoded[0] != encoded[1]:
+            return f"the ids are alike, but {text[-40:]!r} and what is before it are encoded in two ways"
+    return None
 
 
 def model_problems(role: str, folder: str, model: GPTConfig, bins: TokenBins) -> Iterator[str]:
@@ -765,13 +774,21 @@ def model_problems(role: str, folder: str, model: GPTConfig, bins: TokenBins) ->
         yield f"--block_size={bins.block_size}: the {role} in {folder} reads at most {model.context} tokens"
     if not os.path.isdir(folder):  # made from scratch or of the teacher's layers
         return
-    if (tokenizer := model_tokenizer(Path(folder), bins.tokenizer["eot_token"])) is None:
+    anew = f"Make the bins anew with data.py --tokenizer={folder}"
+    try:
+        tokenizer = model_tokenizer(Path(folder), bins.tokenizer["eot_token"])
+    except UserError as error:
+        yield f"--{role}={folder}: its tokenizer cannot be that of the bins ({error}). {anew}"
+        return
+    if tokenizer is None:
         print(f"WARNING: --{role}={folder} has no tokenizer files; its vocabulary covers the bins' ids, so it is taken")
     elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:
-        difference = first_difference(saved_tokenizer(bins.dir, bins.tokenizer), tokenizer)
-        yield (f"--{role}={folder}: its tokenizer ({tokenizer.name}, {tokenizer.vocab_size} ids) is not the bins' "
-               f"({bins.tokenizer['name']}, {bins.vocab_size} ids): {difference}. Make the bins anew with data.py "
-               f"--tokenizer={folder}")
+        if difference := first_difference(saved_tokenizer(bins.dir, bins.tokenizer), tokenizer, bins):
+            yield (f"--{role}={folder}: its tokenizer ({tokenizer.name}, {tokenizer.vocab_size} ids) is not the bins' "
+                   f"({bins.tokenizer['name']}, {bins.vocab_size} ids): {difference}. {anew}")
+        else:
+            print(f"note: --{role}={folder}: its tokenizer.json is taken for tiktoken's {bins.tokenizer['name']}: they "
+                  "agree on all ids, and on how text is encoded as far as was tried")
 
 
 def model_config(source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
@@ -796,20 +813,18 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
     """The bins and the models' sizes, checked before a weight is read. UserError lists all that does not fit.
 
     With dry_run, what the run would take is printed, whatever else does not fit."""
-    bins, models, problems = open_bins(config), {}, []
+    models, problems = {}, []
+    if (bins := attempt(problems, open_bins, config)) is None:
+        for folder in filter(os.path.isdir, (config.teacher, config.student)):
+            attempt(problems, read_config, Path(folder))
+        raise UserError("\n".join(problems))
     if (mixture := parse_mixture(config.mixture)) and set(mixture) != set(bins.names):
         problems.append(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
+    attempt(problems, validation_windows, bins, config.val_samples)
     for role, source in (("teacher", config.teacher), ("student", config.student)):
-        try:
-            if source:
-                models[role] = model_config(source, bins, models.get("teacher"))
-                problems += model_problems(role, source, models[role], bins)
-        except UserError as error:
-            problems.append(str(error))
-    try:
-        validation_windows(bins, config.val_samples)
-    except UserError as error:
-        problems.append(str(error))
+        if source and (model := attempt(problems, model_config, source, bins, models.get("teacher"))):
+            models[role] = model
+            problems += model_problems(role, source, model, bins)
     if config.dry_run:
         print_cost(config, bins, models)
     if problems:
@@ -1053,6 +1068,7 @@ def start_run(config: Config, stack: ExitStack):
     In this order: nothing there → start; another experiment → refuse; finished → say so; else the newest whole
     checkpoint, or the start if there is none. → bins, models' sizes, their content, state, checkpoint, whether done"""
     out_dir = Path(config.out_dir)
+    metrics = out_dir / "metrics.jsonl"
     bins, models = preflight(config)
     content = {"data_dir": bins.content(), **{
         role: model_content(source) if os.path.isdir(source) else source
@@ -1061,13 +1077,13 @@ def start_run(config: Config, stack: ExitStack):
     if config.resume == "never" and out_dir.exists():
         with locked(out_dir):
             os.replace(out_dir, free_name(out_dir))
-    if checkpoints(out_dir):
+    if checkpoints(out_dir) or metrics.is_file() and metrics.stat().st_size:
         check_same_experiment(out_dir, record)
     stack.enter_context(locked(out_dir))
     write_text(out_dir / "config.json", json.dumps(record, indent=1))
-    resumed, metrics = newest_checkpoint(out_dir), out_dir / "metrics.jsonl"
+    resumed = newest_checkpoint(out_dir)
     state = read_state(resumed) if resumed else TrainState()
-    if (finished := bool(resumed) and is_last(config, state) and any(
+    if (finished := bool(resumed) and is_last(config, state) and metrics.is_file() and any(
             line["kind"] == "end" for line in read_metrics(metrics))):
         print(f"{out_dir}: this run is finished (step {state.step})")
     else:

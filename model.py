@@ -35,6 +35,7 @@ class Family:
     output_bias: bool = True  # attention_bias is on o_proj too
     transposed: bool = False  # the blocks' matrices are stored (in, out): GPT-2's Conv1D
     multi_query: bool = False  # as its key says; if not, c_attn holds q, k and v of one head after the other
+    all_slide: bool = False  # each layer looks back on sliding_window tokens; False: those that Qwen's keys name
     prefix: str = "model."
     names: dict[str, str] = field(default_factory=dict)  # part of our parameters' names → as stored
     keys: dict[str, str] = field(default_factory=dict)  # GPTConfig's field → key of config.json; "": no key says it
@@ -53,18 +54,18 @@ GPT2_DEFAULTS = dict(max_position_embeddings=1024, rms_norm_eps=1e-5, tie_word_e
                      mlp_bias=True, hidden_act="gelu_pytorch_tanh")
 FAMILIES = {
     "llama": Family("LlamaForCausalLM", keys={"sliding_window": ""}),
-    "mistral": Family("MistralForCausalLM", keys={"attention_bias": "", "mlp_bias": ""},
-                      defaults=dict(max_position_embeddings=131072, sliding_window=4096, use_sliding_window=True)),
+    "mistral": Family("MistralForCausalLM", all_slide=True, keys={"attention_bias": "", "mlp_bias": ""},
+                      defaults=dict(max_position_embeddings=131072, sliding_window=4096)),
     "qwen2": Family("Qwen2ForCausalLM", output_bias=False, keys={"attention_bias": "", "mlp_bias": ""},
                     defaults=dict(max_position_embeddings=32768, attention_bias=True)),
     "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, keys={"mlp_bias": ""},
                     defaults=dict(max_position_embeddings=32768, head_dim=128)),
     "gpt2": Family("GPT2LMHeadModel", transposed=True, defaults={**GPT2_DEFAULTS, "hidden_act": "gelu_new"}, **LEARNED),
     "gpt_bigcode": Family("GPTBigCodeForCausalLM", multi_query=True, defaults=GPT2_DEFAULTS, **LEARNED),
-    "starcoder2": Family("Starcoder2ForCausalLM", layer_norm=True, gated_mlp=False,
+    "starcoder2": Family("Starcoder2ForCausalLM", layer_norm=True, gated_mlp=False, all_slide=True,
                          names={"up_proj": "c_fc", "down_proj": "c_proj"},
                          keys={"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
-                         defaults={**GPT2_DEFAULTS, "max_position_embeddings": 4096, "use_sliding_window": True}),
+                         defaults={**GPT2_DEFAULTS, "max_position_embeddings": 4096}),
 }
 ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu,
                **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh"), partial(F.gelu, approximate="tanh"))}
@@ -82,8 +83,8 @@ class GPTConfig:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    num_key_value_heads: int | None = None  # None: as many as heads
+    head_dim: int | None = None  # None: hidden_size / heads
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6  # LayerNorm's too
     rope_theta: float = 10000.0
@@ -97,6 +98,13 @@ class GPTConfig:
     source: dict = field(default_factory=dict, compare=False, repr=False)  # the config.json that this was read from
 
     def __post_init__(self):
+        for name, value in (("num_key_value_heads", self.num_attention_heads),
+                            ("head_dim", self.hidden_size // max(1, self.num_attention_heads))):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # as in __init__, since the fields are frozen
+        if min(self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers, self.head_dim,
+               self.num_attention_heads, self.num_key_value_heads, self.max_position_embeddings) < 1:
+            raise UserError(f"a size is below 1: {self}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"num_attention_heads {self.num_attention_heads} is no multiple of num_key_value_heads "
                             f"{self.num_key_value_heads}")
@@ -129,8 +137,8 @@ class GPTConfig:
         if (model_type := settings.get("model_type")) not in FAMILIES:
             raise UserError(f"model_type {model_type!r} is not known; {' '.join(FAMILIES)} are")
         family = FAMILIES[model_type]
-        # transformers 5 writes rope_theta inside rope_parameters, 4 beside rope_scaling
-        rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+        # transformers 5 writes rope_theta inside rope_parameters, 4 beside rope_scaling, and both heed the latter first
+        rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
         given = {**settings, **{key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}}
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         values = {name: value for name in cls.__dataclass_fields__
@@ -140,17 +148,15 @@ class GPTConfig:
                                   *((key, given.get(key, only), (only, None)) for key, only in ONLY.items())):
             if value not in known:
                 raise UserError(f"{key} {value!r} is not known; {' '.join(map(str, known))} is")
-        d, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
         if family.learned_positions:
-            values.setdefault("intermediate_size", 4 * d)
+            values.setdefault("intermediate_size", 4 * int(values["hidden_size"]))
         if family.multi_query and given.get("multi_query", True):
             values["num_key_value_heads"] = 1
-        slides = (given.get("use_sliding_window", family.defaults.get("use_sliding_window", False))
-                  and given.get("max_window_layers", 0) < int(values["num_hidden_layers"]))
+        slides = given.get("use_sliding_window") and given.get("max_window_layers", 28) < values["num_hidden_layers"]
         layer_types = given.get("layer_types") or ["sliding_attention"] * bool(slides)
-        if "sliding_attention" not in layer_types:
+        if not family.all_slide and "sliding_attention" not in layer_types:
             values["sliding_window"] = None
-        return cls(**{"num_key_value_heads": heads, "head_dim": d // heads, **values, "source": settings,
+        return cls(**{**values, "source": settings,
                       **{key: int(values[key]) for key in ("vocab_size", "hidden_size", "intermediate_size",
                                                            "num_hidden_layers", "num_attention_heads")},
                       "rope_scaling": {key: rope[key] for key in LLAMA3_ROPE} if rope_type == "llama3" else None})

@@ -282,7 +282,7 @@ def show_replay(config: MixtureConfig) -> dict[str, float]:
 
 def show_draws(config: MixtureConfig, r: dict[str, float] | None):
     """Print what `config.steps` batches by `r` draw from each domain, and the domain's next window as text."""
-    bins = TokenBins(config.data_dir, config.block_size, list(r or []))
+    bins = TokenBins(config.data_dir, config.block_size, list(r or []), f"--metrics={config.metrics}")
     tokenizer = saved_tokenizer(bins.dir, bins.tokenizer)
     sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
     sampler.probs = r or sampler.probs

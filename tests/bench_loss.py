@@ -48,7 +48,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  #
 @dataclass
 class Config:
     """Keys of `python tests/bench_loss.py`."""
-    sizes: str = option("2048x49152x256x576,1024x151936x512x1024", "tokens x vocabulary x student's x teacher's width,…")
+    sizes: str = option("2048x49152x256x576,1024x151936x512x1024",
+                        "tokens x vocabulary x student's x teacher's width,…")
     run: str = option("dense,fused,fused eager,liger", "implementations")
     repeats: int = option(7, "timed pairs of floor and implementation", least=1)
     chunk_size: int = option(0, "tokens a chunk, for all; 0: each one's default, but 256 for liger", least=0)

@@ -78,7 +78,8 @@ def refused(call, *arguments, **keys) -> str:
     ("--steps", ["--steps", "needs a value"]), ("--rate=fast", ["--rate=fast", "number"]),
     ("--deep=maybe", ["--deep=maybe", "true", "false"]), ("--arm=gd", ["--arm=gd", "ddk", "kd"]),
     ("--limit=far", ["--limit=far", "number"]), ("--stepz=1", ["--stepz", "did you mean --steps"]),
-    ("--qqq=1", ["--qqq", "--help"]), ("--source=x", ["--source=x", "--help"]), ("-steps=1", ["-steps=1", "--steps"]), ("--ste=1", ["--ste=1"])])
+    ("--qqq=1", ["--qqq", "--help"]), ("--source=x", ["--source=x", "--help"]),
+    ("-steps=1", ["-steps=1", "--steps"]), ("--ste=1", ["--ste=1"])])
 def test_a_bad_argument_is_named_with_the_fix(argument, named):
     message = refused(parse_config, Example, [argument])
     assert len(message.splitlines()) == 1 and all(word in message for word in named)
@@ -143,6 +144,14 @@ def test_a_name_is_that_of_the_tokenizer_also_beside_a_folder_called_so(tmp_path
     ("no_such", "", "--tokenizer=no_such"), ("bytes", "</s>", "--eot=</s>")])
 def test_an_unknown_tokenizer_or_token_is_refused(source, eot, named):
     assert named in refused(load_tokenizer, source, eot)
+
+
+def test_ids_that_an_encoding_leaves_out_are_no_text(monkeypatch):
+    """cl100k_base has none between its merges and its special tokens, but a model may predict them."""
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: tiktoken.Encoding(
+        name, pat_str=".", mergeable_ranks={b"a": 0, b"b": 1}, special_tokens={"<|endoftext|>": 5}))
+    tokenizer = load_tokenizer("cl100k_base")
+    assert (tokenizer.vocab_size, tokenizer.decode([0, 3, 1, 5])) == (6, "ab<|endoftext|>")
 
 
 def test_a_tokenizer_that_cannot_be_downloaded_is_refused(monkeypatch):
@@ -310,6 +319,11 @@ def test_what_is_left_out_or_mended_is_counted(tmp_path, name, raw, texts, reaso
     assert [count for why, count in left_out.items() if reason in why] == [1]
 
 
+def test_a_record_with_a_nul_character_is_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "a\0b"}) + "\n")
+    assert documents(tmp_path / "a.jsonl") == (["a\0b"], Counter())
+
+
 def test_a_line_that_is_not_json_is_named(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n\n{"text": \n')
     message = refused(documents, tmp_path / "a.jsonl")
@@ -407,7 +421,8 @@ def test_no_copy_is_lost_whatever_the_limit(tmp_path, val_bytes):
     for i in range(5):
         texts = rng.choices([f"{'text' * 5} {n}" for n in range(rng.choice([2, 3, 8]))], k=20) + ["text 0", "text 1"]
         train, val = sides(tmp_path / str(i), texts, val_bytes=val_bytes, val_fraction=0.9)
-        assert Counter(train + val) == Counter(texts) and not set(train) & set(val) and val[0] == min(texts, key=by_hash)
+        assert Counter(train + val) == Counter(texts) and not set(train) & set(val)
+        assert val[0] == min(texts, key=by_hash)
         assert sum(len(text) for text in val) <= val_bytes or len(set(val)) == 1
 
 
@@ -740,11 +755,20 @@ def test_the_program_writes_bins_and_tells_what_it_left_out(program, tmp_path):
     assert status == 0
     meta = json.loads((tmp_path / "bins/meta.json").read_text())
     assert list(meta["domains"]) == ["mine", "records"] and meta["tokenizer"]["name"] == "bytes"
+    assert (meta["made_by"]["text_key"], meta["made_by"]["val_fraction"]) == ("body", 0.4)
     assert sum(entry["documents"] for entry in [*meta["domains"]["mine"]["train"], meta["domains"]["mine"]["val"]]) == 3
     notes = [line.split()[1:] for line in stdout.splitlines() if line.startswith("note: ")]
     counts = {reason: int(count) for count, *words in notes for reason in ("UTF-8", "empty", "binary", "body")
               if reason in " ".join(words)}
     assert counts == {"UTF-8": 1, "empty": 1, "binary": 1, "body": 2}  # once, though the files are read twice
+
+
+def test_what_is_wrong_with_sources_tokenizer_and_folder_is_told_together(program, tmp_path):
+    (tmp_path / "meta.json").touch()
+    status, stdout, stderr = program(f"--out_dir={tmp_path}", "--tokenizer=no_such", f"a={tmp_path}/nothing", "b")
+    assert (status, stdout) == (2, "")
+    assert all(word in stderr for word in ("nothing: no file matches", "b: write NAME=GLOB", "--tokenizer=no_such",
+                                           f"--out_dir={tmp_path}: holds bins"))
 
 
 def test_a_folder_to_verify_is_named_by_its_own_key(program, tmp_path):

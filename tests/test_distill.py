@@ -9,8 +9,10 @@ import types
 from contextlib import nullcontext
 from dataclasses import replace
 from decimal import Decimal, getcontext
+from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 from conftest import read_lines
 from safetensors.torch import load_file, save_file
@@ -337,7 +339,8 @@ def test_max_steps_0_makes_no_step_by_any_method(run_main, data_dir, teacher, tm
 def test_a_proxy_that_is_good_enough_from_the_start_ends_as_any_run(run_main, data_dir, teacher, tmp_path):
     status, out, err = run_main(
         distill, f"--data_dir={data_dir}", f"--teacher={teacher}", "--student=scratch:1x32", "--block_size=16",
-        "--batch_size=8", "--val_samples=5", "--method=doremi_proxy", "--stop_ratio=1000", f"--out_dir={tmp_path / 'run'}")
+        "--batch_size=8", "--val_samples=5", "--method=doremi_proxy", "--stop_ratio=1000",
+        f"--out_dir={tmp_path / 'run'}")
     assert (status, err) == (0, "") and "step_00000000" in out
 
 
@@ -553,6 +556,25 @@ def test_keys_that_change_no_experiment_are_accepted(config, tmp_path, monkeypat
         train(config())
     monkeypatch.undo()
     assert train(config(**given)).name == "step_00000008"
+
+
+def test_a_run_without_a_checkpoint_yet_is_not_given_to_another_experiment(config, tmp_path):
+    folder = train(config())
+    shutil.rmtree(folder)
+    for other in checkpoints(tmp_path / "run"):
+        shutil.rmtree(other)
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match="--lr=0.5"):
+        train(config(lr=0.5))
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+    assert train(config()) == folder
+
+
+def test_a_finished_run_without_its_metrics_is_ended_again(config, tmp_path):
+    folder = train(config())
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    assert train(config()) == folder
+    assert [line["kind"] for line in read_lines(tmp_path / "run")] == ["end"]
 
 
 def test_a_start_that_failed_does_not_claim_the_folder(config, teacher, tmp_path):
@@ -911,6 +933,62 @@ def test_equal_ids_with_other_merges_are_another_tokenizer(config, teacher, tmp_
     distill.preflight(config(teacher=str(folders[0]), **given))
     with pytest.raises(UserError, match="the ids are alike, but merges"):
         distill.preflight(config(teacher=str(folders[1]), **given))
+
+
+@pytest.fixture
+def in_two_forms(teacher, tmp_path, monkeypatch):
+    """Bins by a tiktoken encoding called gpt2, and a model's folder with the same as a tokenizer.json."""
+    pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+    ranks = {**{bytes([byte]): byte for byte in range(256)}, b"ab": 256, b"bc": 257}
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: tiktoken.Encoding(
+        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}))
+    settings = bytes_settings()
+    settings["model"]["vocab"].update(ab=256, bc=257)
+    settings["model"]["merges"], settings["added_tokens"][0]["id"] = [["a", "b"], ["b", "c"]], 258
+    settings["pre_tokenizer"] = {**settings["pre_tokenizer"], "use_regex": True}
+    folder = tmp_path / "theirs"
+    shutil.copytree(teacher, folder)
+    (folder / "tokenizer_meta.json").unlink()
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    change_config(vocab_size=259)(folder)
+    texts = ["abc bcb abb " * 20, "cba abcb\ncc a'll " * 20]
+    build_bins(tmp_path / "bins", load_tokenizer("gpt2"), {"letters": lambda: texts}, val_fraction=0.5)
+    return dict(data_dir=str(tmp_path / "bins"), val_samples=2), folder, settings
+
+
+def test_a_tokenizer_json_is_taken_for_tiktokens_encoding_that_it_equals(config, in_two_forms, capsys):
+    given, folder, _ = in_two_forms
+    distill.preflight(config(teacher=str(folder), **given))
+    assert "is taken for tiktoken's gpt2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda settings: settings["model"].update(merges=[["b", "c"], ["a", "b"]]), "are encoded in two ways"),
+    (lambda settings: settings["model"]["vocab"].update(ab=257, bc=256), "id 256 is 'ab' in the bins, 'bc' there")])
+def test_a_tokenizer_json_that_differs_from_tiktokens_encoding_is_refused(config, in_two_forms, change, named):
+    given, folder, settings = in_two_forms
+    change(settings)
+    (folder / "tokenizer.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=named):
+        distill.preflight(config(teacher=str(folder), **given))
+
+
+def test_a_tokenizer_without_the_bins_end_of_text_is_told_of_the_model(start):
+    def other_end(other: Path):
+        settings = json.loads((other / "tokenizer.json").read_text())
+        settings["added_tokens"][0]["content"] = "</s>"
+        (other / "tokenizer.json").write_text(json.dumps(settings))
+        (other / "tokenizer_meta.json").unlink()
+    status, _, err, other = start(other_end, "--teacher={other}")
+    assert status == 2
+    for words in (f"--teacher={other}: its tokenizer cannot be that of the bins", "<|endoftext|>",
+                  "Make the bins anew"):
+        assert words in err
+
+
+def test_bins_and_models_that_cannot_be_read_are_told_together(start):
+    status, _, err, other = start(change_config(model_type="bert"), "--teacher={other}", "--domains=letters,cats")
+    assert status == 2 and "has no cats" in err and f"{other}/config.json: model_type 'bert'" in err
 
 
 def test_a_dry_run_reads_no_weights_and_writes_nothing(start, tmp_path):

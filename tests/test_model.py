@@ -165,6 +165,14 @@ def test_rope_theta_is_read_wherever_a_transformers_version_writes_it(written, t
     assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
 
 
+@pytest.mark.parametrize("rope", [dict(LLAMA3_ROPE, rope_theta=100.0), dict(LLAMA3_ROPE), {}, None])
+def test_rope_scaling_counts_before_rope_parameters_as_in_transformers(rope, tmp_path):
+    """transformers leaves the latter in a config.json; the former is what is added by hand to stretch the context."""
+    transformers_model(MODELS["llama rope_theta"]).save_pretrained(tmp_path)
+    edit_config(tmp_path, rope_scaling=rope)
+    assert_same_logits(GPT.from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
 def test_rope_theta_and_dtype_are_written_for_both_transformers_versions(tmp_path):
     tiny(rope_theta=500000.0).to(torch.bfloat16).save_pretrained(tmp_path)
     settings = json.loads((tmp_path / CONFIG).read_text())
@@ -371,6 +379,18 @@ def test_layer_types_say_which_layers_slide_whatever_max_window_layers_is(layer_
     ours = GPT.from_pretrained(tmp_path)
     assert ours.config.context == context
     assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["mistral window", "starcoder2 window"])
+def test_qwens_keys_do_not_end_the_window_of_mistral_and_starcoder2(name):
+    settings = MODELS[name].to_dict()
+    for change in ({"use_sliding_window": False}, {"max_window_layers": 28}, {"layer_types": ["full_attention"] * 3}):
+        assert GPTConfig.from_dict({**settings, **change}).context == settings["sliding_window"] == 24
+
+
+def test_heads_of_keys_and_their_width_follow_from_the_rest():
+    config = GPTConfig(vocab_size=7, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=3)
+    assert (config.num_key_value_heads, config.head_dim) == (3, 16)
 
 
 @torch.no_grad()
@@ -605,6 +625,10 @@ DAMAGE = {  # what is wrong → (how it comes about, what the message names)
     "unknown rope_scaling beside none": (spoil_config(rope_parameters=None, rope_scaling={"rope_type": "dynamic",
                                                                                         "factor": 8.0}),
                                          [CONFIG, "dynamic"]),
+    "unknown rope_scaling beside the default's rope_parameters": (
+        spoil_config(rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+                     rope_scaling={"rope_type": "yarn", "factor": 8.0}), [CONFIG, "yarn"]),
+    "a negative size": (spoil_config(intermediate_size=-1), [CONFIG, "intermediate_size=-1"]),
     "eight-bit weights": (spoil_tensor(Q, lambda tensor: tensor.to(torch.int8)), [WEIGHTS, Q, "holds"]),
     "eight-bit floats": (spoil_tensor(Q, lambda tensor: tensor.to(torch.float8_e4m3fn)), [WEIGHTS, Q, "holds"]),
     "a layer of integers": (spoil_tensor(NORM, lambda tensor: tensor.long()), [WEIGHTS, NORM, "holds"]),

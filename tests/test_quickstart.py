@@ -18,7 +18,8 @@ SMALL = ["--pretrain_steps=2", "--max_steps=4", "--interval=2", "--val_samples=2
 
 def run(folder: Path, *command: str) -> str:
     """What a command prints; fails with it if the command does."""
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr
     return result.stdout
 
@@ -41,11 +42,11 @@ def test_the_quickstart_makes_bins_teacher_base_and_student(checkout):
     sizes = [sum(entry["tokens"] for entry in domain["train"]) for domain in meta["domains"].values()]
     assert len(sizes) >= 4 and max(sizes) > 2 * min(sizes)
     out_dir = checkout / "out" / "quickstart-ddk-0"
-    for folder in (checkout / "data/quickstart/teacher/step_00000002", checkout / "data/quickstart/student/step_00000001",
-                   out_dir / "step_00000004"):
+    for folder in (checkout / "data/quickstart/teacher/step_00000002",
+                   checkout / "data/quickstart/student/step_00000001", out_dir / "step_00000004"):
         assert (folder / "model.safetensors").is_file(), folder
     assert [line["t"] for line in read_lines(out_dir, "mixture")] == [0, 1, 2]
-    for wanted in ("ETA", "worst ratio", "goes on from", "--method=kd", str(Path("out/quickstart-ddk-0/step_00000004"))):
+    for wanted in ("ETA", "worst ratio", "goes on from", "--method=kd", "out/quickstart-ddk-0/step_00000004"):
         assert wanted in printed
     for name in meta["domains"]:
         assert len(re.findall(rf"(?m)^ *{name}\b", printed)) >= 2  # in the table, and a continuation

@@ -19,6 +19,8 @@ import torch
 from compare_arms import ARMS, MEASURES, table, verdicts
 from conftest import read_lines
 
+from data import TokenBins, verify
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINK = re.compile(r"\[`(\w+)`\]\((\w+\.py)#L(\d+)\)")
 
@@ -66,6 +68,19 @@ def test_each_link_to_a_file_or_heading_leads_somewhere():
         if not target.startswith("http"):
             assert not path or (ROOT / path).exists(), target
             assert not anchor or re.fullmatch(r"L\d+", anchor) or anchor in headings, target
+
+
+def test_nanogpts_bins_open_with_the_meta_json_that_is_made_for_them(tmp_path, data_dir):
+    for side in ("train", "val"):
+        shutil.copyfile(data_dir / f"letters.{side}.bin", tmp_path / f"{side}.bin")
+    code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(code, namespace := {})
+    namespace["make_meta"](tmp_path, "bytes")
+    theirs, ours = TokenBins(tmp_path, 16), TokenBins(data_dir, 16, ["letters"])
+    assert theirs.n_windows == {"web": ours.n_windows["letters"]}
+    assert (theirs.val_windows("web", 5) == ours.val_windows("letters", 5)).all()
+    assert theirs.tokenizer["fingerprint"] == ours.tokenizer["fingerprint"]
+    verify(tmp_path)
 
 
 def test_every_test_that_the_readme_names_is_there():
