@@ -281,8 +281,12 @@ def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
 
 
 def saved_tokenizer(folder: Path, entry: dict) -> Tokenizer:
-    """The tokenizer of an entry of meta.json: from its files in `folder` if it has any, else by its name."""
-    return load_tokenizer(folder if entry["files"] else entry["name"], entry["eot_token"])
+    """The tokenizer of an entry of meta.json: from its files in `folder` if it has any, else by its name. UserError if
+    it is another one now."""
+    tokenizer = load_tokenizer(folder if entry["files"] else entry["name"], entry["eot_token"])
+    if tokenizer.fingerprint != entry["fingerprint"]:
+        raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with; copy it again")
+    return tokenizer
 
 
 def save_tokenizer(folder: Path, bins: "TokenBins"):
@@ -586,9 +590,11 @@ class TokenBins:
 
 
 def verify(data_dir: Path):
-    """Re-hash every bin of a folder. UserError lists those that changed since."""
-    changed = []
-    for domain in read_meta(data_dir, "--verify")["domains"].values():
+    """Re-hash every bin of a folder. UserError lists those that changed since, or says so of the tokenizer's files."""
+    changed, meta = [], read_meta(data_dir, "--verify")
+    if meta["tokenizer"]["files"]:
+        saved_tokenizer(data_dir, meta["tokenizer"])
+    for domain in meta["domains"].values():
         for entry in [*domain["train"], domain["val"]]:
             if file_sha256(data_dir / entry["file"]) != entry["sha256"]:
                 changed.append(entry["file"])

@@ -771,6 +771,15 @@ def test_what_is_wrong_with_sources_tokenizer_and_folder_is_told_together(progra
                                            f"--out_dir={tmp_path}: holds bins"))
 
 
+def test_another_tokenizer_beside_the_bins_is_found(program, tmp_path, bpe_settings):
+    build_bins(tmp_path / "bins", load_tokenizer(save_bpe(tmp_path / "tokenizer", bpe_settings)), {
+        "code": lambda: iter(["one cat", "two rats"])})
+    assert program(f"--verify={tmp_path / 'bins'}")[0] == 0
+    save_bpe(tmp_path / "bins", {**bpe_settings, "normalizer": {"type": "Lowercase"}})
+    status, _, stderr = program(f"--verify={tmp_path / 'bins'}")
+    assert status == 2 and "the tokenizer tokenizer is not the one" in stderr
+
+
 def test_a_folder_to_verify_is_named_by_its_own_key(program, tmp_path):
     status, _, stderr = program(f"--verify={tmp_path}")
     assert status == 2 and f"--verify={tmp_path}" in stderr and "--data_dir" not in stderr
