@@ -217,8 +217,9 @@ def read_metrics(path: Path, key: str = "") -> list[dict]:
     """The lines of a run's metrics.jsonl; a torn last line, left by a run that was killed, is not one."""
     with blame(f"{key}{path}", "name the metrics.jsonl in a run's out_dir"), open(path, encoding="utf-8") as lines:
         metrics = [json.loads(line) for line in lines if line.endswith("\n")]
-        if not all("step" in line and ("domains" in line or line["kind"] != "mixture") for line in metrics):
-            raise ValueError("a line without step or domains")
+        needed = {"mixture": {"step", "t", "r", "domains"}}
+        if not all(line.keys() >= needed.get(line["kind"], {"step"}) for line in metrics):
+            raise ValueError("a line without step, or a mixture without t, r or domains")
         return metrics
 
 

@@ -463,8 +463,11 @@ def test_bad_arguments_are_all_named_at_once(program, arguments, named):
 @pytest.mark.parametrize("text", [
     b"", b'{"kind": "run", "config": {}}\n', b'{"kind": "mixture", "st\n{"kind": "end"}\n', b"[1]\n", b"{}\n",
     b"\x89PNG\r\n\x1a\n\xff\xfe\n", json.dumps({**LINES[1], "domains": {
-        "x": {"student_ppl": 8, "teacher_ppl": None, "ratio": None}}}).encode() + b"\n"],
-    ids=["empty", "no mixture line", "torn in the middle", "no objects", "no kind", "binary", "no teacher"])
+        "x": {"student_ppl": 8, "teacher_ppl": None, "ratio": None}}}).encode() + b"\n",
+    *(json.dumps({key: value for key, value in LINES[1].items() if key != left_out}).encode() + b"\n"
+      for left_out in ("t", "r", "domains"))],
+    ids=["empty", "no mixture line", "torn in the middle", "no objects", "no kind", "binary", "no teacher", "no t",
+         "no r", "no domains"])
 def test_metrics_without_perplexities_are_refused(program, tmp_path, text):
     (tmp_path / "metrics.jsonl").write_bytes(text)
     status, _, stderr = program(f"--metrics={tmp_path / 'metrics.jsonl'}")
