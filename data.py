@@ -285,7 +285,8 @@ def saved_tokenizer(folder: Path, entry: dict) -> Tokenizer:
     it is another one now."""
     tokenizer = load_tokenizer(folder if entry["files"] else entry["name"], entry["eot_token"])
     if tokenizer.fingerprint != entry["fingerprint"]:
-        raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with; copy it again")
+        mend = "copy it again" if entry["files"] else "install the version that was used then, or make it anew"
+        raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with; {mend}")
     return tokenizer
 
 
@@ -308,7 +309,8 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
     """The tokenizer of a model's folder; None if there is none. `eot` as in load_tokenizer."""
     if (path := folder / TOKENIZER_META).is_file():
         with blame(path, "copy it again from where a run wrote it"):
-            return saved_tokenizer(folder, json.loads(path.read_text(encoding="utf-8")))
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            return saved_tokenizer(folder, {**entry, "eot_token": eot or entry["eot_token"]})
     return load_tokenizer(folder, eot) if (folder / "tokenizer.json").is_file() else None
 
 
@@ -459,6 +461,8 @@ def _write_bin(path: Path, dtype: str, documents: Iterable[Document], tokenizer:
 
 def check_free(out_dir: Path, tokenizer: Tokenizer | None):
     """UserError if bins cannot be made in `out_dir`, since there are some, or the tokenizer itself."""
+    if out_dir.is_file():
+        raise UserError(f"--out_dir={out_dir}: is a file; name a folder")
     inside = tokenizer and any(path.parent.resolve() == out_dir.resolve() for path in tokenizer.files)
     if inside or (out_dir / "meta.json").exists():
         raise UserError(f"--out_dir={out_dir}: holds bins or the tokenizer already; name another folder")
@@ -590,17 +594,19 @@ class TokenBins:
 
 
 def verify(data_dir: Path):
-    """Re-hash every bin of a folder. UserError lists those that changed since, or says so of the tokenizer's files."""
-    changed, meta = [], read_meta(data_dir, "--verify")
-    if meta["tokenizer"]["files"]:
-        saved_tokenizer(data_dir, meta["tokenizer"])
+    """Re-hash every bin of a folder. UserError lists those that changed since, and says so of the tokenizer's files."""
+    changed, problems, meta = [], [], read_meta(data_dir, "--verify")
     for domain in meta["domains"].values():
         for entry in [*domain["train"], domain["val"]]:
             if file_sha256(data_dir / entry["file"]) != entry["sha256"]:
                 changed.append(entry["file"])
             print(f"{entry['file']:32} {'CHANGED' if entry['file'] in changed else 'ok'}")
     if changed:
-        raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins anew")
+        problems.append(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins anew")
+    if meta["tokenizer"]["files"]:
+        attempt(problems, saved_tokenizer, data_dir, meta["tokenizer"])
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 # ------------ The quickstart's text -----------------------------------------------------------------------------------

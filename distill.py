@@ -413,6 +413,8 @@ def on_rank_0(make: Callable):
     if rank() == 0:
         try:
             result = [make()]
+        except BrokenPipeError:  # for run_program
+            raise
         except (UserError, OSError) as error:
             result = [UserError(str(error))]
     if dist.is_initialized():
@@ -750,14 +752,14 @@ def first_difference(ours: Tokenizer, theirs: Tokenizer, bins: TokenBins) -> str
     """Where two tokenizers of unequal fingerprints part, for the message that says so.
 
     tiktoken's settings cannot be set against those of a tokenizer.json. So of such two, None: they are taken for one
-    if they agree on all ids, and encode alike all ids' text in a row, and each domain's first validation window."""
+    if they agree on all ids, and encode alike all ids' text in a row, and each domain's first window."""
     for i in range(max(ours.vocab_size, theirs.vocab_size)):
         texts = [tokenizer.decode([i]) if i < tokenizer.vocab_size else None for tokenizer in (ours, theirs)]
         if texts[0] != texts[1]:
             return f"id {i} is {texts[0]!r} in the bins, {texts[1]!r} there"
     if bool(ours.files) == bool(theirs.files) or "bytes" in (ours.name, theirs.name):
         return "the ids are alike, but merges, added tokens, normaliser or pre-tokenizer are not"
-    for ids in (np.arange(ours.vocab_size), *(bins.val_windows(name, 1)[0] for name in bins.names)):
+    for ids in (np.arange(ours.vocab_size), *bins.train_windows(np.arange(N := len(bins.names)), np.zeros(N, int))):
         text = ours.decode(ids.tolist())
         encoded = [tokenizer.encode_batch([text])[0].tolist() for tokenizer in (ours, theirs)]
         if encoded[0] != encoded[1]:
@@ -778,7 +780,8 @@ def model_problems(role: str, folder: str, model: GPTConfig, bins: TokenBins) ->
     try:
         tokenizer = model_tokenizer(Path(folder), bins.tokenizer["eot_token"])
     except UserError as error:
-        yield f"--{role}={folder}: its tokenizer cannot be that of the bins ({error}). {anew}"
+        lacks_eot = "--eot=" in str(error)
+        yield f"--{role}={folder}: {error}" + f". So its tokenizer is not that of the bins. {anew}" * lacks_eot
         return
     if tokenizer is None:
         print(f"WARNING: --{role}={folder} has no tokenizer files; its vocabulary covers the bins' ids, so it is taken")
@@ -787,8 +790,8 @@ def model_problems(role: str, folder: str, model: GPTConfig, bins: TokenBins) ->
             yield (f"--{role}={folder}: its tokenizer ({tokenizer.name}, {tokenizer.vocab_size} ids) is not the bins' "
                    f"({bins.tokenizer['name']}, {bins.vocab_size} ids): {difference}. {anew}")
         else:
-            print(f"note: --{role}={folder}: its tokenizer.json is taken for tiktoken's {bins.tokenizer['name']}: they "
-                  "agree on all ids, and on how text is encoded as far as was tried")
+            print(f"note: --{role}={folder}: its tokenizer {tokenizer.name} is taken for the bins' "
+                  f"{bins.tokenizer['name']}: they agree on all ids, and on how text is encoded as far as was tried")
 
 
 def model_config(source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
@@ -824,7 +827,7 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
     for role, source in (("teacher", config.teacher), ("student", config.student)):
         if source and (model := attempt(problems, model_config, source, bins, models.get("teacher"))):
             models[role] = model
-            problems += model_problems(role, source, model, bins)
+            attempt(problems, problems.extend, model_problems(role, source, model, bins))
     if config.dry_run:
         print_cost(config, bins, models)
     if problems:
@@ -1273,8 +1276,8 @@ def train(config: Config) -> Path:
             if not math.isfinite(loss + grad_norm):
                 drawn = ", ".join(names[i] for i in np.unique(domain_ids))
                 refuse(f"step {state.step}: loss {loss}, gradient norm {grad_norm} on windows of {drawn}. The update "
-                       f"was not made, nor a checkpoint. Lower --lr={config.lr}, or check the data: "
-                       f"python data.py --verify={config.data_dir}")
+                       f"was not made, nor a checkpoint. Lower --lr={config.lr}, with --resume=never, or check "
+                       f"the data: python data.py --verify={config.data_dir}")
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -1329,8 +1332,8 @@ def report(config: Config, folder: Path):
     if config.preset == "quickstart":
         show_continuations(config, folder)
         other = "ddk" if config.method == "kd" else "kd"
-        print(f"\nAnother arm on the same models:  the same command with --method={other}\n"
-              f"To hear more of this student:  python model.py --model={folder} --prompt='def main('")
+        print(f"\nAnother arm on the same models:  the same command with --method={other} (and another --out_dir, if "
+              f"you named one)\nTo hear more of this student:  python model.py --model={folder} --prompt='def main('")
     print(f"The student lies in {folder}")
 
 
@@ -1365,7 +1368,8 @@ def quickstart(config: Config) -> Config:
 
     def make_bins():
         if (data_dir / "meta.json").is_file():
-            if (names := read_meta(data_dir)["domains"].keys()) != QUICKSTART_BYTES.keys():
+            names, own_models = read_meta(data_dir)["domains"].keys(), config.teacher and config.student
+            if names != QUICKSTART_BYTES.keys() and not own_models:
                 raise UserError(f"--data_dir={data_dir}: holds {' '.join(names)}, not the quickstart's text; name "
                                 "--teacher and --student, or another folder")
         else:

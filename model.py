@@ -470,7 +470,8 @@ def read_config(folder: Path) -> GPTConfig:
 
 def resolve_device(name: str) -> torch.device:
     """auto: cuda, then mps, then cpu. UserError if this machine lacks it."""
-    counts = {"cuda": torch.cuda.device_count(), "mps": torch.mps.device_count(), "cpu": 1}
+    cuda = torch.cuda.is_available()  # a driver too old for this torch still counts its devices
+    counts = {"cuda": torch.cuda.device_count() if cuda else 0, "mps": torch.mps.device_count(), "cpu": 1}
     names = [kind for kind in counts if counts[kind]]
     names += [f"{kind}:{i}" for kind in names for i in range(counts[kind])]
     if name not in ("auto", *names):

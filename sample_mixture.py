@@ -260,21 +260,23 @@ class MixtureConfig:
 def show_replay(config: MixtureConfig) -> dict[str, float]:
     """Print and plot r as `method` and `alpha` make it from the perplexities that a run logged; returns the last."""
     metrics = read_metrics(Path(config.metrics), "--metrics=")
-    run = {"config": {}, **next((line for line in metrics if line["kind"] == "run"), {})}
-    lines = [line for line in metrics if line["kind"] == "mixture"]
-    if not lines or any(domain["ratio"] is None for domain in lines[0]["domains"].values()):
-        raise UserError(f"--metrics={config.metrics}: no perplexities of a student and a teacher in it")
-    method = config.method or run["config"].get("method", "ddk")
-    alpha = run["config"].get("alpha", 0.5) if config.alpha is None else config.alpha
-    names, base, factor, replayed = list(lines[0]["domains"]), run.get("base", lines[0]["r"]), None, []
+    with blame(f"--metrics={config.metrics}", "name the metrics.jsonl in a run's out_dir"):
+        run = {"config": {}, **next((line for line in metrics if line["kind"] == "run"), {})}
+        lines = [line for line in metrics if line["kind"] == "mixture"]
+        if not lines or any(domain["ratio"] is None for line in lines for domain in line["domains"].values()):
+            raise UserError("no perplexities of a student and a teacher in it")
+        method = config.method or run["config"].get("method", "ddk")
+        alpha = run["config"].get("alpha", 0.5) if config.alpha is None else config.alpha
+        names, base, factor, replayed = list(lines[0]["domains"]), run.get("base", lines[0]["r"]), None, []
+        for line in lines:
+            measured = [[line["domains"][name][key] for name in names] for key in ("student_ppl", "teacher_ppl")]
+            factor = next_factor(method, factor, *measured, alpha)
+            r = interval_probs(method, line["t"], factor, np.array([base[name] for name in names]))
+            replayed.append(dict(zip(names, r.tolist())))
+        difference = max(abs(line["r"][name] - r[name]) for line, r in zip(lines, replayed) for name in r)
     print(f"r by {method}, α = {alpha}\n{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in names))
-    for line in lines:
-        measured = [[line["domains"][name][key] for name in names] for key in ("student_ppl", "teacher_ppl")]
-        factor = next_factor(method, factor, *measured, alpha)
-        r = interval_probs(method, line["t"], factor, np.array([base[name] for name in names]))
-        replayed.append(dict(zip(names, r.tolist())))
-        print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r))
-    difference = max(abs(line["r"][name] - r[name]) for line, r in zip(lines, replayed) for name in r)
+    for line, r in zip(lines, replayed):
+        print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r.values()))
     print(f"largest difference to the r of the run: {difference:.1e}\n")
     if config.plot:
         plot(lines, replayed, config.plot)

@@ -765,6 +765,7 @@ def test_the_program_writes_bins_and_tells_what_it_left_out(program, tmp_path):
 
 def test_what_is_wrong_with_sources_tokenizer_and_folder_is_told_together(program, tmp_path):
     (tmp_path / "meta.json").touch()
+    assert "is a file" in program(f"--out_dir={tmp_path / 'meta.json'}", f"a={tmp_path}")[2]
     status, stdout, stderr = program(f"--out_dir={tmp_path}", "--tokenizer=no_such", f"a={tmp_path}/nothing", "b")
     assert (status, stdout) == (2, "")
     assert all(word in stderr for word in ("nothing: no file matches", "b: write NAME=GLOB", "--tokenizer=no_such",
@@ -776,8 +777,10 @@ def test_another_tokenizer_beside_the_bins_is_found(program, tmp_path, bpe_setti
         "code": lambda: iter(["one cat", "two rats"])})
     assert program(f"--verify={tmp_path / 'bins'}")[0] == 0
     save_bpe(tmp_path / "bins", {**bpe_settings, "normalizer": {"type": "Lowercase"}})
+    with open(tmp_path / "bins/code.val.bin", "r+b") as file:
+        file.write(b"z")
     status, _, stderr = program(f"--verify={tmp_path / 'bins'}")
-    assert status == 2 and "the tokenizer tokenizer is not the one" in stderr
+    assert status == 2 and "the tokenizer tokenizer is not the one" in stderr and "code.val.bin not as in" in stderr
 
 
 def test_a_folder_to_verify_is_named_by_its_own_key(program, tmp_path):

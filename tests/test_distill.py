@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import types
 from contextlib import nullcontext
 from dataclasses import replace
@@ -816,6 +817,18 @@ def test_the_quickstart_refuses_other_bins_than_its_own(run_main, data_dir, tmp_
     assert sorted(data_dir.rglob("*")) == before
 
 
+def test_the_quickstarts_values_can_be_had_with_own_bins_and_models(start):
+    status, _, err, _ = start(lambda other: None, "--preset=quickstart", "--dry_run")
+    assert (status, err) == (0, "")
+
+
+def test_a_reader_that_has_had_enough_is_no_mistake():
+    def make():
+        raise BrokenPipeError
+    with pytest.raises(BrokenPipeError):
+        distill.on_rank_0(make)
+
+
 def test_a_failure_of_the_disk_is_told_as_a_mistake_on_any_rank(tmp_path):
     with pytest.raises(UserError, match="no_such"):
         distill.on_rank_0(lambda: open(tmp_path / "no_such"))
@@ -935,13 +948,16 @@ def test_equal_ids_with_other_merges_are_another_tokenizer(config, teacher, tmp_
         distill.preflight(config(teacher=str(folders[1]), **given))
 
 
+def load_encoding(pattern: str) -> tiktoken.Encoding:
+    ranks = {**{bytes([byte]): byte for byte in range(256)}, b"ab": 256, b"bc": 257}
+    return tiktoken.Encoding("gpt2", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
+
+
 @pytest.fixture
 def in_two_forms(teacher, tmp_path, monkeypatch):
     """Bins by a tiktoken encoding called gpt2, and a model's folder with the same as a tokenizer.json."""
     pattern = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-    ranks = {**{bytes([byte]): byte for byte in range(256)}, b"ab": 256, b"bc": 257}
-    monkeypatch.setattr("tiktoken.get_encoding", lambda name: tiktoken.Encoding(
-        name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258}))
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: load_encoding(pattern))
     settings = bytes_settings()
     settings["model"]["vocab"].update(ab=256, bc=257)
     settings["model"]["merges"], settings["added_tokens"][0]["id"] = [["a", "b"], ["b", "c"]], 258
@@ -951,7 +967,7 @@ def in_two_forms(teacher, tmp_path, monkeypatch):
     (folder / "tokenizer_meta.json").unlink()
     (folder / "tokenizer.json").write_text(json.dumps(settings))
     change_config(vocab_size=259)(folder)
-    texts = ["abc bcb abb " * 20, "cba abcb\ncc a'll " * 20]
+    texts = ["abc bcb abb " * 20, "cba abcb\ncc a'll " * 20, "cc " * 999]  # the last is training's
     build_bins(tmp_path / "bins", load_tokenizer("gpt2"), {"letters": lambda: texts}, val_fraction=0.5)
     return dict(data_dir=str(tmp_path / "bins"), val_samples=2), folder, settings
 
@@ -959,7 +975,16 @@ def in_two_forms(teacher, tmp_path, monkeypatch):
 def test_a_tokenizer_json_is_taken_for_tiktokens_encoding_that_it_equals(config, in_two_forms, capsys):
     given, folder, _ = in_two_forms
     distill.preflight(config(teacher=str(folder), **given))
-    assert "is taken for tiktoken's gpt2" in capsys.readouterr().out
+    assert "its tokenizer theirs is taken for the bins' gpt2" in capsys.readouterr().out
+
+
+def test_bins_with_too_little_validation_for_the_trial_are_told_as_what_was_asked_for(config, in_two_forms):
+    given, folder, _ = in_two_forms
+    with pytest.raises(UserError) as refused:
+        distill.preflight(config(teacher=str(folder), student="layers:9", **{**given, "val_samples": 500,
+                                                                             "block_size": 900}))
+    assert "--val_samples=500: " in str(refused.value) and "--val_samples=1:" not in str(refused.value)
+    assert "--student=layers:9: the teacher" in str(refused.value)
 
 
 @pytest.mark.parametrize("change, named", [
@@ -981,9 +1006,24 @@ def test_a_tokenizer_without_the_bins_end_of_text_is_told_of_the_model(start):
         (other / "tokenizer_meta.json").unlink()
     status, _, err, other = start(other_end, "--teacher={other}")
     assert status == 2
-    for words in (f"--teacher={other}: its tokenizer cannot be that of the bins", "<|endoftext|>",
+    for words in (f"--teacher={other}: --eot=<|endoftext|>", "its tokenizer is not that of the bins",
                   "Make the bins anew"):
         assert words in err
+
+
+def test_a_tokenizer_whose_package_is_missing_is_not_called_another_one(start, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    status, _, err, other = start(lambda other: (other / "tokenizer_meta.json").unlink(), "--teacher={other}",
+                                  "--student=layers:9")
+    assert status == 2 and "pip install tokenizers" in err and "Make the bins anew" not in err
+    assert "--student=layers:9: the teacher has" in err
+
+
+def test_a_bins_tokenizer_that_is_another_one_now_is_told_with_the_rest(config, in_two_forms, monkeypatch):
+    given, folder, _ = in_two_forms
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: load_encoding(pattern=r"\s+|\S+"))
+    with pytest.raises(UserError, match="(?s)install the version that was used then.*--student=layers:9: the teacher"):
+        distill.preflight(config(teacher=str(folder), student="layers:9", **given))
 
 
 def test_bins_and_models_that_cannot_be_read_are_told_together(start):

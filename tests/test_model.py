@@ -17,7 +17,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, GPT2Config, GPTBigCo
 
 import model as model_program
 from data import load_tokenizer, save_tokenizer
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, resolve_device
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 
@@ -1044,6 +1044,7 @@ def test_the_program_takes_a_tokenizer_where_the_folder_has_none(tmp_path, run_m
     (["--model=FOLDER", "--prompt=a", "--device=abacus"], ["--device=abacus"]),
     (["--model=FOLDER", "--prompt=a", "--device=cpu:1"], ["--device=cpu:1", "cpu:0"]),
     (["--model=FOLDER", "--prompt=a", "--tokenizer=bytes", "--eot=none such"], ["--eot=none such"]),
+    (["--model=FOLDER", "--prompt=a", "--eot=none such"], ["--eot=none such"]),
     (["--model=FOLDER", "--prompt=a", "--tokenizer=none such"], ["--tokenizer=none such"]),
     (["--model=BROKEN", "--prompt=a"], [CONFIG]),
     (["--model=SMALL", "--prompt=z", "--tokenizer=bytes"], ["30", "257"]),  # rows and ids
@@ -1065,3 +1066,10 @@ def test_kept_layers_reach_the_loss_behind_hidden_and_head():
     assert head is model.head_weight and first.shape == last.shape == (1, 8, 32) and not first.equal(last)
     torch.testing.assert_close(model.norm(last), hidden)
     assert model(idx, loss_fn=lambda *given: len(given)) == 2
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_taken(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.mps.device_count", lambda: 0)
+    assert resolve_device("auto").type == "cpu"

@@ -465,9 +465,11 @@ def test_bad_arguments_are_all_named_at_once(program, arguments, named):
     b"\x89PNG\r\n\x1a\n\xff\xfe\n", json.dumps({**LINES[1], "domains": {
         "x": {"student_ppl": 8, "teacher_ppl": None, "ratio": None}}}).encode() + b"\n",
     *(json.dumps({key: value for key, value in LINES[1].items() if key != left_out}).encode() + b"\n"
-      for left_out in ("t", "r", "domains"))],
+      for left_out in ("t", "r", "domains")),
+    *(json.dumps({**LINES[1], "domains": {"x": domain, "y": domain}}).encode() + b"\n"
+      for domain in ({"student_ppl": 8, "teacher_ppl": 4}, {"student_ppl": .5, "teacher_ppl": 4, "ratio": .125}))],
     ids=["empty", "no mixture line", "torn in the middle", "no objects", "no kind", "binary", "no teacher", "no t",
-         "no r", "no domains"])
+         "no r", "no domains", "no ratio", "no perplexity"])
 def test_metrics_without_perplexities_are_refused(program, tmp_path, text):
     (tmp_path / "metrics.jsonl").write_bytes(text)
     status, _, stderr = program(f"--metrics={tmp_path / 'metrics.jsonl'}")
