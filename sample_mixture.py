@@ -45,7 +45,7 @@ def _weighted_softmax(weights, student_ppl, teacher_ppl) -> np.ndarray:
     weights = _weights("factor", weights, len(student))
     ratios = [Fraction(s) / Fraction(t) for s, t in zip(student.tolist(), teacher.tolist())]
     largest = max(ratio for ratio, weight in zip(ratios, weights) if weight > 0)
-    # LLM-Shearing's update, ψ[i] = r[i] · ℓ_S[i]/ℓ_T[i], has np.log(student / teacher) in the place of the differences.
+    # LLM-Shearing's ψ[i] = r[i] · ℓ_S[i]/ℓ_T[i] has np.log(student / teacher) in the place of the differences.
     with np.errstate(divide="ignore"):  # log 0 = −inf: a domain that α = 1 has driven to 0 stays there, as in Eq. 2
         log_psi = np.log(weights) + [float(ratio - largest) for ratio in ratios]
     psi = np.exp(log_psi - log_psi.max())

@@ -284,7 +284,7 @@ def figures(results: dict, folder: Path, setting: str):
 
 def write_report(results: dict, config: Config, folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
-    first = [run["first_worst_ratio"] for runs in results.values() for run in runs.values()]
+    first = {seed: run["first_worst_ratio"] for runs in results.values() for seed, run in runs.items()}.values()
     lines = [f"Mean ± standard error over seeds; the worst ratio was {statistics.mean(first):.2f} before the runs.", "",
              *table(results, ARMS, MEASURES), ""]
     if results.keys() & ABLATIONS.keys():
