@@ -491,6 +491,17 @@ def can_shard(config: Config) -> bool:
     return config.optimizer == "adamw" and config.method != "ted"
 
 
+def resolve_auto(config: Config) -> Config:
+    """`config` with what this machine and these processes make of each `auto`, and of a mixture's file."""
+    device = resolve_device(config.device)
+    on_cuda = device.type == "cuda"
+    choices = {"device": str(device), "dtype": "bfloat16" if on_cuda else "float32",
+               "compile": "true" if on_cuda else "false",
+               "parallel": "none" if not dist.is_initialized() else "fsdp" if on_cuda and can_shard(config) else "ddp"}
+    return replace(config, mixture=mixture_text(config.mixture),
+                   **{key: choice for key, choice in choices.items() if getattr(config, key) == "auto"})
+
+
 def spread(model: GPT, config: Config, device: torch.device, shard: bool):
     """Put load_model's result on every rank's `device`: whole, or a share of each tensor.
 
@@ -499,7 +510,7 @@ def spread(model: GPT, config: Config, device: torch.device, shard: bool):
     for layer in model.layers:
         if config.checkpoint_activations:
             layer.forward = recomputed(layer.forward)
-        if config.compile == "true" or config.compile == "auto" and device.type == "cuda":
+        if config.compile == "true":
             layer.compile()  # in place: names, saving and loading stay as they are
     if not dist.is_initialized():
         model.to(device)
@@ -835,11 +846,6 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
     return bins, models
 
 
-def resolve_dtype(config: Config) -> str:
-    on_cuda = resolve_device(config.device).type == "cuda"
-    return config.dtype if config.dtype != "auto" else "bfloat16" if on_cuda else "float32"
-
-
 def forward_flops(model: GPT, block_size: int) -> int:
     """Floating-point operations of a forward pass, a token."""
     config = model.config
@@ -850,7 +856,7 @@ def forward_flops(model: GPT, block_size: int) -> int:
 
 def print_cost(config: Config, bins: TokenBins, models: dict[str, GPTConfig]):
     """Print what a run would take, estimated from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says."""
-    width, world = 2 if resolve_dtype(config) == "bfloat16" else 4, int(os.environ.get("WORLD_SIZE", 1))
+    width, world = 2 if config.dtype == "bfloat16" else 4, int(os.environ.get("WORLD_SIZE", 1))
     sharded = {"student": world > 1 and config.parallel != "ddp" and can_shard(config)}
     sharded["teacher"] = sharded["student"] and config.shard_teacher
     flops, memory = {"teacher": 0}, {}  # of a forward pass, a token; bytes
@@ -1099,10 +1105,8 @@ def train(config: Config) -> Path:
 
     Iteration s finds s finished updates. It evaluates and updates r if s is a multiple of K or the last, saves if due,
     and makes one update unless it is the last: there is one iteration more than updates."""
-    out_dir, device = Path(config.out_dir), resolve_device(config.device)
-    config = replace(config, dtype=resolve_dtype(config), mixture=mixture_text(config.mixture))
-    parallel = "none" if not dist.is_initialized() else config.parallel if config.parallel != "auto" else (
-        "fsdp" if device.type == "cuda" and can_shard(config) else "ddp")
+    config = resolve_auto(config)
+    out_dir, device, parallel = Path(config.out_dir), torch.device(config.device), config.parallel
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.dtype == "bfloat16" and parallel != "fsdp")
 
     with ExitStack() as stack:
@@ -1402,6 +1406,7 @@ def quickstart(config: Config) -> Config:
 def main():
     config = parse_config(Config, make=resolve_config)
     with process_group(config):
+        config = resolve_auto(config)
         print_config(config)
         if config.preset == "quickstart":
             config = quickstart(config)

@@ -1011,6 +1011,14 @@ def test_a_tokenizer_without_the_bins_end_of_text_is_told_of_the_model(start):
         assert words in err
 
 
+def test_the_configuration_is_printed_as_it_is_resolved(start, tmp_path):
+    (tmp_path / "mixture.json").write_text('{"letters": 3, "digits": 2, "signs": 1}')
+    _, out, _, _ = start(lambda other: None, "--device=auto", "--mixture=mixture.json", "--dry_run")
+    assert "\nmixture = letters=3,digits=2,signs=1\n" in out
+    for key in ("device", "dtype", "parallel", "compile"):
+        assert f"\n{key} = " in out and f"\n{key} = auto" not in out
+
+
 def test_a_tokenizer_whose_package_is_missing_is_not_called_another_one(start, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     status, _, err, other = start(lambda other: (other / "tokenizer_meta.json").unlink(), "--teacher={other}",
