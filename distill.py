@@ -746,7 +746,7 @@ def check_same_experiment(out_dir: Path, record: dict):
 def rewind_metrics(path: Path, state: TrainState):
     """Drop what a run wrote after the checkpoint that it now goes on from."""
     with blame(path, "delete the line that no run wrote"):
-        kept = [line for line in (read_metrics(path) if path.exists() else [])
+        kept = [line for line in read_metrics(path)
                 if line["step"] <= (state.evaluated if line["kind"] == "mixture" else state.step)
                 and line["kind"] != "end"]
     write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -1089,10 +1089,11 @@ def start_run(config: Config, stack: ExitStack):
     if checkpoints(out_dir) or metrics.is_file() and metrics.stat().st_size:
         check_same_experiment(out_dir, record)
     stack.enter_context(locked(out_dir))
+    metrics.touch()
     write_text(out_dir / "config.json", json.dumps(record, indent=1))
     resumed = newest_checkpoint(out_dir)
     state = read_state(resumed) if resumed else TrainState()
-    if (finished := bool(resumed) and is_last(config, state) and metrics.is_file() and any(
+    if (finished := bool(resumed) and is_last(config, state) and any(
             line["kind"] == "end" for line in read_metrics(metrics))):
         print(f"{out_dir}: this run is finished (step {state.step})")
     else:

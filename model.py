@@ -128,8 +128,8 @@ class GPTConfig:
         if not heads:
             raise UserError(f"--student=scratch:{layers}x{width}: an even width is needed")
         return cls(vocab_size=vocab_size, hidden_size=width, intermediate_size=-(-8 * width // 3 // 32) * 32,
-                   num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads, rms_norm_eps=1e-5,
-                   head_dim=width // heads, max_position_embeddings=max(block_size, 2048), tie_word_embeddings=True)
+                   num_hidden_layers=layers, num_attention_heads=heads, rms_norm_eps=1e-5,
+                   max_position_embeddings=max(block_size, 2048), tie_word_embeddings=True)
 
     @classmethod
     def from_dict(cls, settings: dict) -> "GPTConfig":
