@@ -3,21 +3,18 @@
     python data.py --out_dir=data/mine --tokenizer=bytes 'code=src/**/*.py' books=books/ web=web.jsonl.gz
     python data.py --verify=data/mine
 
-A bins folder holds for each domain `NAME.train.bin` (or NAME.train.000.bin, …) and `NAME.val.bin`: headerless
-little-endian ids, uint16 where every id fits, else uint32, each document ended by the end-of-text id. `meta.json` says
-which tokenizer made them, and the size and sha256 of each. What the four programs share stands here too.
+A bins folder holds for each domain NAME.train.bin and NAME.val.bin: token ids without a header, little-endian, uint16
+where every id fits and uint32 otherwise, each document followed by the end-of-text id. meta.json describes the
+tokenizer, and gives the size and sha256 of each bin. Helpers that all four programs share come first.
 """
 
 import argparse
 import ast
-import difflib
-import functools
 import glob
 import gzip
 import hashlib
 import heapq
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -26,12 +23,10 @@ import re
 import shutil
 import sys
 import time
-import typing
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -41,56 +36,50 @@ import tiktoken
 # ------------ What the four programs share ----------------------------------------------------------------------------
 
 class UserError(ValueError):
-    """Something the user can mend: programs print its message without a traceback and exit with status 2."""
+    """Something the user can fix. A program prints its message without a traceback and exits with status 2."""
 
 
 @contextmanager
-def blame(source: str | Path, mend: str):
-    """Whatever fails within becomes a UserError that names `source`, why it failed, and how to `mend` it."""
+def user_errors(source: str | Path, fix: str):
+    """Turn any exception into a UserError that names `source` and the `fix`. A UserError passes unchanged."""
     try:
         yield
-    except UserError as error:
-        raise UserError(str(error) if str(source) in str(error) else f"{source}: {error}") from None
-    except Exception as error:  # each format's library has its own kinds
-        raise UserError(f"{source}: {type(error).__name__}: {error}; {mend}") from None
+    except UserError:
+        raise
+    except Exception as error:  # every library raises exceptions of its own
+        raise UserError(f"{source}: {type(error).__name__}: {error}; {fix}") from None
 
 
-def attempt(problems: list[str], make: Callable, *arguments):
-    """What `make(*arguments)` returns. If it fails, None, and `problems` gets its UserError: to tell all at once."""
+def run_program(main: Callable):
+    """Run `main` as a program: a UserError is one message and status 2, Ctrl-C is status 130, without a traceback."""
     try:
-        return make(*arguments)
-    except UserError as error:
-        problems.append(str(error))
+        main()
+    except BrokenPipeError:  # whoever reads the output, such as head, has closed it
+        os._exit(128 + 13)  # the status of a program that SIGPIPE ends
+    except (UserError, OSError) as error:
+        rank = os.environ.get("RANK", "0")
+        prefix = "error" if rank == "0" else f"rank {rank}: error"
+        for line in str(error).splitlines():
+            print(f"{prefix}: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
-def digest(*parts) -> str:
-    """sha256 of JSON-able `parts`."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def import_optional(module: str, wanted_by: str):
-    """A package that only some formats need. UserError says how to get it."""
-    with blame(wanted_by, f"pip install {module.partition('.')[0]}"):
+def import_optional(module: str, needed_for: str):
+    """Import a module that only some uses require. UserError says how to install its package."""
+    package = module.partition(".")[0]
+    with user_errors(needed_for, f"pip install {package}"):
         return importlib.import_module(module)
 
 
-def fsync(path: Path):
-    """Make a file's content, or a folder's names, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
-def write_text(path: Path, text: str):
-    """Write a small file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    fsync(temporary)
-    os.replace(temporary, path)
+def digest(*parts) -> str:
+    """sha256 of `parts`, which can be written as JSON."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str | None:
-    """None if there is no such file."""
+    """sha256 of a file's content, or None if there is no such file."""
     if not path.is_file():
         return None
     sha256 = hashlib.sha256()
@@ -100,437 +89,52 @@ def file_sha256(path: Path) -> str | None:
     return sha256.hexdigest()
 
 
-# ------------ The command line ----------------------------------------------------------------------------------------
-
-def option(default, help: str, least: float = -math.inf, most: float = math.inf):
-    """A dataclass field that is a command-line key; a number must be finite and from `least` to `most`."""
-    return field(default=default, metadata={"help": help, "least": least, "most": most})
-
-
-def convert(text: str | None, kind):
-    """`text` as a `kind`: str, int, float, bool, a Literal, or one of them | None. ValueError says what it must be."""
-    if text is None:
-        raise ValueError("needs a value")
-    if kind is bool:
-        return convert(text.lower(), typing.Literal["true", "false"]) == "true"
-    allowed = typing.get_args(kind)
-    if type(None) in allowed:
-        return None if text.lower() == "none" else convert(text, allowed[0])
-    if allowed and text not in allowed:
-        raise ValueError(f"must be one of {' '.join(word or repr(word) for word in allowed)}")
-    try:
-        return text if allowed else kind(text)
-    except ValueError:
-        raise ValueError("must be a whole number" if kind is int else "must be a number") from None
+def fsync(path: Path):
+    """Make a file's content, or the names in a folder, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
-def parse_config(cls, argv: list[str] | None = None, make: Callable | None = None):
-    """A `cls` from --key=value arguments, of which the last wins, and from words for its field `sources` if it has one.
-
-    `make(**given)` builds it (default: cls); its `problems()`, if any, lists what contradicts what. UserError lists
-    everything that is wrong at once."""
-    parser = argparse.ArgumentParser(description=sys.modules[cls.__module__].__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds, given, problems = typing.get_type_hints(cls), {}, []
-    options, bare = [entry for entry in fields(cls) if entry.metadata], (make or cls)()
-    for entry in options:
-        default, alone = repr(entry.default), repr(getattr(bare, entry.name))
-        default += f"; with no arguments {alone}" * (alone != default)
-        kind = kinds[entry.name]
-        words = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ["VALUE"]
-        parser.add_argument(f"--{entry.name}", nargs="?", const="true" if kind is bool else None,
-                            default=argparse.SUPPRESS, metavar="|".join(filter(None, words)),
-                            help=f"{entry.metadata['help']} (default: {default})".replace("%", "%%"))
-    if "sources" in kinds:
-        parser.add_argument("sources", nargs="*", metavar="NAME=GLOB")
-    known, unknown = parser.parse_known_intermixed_args(argv)
-    for key, text in vars(known).items():
-        try:
-            given[key] = text if key == "sources" else convert(text, kinds[key])
-        except ValueError as error:
-            problems.append(f"--{key}{'' if text is None else '='}{text or ''}: {error}")
-    for word in unknown:
-        near = difflib.get_close_matches(word.lstrip("-").partition("=")[0], [entry.name for entry in options], n=1)
-        problems.append(f"{word}: {'unknown' if word.startswith('-') else 'not a'} key; " + (
-            f"did you mean --{near[0]}=…?" if near else "write --key=value; --help lists the keys"))
-    config = (make or cls)(**given)
-    for entry in options:
-        value, least, most = getattr(config, entry.name), entry.metadata["least"], entry.metadata["most"]
-        if isinstance(value, int | float) and not (least <= value <= most and math.isfinite(value)):
-            problems.append(f"--{entry.name}={value}: must be " + (
-                f"from {least} to {most}" if most < math.inf else f"a finite number, {least} or more"))
-    problems += config.problems() if hasattr(config, "problems") else []
-    if problems:
-        if os.environ.get("RANK", "0") != "0":  # rank 0 mostly says the same, and torchrun then ends this process
-            time.sleep(1)
-        raise UserError("\n".join(problems))
-    return config
-
-
-def print_config(config):
-    print("\n".join(f"{entry.name} = {getattr(config, entry.name)}" for entry in fields(config)), flush=True)
-
-
-def run_program(main: Callable):
-    """Run `main` as a program: a UserError is one message and status 2, Ctrl-C status 130; neither a traceback."""
-    try:
-        main()
-    except BrokenPipeError:  # the reader of our output, such as head, has had enough
-        os._exit(128 + 13)  # as SIGPIPE ends a program: a run cut short is no success
-    except (UserError, OSError) as error:
-        prefix = f"rank {os.environ['RANK']}: error" if os.environ.get("RANK", "0") != "0" else "error"
-        print("\n".join(f"{prefix}: {line}" for line in str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-# ------------ Tokenizers ----------------------------------------------------------------------------------------------
-
-END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_META = "tokenizer_meta.json"  # the entry `tokenizer` of meta.json, in a model's folder
-# What a folder may hold of a tokenizer; copied along, so that a student's folder has the tokenizer of its bins.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
-
-
-@dataclass(frozen=True)
-class Tokenizer:
-    """Text to ids and back. No special token is added or recognised: what looks like one inside text is text."""
-    name: str
-    vocab_size: int  # largest id + 1, added tokens included
-    eot: int  # ends each document
-    eot_token: str
-    fingerprint: str  # over all that decides the encoding: equal for equal tokenizers, however serialised
-    encode_batch: Callable[[list[str]], list[np.ndarray]]
-    decode: Callable[[list[int]], str]
-    files: tuple[Path, ...] = ()
-
-
-def bytes_settings() -> dict:
-    """The bytes tokenizer as a tokenizer.json: GPT-2's alphabet of printable characters for bytes, and no merges."""
-    printable, others = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    unused = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
-    return {
-        "version": "1.0", "normalizer": None, "pre_tokenizer": level, "decoder": level,
-        "added_tokens": [{"id": 256, "content": END_OF_TEXT, "special": True, **flags}],
-        "model": {"type": "BPE", **unused, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
-                  "vocab": {chr(byte if byte in printable else next(others)): byte for byte in range(256)},
-                  "merges": []}}
-
-
-def settings_digest(settings: dict) -> str:
-    """Of all in a tokenizer.json that decides the encoding, however it was serialised."""
-    model = {**settings["model"]}
-    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.pop("merges", None) or []]
-    return digest(model, merges, settings["added_tokens"], settings["normalizer"], settings["pre_tokenizer"])
-
-
-def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
-    """The tokenizer called `source`: "bytes", a tiktoken encoding, or a tokenizer.json or the folder that holds one.
-
-    `eot` is the token that ends a document, if not the tokenizer's own (`eos_token` in tokenizer_config.json).
-    UserError if there is no such tokenizer or token, or it would have to be downloaded and cannot."""
-    path, names = Path(source), tiktoken.list_encoding_names()
-    if source not in ("bytes", *names) and (path.is_dir() or path.name == "tokenizer.json"):
-        return _huggingface_tokenizer(path / "tokenizer.json" if path.is_dir() else path, eot)
-    if source == "bytes":  # no merges: a piece is as many tokens as bytes, and short pieces are quick to search
-        encoding = tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={END_OF_TEXT: 256},
-                                     mergeable_ranks={bytes([byte]): byte for byte in range(256)})
-    elif source in names:
-        with blame(f"--tokenizer={source}", "tiktoken downloads it; set TIKTOKEN_CACHE_DIR to a folder that has it"):
-            encoding = tiktoken.get_encoding(source)
-    else:
-        raise UserError(f"--tokenizer={source}: neither bytes, nor a folder or file with a tokenizer.json, nor one of "
-                        f"tiktoken's {' '.join(names)}")
-    special, eot = encoding._special_tokens, eot or END_OF_TEXT
-    if eot not in special:
-        raise UserError(f"--eot={eot}: not a special token of {source}, which has {' '.join(special)}")
-    ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
-    fingerprint = settings_digest(bytes_settings()) if source == "bytes" else digest(ranks, encoding._pat_str, special)
-    encode = functools.partial(encoding.encode_to_numpy, disallowed_special=())
-    known = {*encoding._mergeable_ranks.values(), *special.values()}  # cl100k_base leaves ids out
-    pool = ThreadPoolExecutor(os.cpu_count())  # tiktoken lets go of Python's lock while it encodes
-    return Tokenizer(name=str(source), vocab_size=encoding.max_token_value + 1, eot=special[eot], eot_token=eot,
-                     fingerprint=fingerprint, decode=lambda ids: encoding.decode([i for i in ids if i in known]),
-                     encode_batch=lambda texts: list(pool.map(encode, texts)))
-
-
-def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
-    tokenizers, config = import_optional("tokenizers", f"--tokenizer={path}"), path.with_name("tokenizer_config.json")
-    with blame(f"--tokenizer={path}", "transformers' save_pretrained writes it and tokenizer_config.json"):
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.is_file() else None
-        eot = eot or (eos["content"] if isinstance(eos, dict) else eos) or ""
-    tokenizer.encode_special_tokens = True  # … as plain text
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    if tokenizer.token_to_id(eot) is None:
-        raise UserError(f"--eot={eot}: no token of {path.parent} that could end a text; data.py and model.py take "
-                        "another as --eot=TOKEN")
-    return Tokenizer(
-        name=path.parent.name, vocab_size=max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1,
-        eot=tokenizer.token_to_id(eot), eot_token=eot,
-        fingerprint=settings_digest(json.loads(tokenizer.to_str())),
-        encode_batch=lambda texts: [np.array(encoding.ids, dtype=np.uint32) for encoding in
-                                    tokenizer.encode_batch_fast(texts, add_special_tokens=False)],
-        decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-        files=tuple(path.with_name(name) for name in TOKENIZER_FILES if path.with_name(name).is_file()))
-
-
-def saved_tokenizer(folder: Path, entry: dict) -> Tokenizer:
-    """The tokenizer of an entry of meta.json: from its files in `folder` if it has any, else by its name. UserError if
-    it is another one now."""
-    tokenizer = load_tokenizer(folder if entry["files"] else entry["name"], entry["eot_token"])
-    if tokenizer.fingerprint != entry["fingerprint"]:
-        mend = "copy it again" if entry["files"] else "install the version that was used then, or make it anew"
-        raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with; {mend}")
-    return tokenizer
-
-
-def save_tokenizer(folder: Path, bins: "TokenBins"):
-    """Put the bins' tokenizer into a model's folder: its files byte for byte, which one it is, and how a text ends."""
-    entry = bins.tokenizer
-    for name in entry["files"]:
-        shutil.copyfile(bins.dir / name, folder / name)
-    if entry["name"] == "bytes" and not entry["files"]:  # so that transformers' AutoTokenizer opens the folder too
-        write_text(folder / "tokenizer.json", json.dumps(bytes_settings()))
-        write_text(folder / "tokenizer_config.json", json.dumps({
-            "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": entry["eot_token"],
-            "clean_up_tokenization_spaces": False}))
-    ends = dict.fromkeys(("eos_token_id", "pad_token_id"), entry["eot"])
-    write_text(folder / "generation_config.json", json.dumps(ends))
-    write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
-
-
-def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
-    """The tokenizer of a model's folder; None if there is none. `eot` as in load_tokenizer."""
-    if (path := folder / TOKENIZER_META).is_file():
-        with blame(path, "copy it again from where a run wrote it"):
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            return saved_tokenizer(folder, {**entry, "eot_token": eot or entry["eot_token"]})
-    return load_tokenizer(folder, eot) if (folder / "tokenizer.json").is_file() else None
-
-
-# ------------ Documents -----------------------------------------------------------------------------------------------
-
-PIECE = 8_000_000  # characters of a text file that become one document, about
-
-
-def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
-    """NAME=GLOB words → domain → files, sorted; a folder stands for all below it but what a dot hides."""
-    domains, problems = {}, []
-    for word in sources:
-        name, _, pattern = word.partition("=")
-        pattern = os.path.join(glob.escape(pattern), "**") if os.path.isdir(pattern) else pattern
-        files = {Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)}
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or not pattern:
-            problems.append(f"{word}: write NAME=GLOB, with letters, digits, - and _ in NAME")
-        elif not files:
-            problems.append(f"{word}: no file matches {pattern}")
-        domains[name] = sorted(files.union(domains.get(name, [])))
-    if problems:
-        raise UserError("\n".join(problems))
-    return domains
-
-
-def read_documents(paths: Iterable[Path], text_key: str, left_out: Counter) -> Iterator[str]:
-    """The documents of `paths` in order: lines of JSON in .jsonl and .json(l).gz|zst, rows of .parquet, else the whole
-    file (in pieces of 8 million characters, so that memory does not grow with it).
-
-    `left_out` counts, by reason, what is not a document or had to be mended. UserError on a line that is not JSON."""
-    for text in (text for path in paths for text in _read_file(path, text_key, left_out)):
-        if not isinstance(text, str):
-            left_out[f"records without a text under the key {text_key}"] += 1
-        elif not text.strip():
-            left_out["empty documents"] += 1
-        else:
-            try:
-                text.encode()
-            except UnicodeEncodeError:  # a byte that files are opened to escape, or half a pair from a JSON string
-                left_out["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
-                text = re.sub("[\ud800-\udfff]", "\ufffd", text)
-            yield text
-
-
-def _read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str | None]:
-    """Texts as they stand; None for a record without one."""
-    how = dict(mode="rt", encoding="utf-8", errors="surrogateescape", newline="\n")
-    with blame(path, "copy it again"):
-        if path.suffix == ".parquet":
-            parquet = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
-            if text_key not in parquet.schema_arrow.names:
-                raise UserError(f"{path}: no column {text_key}; --text_key={'|'.join(parquet.schema_arrow.names)}")
-            for rows in parquet.iter_batches(columns=[text_key], batch_size=1024):
-                yield from rows.column(0).to_pylist()
-        elif re.search(r"\.jsonl$|\.jsonl?\.(gz|zst)$", path.name):
-            opener = {".jsonl": open, ".gz": gzip.open}.get(path.suffix) or import_optional("zstandard", str(path)).open
-            with opener(path, **how) as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        with blame(f"{path}, line {number}", "it must be one JSON record"):
-                            record = json.loads(line)
-                        yield record.get(text_key) if isinstance(record, dict) else None
-        else:
-            with open(path, **how) as file:
-                pieces = iter(lambda: file.read(PIECE) + file.readline(PIECE), "")  # up to a line's end
-                first = next(pieces, "")
-                if "\0" in first[:65536]:
-                    left_out["binary files"] += 1
-                    return
-                yield first
-                for piece in pieces:
-                    left_out[f"more documents than files, since texts are cut at {PIECE:,} characters"] += 1
-                    yield piece
-
-
-# ------------ The split, and bins -------------------------------------------------------------------------------------
-
-FORMAT_VERSION = 1
-
-
-class Document(typing.NamedTuple):
-    key: int  # of its content: equal for equal texts
-    start: int  # bytes of the domain before it
-    size: int  # bytes
-    text: str
-
-
-def content_hash(raw: bytes) -> int:
-    return int.from_bytes(hashlib.sha256(raw).digest()[:16], "big")
-
-
-def hashed(texts: Iterable[str], doing: str, n_bytes: int = 0) -> Iterator[Document]:
-    """The documents of a domain. Prints every five seconds how far it is; with an ETA if their `n_bytes` are known."""
-    position, started, said = 0, time.monotonic(), time.monotonic()
-    for text in texts:
-        raw = text.encode()
-        yield Document(content_hash(raw), position, len(raw), text)
-        position += len(raw)
-        if time.monotonic() - said > 5:
-            said = time.monotonic()
-            speed = position / (said - started)
-            left = f" of {n_bytes / 1e6:,.0f} MB, ETA {(n_bytes - position) / speed:,.0f} s" if n_bytes else " MB"
-            print(f"{doing}: {position / 1e6:,.0f}{left}, {speed / 1e6:.1f} MB/s", flush=True)
-
-
-def validation_split(texts: Iterable[str], val_fraction: float, val_bytes: int,
-                     name: str = "") -> tuple[list[Document], int, str]:
-    """Validation is the documents with the smallest hashes: up to `val_fraction` of all bytes and `val_bytes`.
-
-    Returns (them in the order of hashes, bytes of all documents, identity of all in their order). Equal documents fall
-    on one side, and there is one at least on each (UserError if there are not two). Memory grows with `val_bytes`."""
-    heap, kept, total, smallest, largest, content = [], 0, 0, math.inf, -1, hashlib.sha256()
-    for document in hashed(texts, f"{name}, choosing validation"):
-        content.update(document.key.to_bytes(16, "big"))
-        total, kept = total + document.size, kept + document.size
-        smallest, largest = min(smallest, document.key), max(largest, document.key)
-        heapq.heappush(heap, (-document.key, document))  # the largest hash comes first
-        # What is left is more than validation may be. The smallest hash is validation anyway, with all its copies.
-        while kept - heap[0][1].size > val_bytes and heap[0][1].key > smallest:
-            kept -= heapq.heappop(heap)[1].size
-    if smallest >= largest:
-        raise UserError(f"domain {name}: at least two distinct documents are needed, for training and validation")
-    candidates = sorted(document for _, document in heap)
-    sizes = itertools.accumulate(document.size for document in candidates)
-    used = dict(zip((document.key for document in candidates), sizes))  # bytes up to a hash, with all its copies
-    budget = min(val_fraction * total, val_bytes)
-    threshold = max([smallest, *(key for key in used if used[key] <= budget and key < largest)])
-    return [document for document in candidates if document.key <= threshold], total, content.hexdigest()
-
-
-def _write_bin(path: Path, dtype: str, documents: Iterable[Document], tokenizer: Tokenizer) -> dict:
-    """Write one bin under a temporary name, make it durable, name it; returns its entry of meta.json."""
-    temporary, sha256 = path.with_name(path.name + ".tmp"), hashlib.sha256()
-    counts = Counter(tokens=0, documents=0, bytes=0)
-    with open(temporary, "wb") as file:
-        # About a megabyte at a time keeps all cores busy, and is too little to matter for memory.
-        for _, batch in itertools.groupby(documents, lambda document: document.start >> 20):
-            batch = list(batch)
-            for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch])):
-                raw = np.append(ids, tokenizer.eot).astype(np.dtype(dtype).newbyteorder("<")).tobytes()
-                file.write(raw)
-                sha256.update(raw)
-                counts.update(tokens=len(ids) + 1, documents=1, bytes=document.size)
+def write_text(path: Path, text: str):
+    """Write a small file completely or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
     fsync(temporary)
     os.replace(temporary, path)
-    return {"file": path.name, **counts, "sha256": sha256.hexdigest()}
 
 
-def check_free(out_dir: Path, tokenizer: Tokenizer | None):
-    """UserError if bins cannot be made in `out_dir`, since there are some, or the tokenizer itself."""
-    if out_dir.is_file():
-        raise UserError(f"--out_dir={out_dir}: is a file; name a folder")
-    inside = tokenizer and any(path.parent.resolve() == out_dir.resolve() for path in tokenizer.files)
-    if inside or (out_dir / "meta.json").exists():
-        raise UserError(f"--out_dir={out_dir}: holds bins or the tokenizer already; name another folder")
+# ------------ Windows and bins ----------------------------------------------------------------------------------------
+
+FORMAT_VERSION = 2
 
 
-def build_bins(out_dir: str | Path, tokenizer: Tokenizer, domains: dict[str, Callable[[], Iterable[str]]], *,
-               val_fraction: float = 0.05, val_bytes: int = 32_000_000, shards: int = 1,
-               made_by: dict | None = None) -> dict:
-    """Write the bins of `domains` and, last, meta.json to `out_dir`; returns the latter.
-
-    `domains` maps a name to a function that starts its documents anew: read once for the split, once to encode. Killed
-    and started again on the same documents, it keeps the bins that were finished. Shard k holds the documents that
-    start in the k-th part of a domain's bytes, so that shards are finished one by one. `made_by`, a configuration, is
-    kept in meta.json."""
-    out_dir = Path(out_dir)
-    check_free(out_dir, tokenizer)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    entry = {key: getattr(tokenizer, key) for key in ("name", "vocab_size", "eot", "eot_token", "fingerprint")}
-    meta = {"format_version": FORMAT_VERSION, "tokenizer": {**entry, "files": [path.name for path in tokenizer.files]},
-            "domains": {}, "made_by": made_by}
-    partial = out_dir / "partial.json"  # plan of a domain → its finished bins
-    plans = json.loads(partial.read_text(encoding="utf-8")) if partial.is_file() else {}
-    for name, start in domains.items():
-        validation, n_bytes, content = validation_split(start(), val_fraction, val_bytes, name)
-        threshold = validation[-1].key
-        finished = plans.setdefault(digest(name, entry, threshold, content, shards), {})
-
-        def write(file: str, documents: Iterable[Document]) -> dict:
-            # A finished bin is made anew if another build wrote over it.
-            if file not in finished or file_sha256(out_dir / file) != finished[file]["sha256"]:
-                finished[file] = _write_bin(out_dir / file, dtype, documents, tokenizer)
-                write_text(partial, json.dumps(plans))
-            return finished[file]
-
-        files = [f"{name}.train.{k:03d}.bin" for k in range(shards)] if shards > 1 else [f"{name}.train.bin"]
-        train = (document for document in hashed(start(), name, n_bytes) if document.key > threshold)
-        written = {k: write(files[k], documents) for k, documents in itertools.groupby(
-            train, lambda document: min(shards - 1, document.start * shards // n_bytes))}
-        meta["domains"][name] = {
-            "dtype": dtype, "train": [written.get(k) or write(file, []) for k, file in enumerate(files)],
-            "val": write(f"{name}.val.bin", hashed((document.text for document in validation), name))}
-    for path in tokenizer.files:
-        shutil.copyfile(path, out_dir / path.name)
-    write_text(out_dir / "meta.json", json.dumps(meta, indent=1))
-    partial.unlink()
-    return meta
-
-
-# ------------ Windows -------------------------------------------------------------------------------------------------
-
-def read_meta(data_dir: Path, key: str = "--data_dir") -> dict:
-    """meta.json of a bins folder, checked against the files beside it. `key`: what a UserError calls the folder by."""
+def read_meta(data_dir: str | Path, key: str = "--data_dir") -> dict:
+    """meta.json of a bins folder, checked against the files beside it. UserError calls the folder by `key`."""
+    data_dir = Path(data_dir)
     path = data_dir / "meta.json"
     if not path.is_file():
-        raise UserError(f"{key}={data_dir}: no meta.json there; make bins with data.py --out_dir={data_dir}")
-    with blame(path, "copy the folder again, or delete meta.json and make the bins anew"):
+        raise UserError(f"{key}={data_dir}: has no meta.json; make bins with data.py --out_dir={data_dir}")
+    with user_errors(path, "copy the folder again, or delete meta.json and make the bins again"):
+        # It has the version that is known, and what the programs rely on.
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
-        if not {"name", "eot_token", "fingerprint"} <= set(meta["tokenizer"]) or meta["tokenizer"]["vocab_size"] < 1:
+        tokenizer = meta["tokenizer"]
+        if not {"name", "eot", "eot_token", "fingerprint"} <= set(tokenizer) or tokenizer["vocab_size"] < 1:
             raise ValueError("entries of the tokenizer are missing")
-        if not meta["domains"] or {domain["dtype"] for domain in meta["domains"].values()} - {"uint16", "uint32"}:
-            raise ValueError("no domains, or a dtype other than uint16 and uint32")
-        sizes = dict.fromkeys(meta["tokenizer"]["files"])
+        if not meta["domains"]:
+            raise ValueError("no domains")
+
+        # Every file is in the folder itself, and every bin has the size that its number of tokens gives.
+        sizes = dict.fromkeys(tokenizer["files"])  # None: any size
         for domain in meta["domains"].values():
-            for entry in [*domain["train"], domain["val"]]:
-                sizes[entry["file"]], _ = entry["tokens"] * np.dtype(domain["dtype"]).itemsize, entry["sha256"]
+            if domain["dtype"] not in ("uint16", "uint32"):
+                raise ValueError("a dtype other than uint16 and uint32")
+            for entry in (domain["train"], domain["val"]):
+                if "sha256" not in entry:
+                    raise ValueError(f"no sha256 of {entry['file']}")
+                sizes[entry["file"]] = entry["tokens"] * np.dtype(domain["dtype"]).itemsize
         for name, size in sizes.items():
             file = data_dir / name
             if file.parent != data_dir or not file.is_file() or size not in (None, file.stat().st_size):
@@ -539,166 +143,675 @@ def read_meta(data_dir: Path, key: str = "--data_dir") -> dict:
 
 
 class TokenBins:
-    """The bins of a folder, cut into windows of block_size + 1 tokens: inputs, and targets one further on.
+    """The bins of a folder, cut into windows of block_size + 1 tokens: the inputs, and the targets one token later.
 
-    Of n tokens, window i is tokens i·B … i·B + B inclusive: there are (n − 1)//B, and none crosses a shard. `names`:
-    only these domains, which a UserError says to be from `key`. UserError if the folder is not whole, or a domain is
-    missing or has no train window."""
+    A bin of n tokens has (n − 1) // B windows, B = block_size, and window i is the tokens i·B … i·B + B inclusive.
+    `names` selects domains (default: all); UserError calls that selection by `key`. UserError if a domain is missing
+    or has no train window. No file stays open, so an instance can be pickled."""
 
     def __init__(self, data_dir: str | Path, block_size: int, names: list[str] | None = None, key: str = "--domains"):
-        self.dir, self.block_size = Path(data_dir), block_size
-        meta = read_meta(self.dir)
-        if names and (unknown := [name for name in names if name not in meta["domains"]]):
-            raise UserError(f"{key}: {self.dir} has no {' '.join(unknown)}; it has {' '.join(meta['domains'])}")
-        self.tokenizer, self.names = meta["tokenizer"], names or list(meta["domains"])
-        self.domains = {name: meta["domains"][name] for name in self.names}
+        meta = read_meta(data_dir)
+        self.dir = Path(data_dir)
+        self.block_size = block_size
+        self.names = names or list(meta["domains"])
+        self.tokenizer = meta["tokenizer"]  # its entry of meta.json
         self.vocab_size = self.tokenizer["vocab_size"]
-        # The first window of each shard, and behind them the number of all
-        self._starts = {name: np.cumsum([0, *map(self._count, self.domains[name]["train"])]) for name in self.names}
-        self.n_windows = {name: int(starts[-1]) for name, starts in self._starts.items()}
-        if empty := [name for name, n in self.n_windows.items() if not n]:
-            raise UserError(f"--block_size={block_size}: no train text that long in {' '.join(empty)} of {self.dir}")
+        self.domains = {}  # name → entry of meta.json
+        self.n_windows = {}  # name → number of train windows
+        for name in self.names:
+            if name not in meta["domains"]:
+                raise UserError(f"{key}: {self.dir} has no {name}; it has {' '.join(meta['domains'])}")
+            self.domains[name] = meta["domains"][name]
+            self.n_windows[name] = self._count(name, "train")
+            if self.n_windows[name] == 0:
+                raise UserError(f"--block_size={block_size}: no train text that long in domain {name} of {self.dir}")
 
-    def _count(self, entry: dict) -> int:
-        return max(entry["tokens"] - 1, 0) // self.block_size
+    def _count(self, name: str, side: str) -> int:
+        return max(self.domains[name][side]["tokens"] - 1, 0) // self.block_size
 
-    def _window(self, name: str, entry: dict, i: int) -> np.ndarray:
-        """Window i of one bin of a domain, (block_size + 1,) int64."""
-        path, dtype = self.dir / entry["file"], np.dtype(self.domains[name]["dtype"]).newbyteorder("<")
-        # Read, not mapped: the pages that a mapping has touched are this process's memory until it is closed.
-        window = np.fromfile(path, dtype, self.block_size + 1, offset=int(i) * self.block_size * dtype.itemsize)
-        if window.max() >= self.vocab_size:
-            raise UserError(f"{path}: holds the id {window.max()}; the tokenizer has {self.vocab_size} ids; see "
-                            f"data.py --verify={self.dir}, or make the bins anew")
-        return window.astype(np.int64)
+    def _windows(self, name: str, side: str, window_ids: np.ndarray) -> np.ndarray:
+        """Windows of one bin, (len(window_ids), block_size + 1) int64. UserError if an id is not in the vocabulary."""
+        path = self.dir / self.domains[name][side]["file"]
+        dtype = np.dtype(self.domains[name]["dtype"]).newbyteorder("<")
+        # Mapped for each batch anew, as in nanoGPT: pages count as this process's memory while they are mapped.
+        tokens = np.memmap(path, dtype=dtype, mode="r")
+        positions = window_ids[:, None] * self.block_size + np.arange(self.block_size + 1)
+        windows = tokens[positions].astype(np.int64)
+        largest = windows.max(initial=0)
+        if largest >= self.vocab_size:
+            raise UserError(f"{path}: holds the id {largest}, but the tokenizer has {self.vocab_size} ids; run data.py "
+                            f"--verify={self.dir}, or make the bins again")
+        return windows
 
     def train_windows(self, domain_ids: np.ndarray, window_ids: np.ndarray) -> np.ndarray:
         """The windows that MixtureSampler.next_batch names, in its order: (B, block_size + 1) int64."""
-        windows = []
-        for name, i in zip((self.names[domain] for domain in domain_ids), window_ids):
-            shard = np.searchsorted(self._starts[name], i, side="right") - 1
-            windows.append(self._window(name, self.domains[name]["train"][shard], i - self._starts[name][shard]))
-        return np.stack(windows)
+        windows = np.empty((len(domain_ids), self.block_size + 1), dtype=np.int64)
+        for domain_id in np.unique(domain_ids):
+            rows = domain_ids == domain_id
+            windows[rows] = self._windows(self.names[domain_id], "train", window_ids[rows])
+        return windows
 
-    def val_windows(self, name: str, count: int) -> np.ndarray:
-        """Windows 0 … count−1 of a domain's validation, (count, block_size + 1) int64. UserError if there are fewer."""
-        entry = self.domains[name]["val"]
-        if self._count(entry) < count:
-            raise UserError(f"--val_samples={count}: domain {name} of {self.dir} has {self._count(entry)} validation "
-                            f"windows of {self.block_size} tokens; ask for no more, or raise --val_fraction in data.py")
-        return np.stack([self._window(name, entry, i) for i in range(count)])
+    def val_windows(self, name: str, count: int, start: int = 0) -> np.ndarray:
+        """Validation windows start … start + count − 1, (count, block_size + 1) int64. UserError if there are fewer."""
+        available = self._count(name, "val")
+        if start + count > available:
+            asked = f"--val_samples={start} and --test_samples={count}" if start else f"--val_samples={count}"
+            raise UserError(f"{asked}: domain {name} of {self.dir} has {available} validation windows of "
+                            f"{self.block_size} tokens; ask for fewer, or make bins with a larger --val_fraction")
+        return self._windows(name, "val", np.arange(start, start + count))
 
     def content(self) -> str:
-        """Identity of the tokens, wherever they lie: over each bin's sha256 and the tokenizer."""
+        """Identity of the tokens, in whichever folder they are: over the bins' entries and the tokenizer."""
         return digest(self.domains, self.tokenizer["fingerprint"])
 
 
-def verify(data_dir: Path):
-    """Re-hash every bin of a folder. UserError lists those that changed since, and says so of the tokenizer's files."""
-    changed, problems, meta = [], [], read_meta(data_dir, "--verify")
+def verify(data_dir: str | Path):
+    """Hash every bin of a folder again. UserError names those that changed, or the tokenizer if its files did."""
+    meta = read_meta(data_dir, "--verify")
+    changed = []
     for domain in meta["domains"].values():
-        for entry in [*domain["train"], domain["val"]]:
-            if file_sha256(data_dir / entry["file"]) != entry["sha256"]:
+        for entry in (domain["train"], domain["val"]):
+            unchanged = file_sha256(Path(data_dir, entry["file"])) == entry["sha256"]
+            print(f"{entry['file']:32} {'ok' if unchanged else 'CHANGED'}")
+            if not unchanged:
                 changed.append(entry["file"])
-            print(f"{entry['file']:32} {'CHANGED' if entry['file'] in changed else 'ok'}")
     if changed:
-        problems.append(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins anew")
+        raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins again")
     if meta["tokenizer"]["files"]:
-        attempt(problems, saved_tokenizer, data_dir, meta["tokenizer"])
-    if problems:
-        raise UserError("\n".join(problems))
+        saved_tokenizer(Path(data_dir), meta["tokenizer"])
+
+
+# ------------ Tokenizers ----------------------------------------------------------------------------------------------
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_META = "tokenizer_meta.json"  # in a model's folder: the tokenizer's entry of meta.json
+# The files of a tokenizer. They are copied to the bins, and from there to the student.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                   "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+# What same_tokenizer encodes: words, numbers, punctuation, whitespace, several scripts, look-alikes of special tokens.
+PROBE_TEXT = """The quick brown fox can't jump; it's 1234567.89 metres (≈ 1 km) away!
+\tdef naïve(abc, xyz=None):  # abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ
+
+    return [abc[0]["key"] ** 2, '{}\\n'.format(xyz)]   \r
+Größe, être, Ω, Привет мир, 漢字かな, 한국어, العربية, e\u0301, 👩‍🔬 <|endoftext|><|im_end|><s></s>[MASK] <pad> """
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids and back. No special token is added, and text that looks like a special token is plain text."""
+    name: str
+    vocab_size: int  # largest id + 1, added tokens included
+    eot: int  # the id that ends each document
+    eot_token: str
+    fingerprint: str  # of everything that decides the encoding, however the files are serialised
+    encode_batch: Callable[[list[str]], list[np.ndarray]]
+    decode: Callable[[list[int]], str]
+    files: tuple[Path, ...] = ()  # none: it is loaded by its name
+
+
+def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
+    """The tokenizer `source`: "bytes", a tiktoken encoding, or a tokenizer.json or the folder that holds one.
+
+    `eot` is the token that ends a document; default: the tokenizer's own (`eos_token` in tokenizer_config.json).
+    UserError if there is no such tokenizer or token, or if it has to be downloaded and cannot be."""
+    path = Path(source)
+    names = ["bytes", *tiktoken.list_encoding_names()]
+    # Names come first, whatever folders there are.
+    if source in names:
+        return _tiktoken_tokenizer(source, eot)
+    if path.is_dir():
+        return _huggingface_tokenizer(path / "tokenizer.json", eot)
+    if path.name == "tokenizer.json":
+        return _huggingface_tokenizer(path, eot)
+    raise UserError(f"--tokenizer={source}: expected a folder or file with a tokenizer.json, or one of "
+                    f"{' '.join(names)}")
+
+
+def _tiktoken_tokenizer(name: str, eot: str) -> Tokenizer:
+    if name == "bytes":
+        # Without merges any pattern gives the same ids. Short pieces are the fastest.
+        encoding = tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={END_OF_TEXT: 256},
+                                     mergeable_ranks={bytes([byte]): byte for byte in range(256)})
+        fingerprint = settings_digest(bytes_settings())
+    else:
+        fix = "tiktoken downloads it; set TIKTOKEN_CACHE_DIR to a folder that has it"
+        with user_errors(f"--tokenizer={name}", fix):
+            encoding = tiktoken.get_encoding(name)
+        ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
+        fingerprint = digest(ranks, encoding._pat_str, encoding._special_tokens)
+
+    # The token that ends a document.
+    special = encoding._special_tokens
+    eot = eot or END_OF_TEXT
+    if eot not in special:
+        raise UserError(f"--eot={eot}: not a special token of {name}, which has {' '.join(special)}")
+    # Some encodings have gaps between their ids, and a model may predict any id.
+    known = {*encoding._mergeable_ranks.values(), *special.values()}
+
+    def encode_batch(texts: list[str]) -> list[np.ndarray]:
+        return [np.array(ids, dtype=np.uint32) for ids in encoding.encode_ordinary_batch(texts)]
+
+    def decode(ids: list[int]) -> str:
+        return encoding.decode([i for i in ids if i in known])
+
+    return Tokenizer(name=name, vocab_size=encoding.max_token_value + 1, eot=special[eot], eot_token=eot,
+                     fingerprint=fingerprint, encode_batch=encode_batch, decode=decode)
+
+
+def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
+    tokenizers = import_optional("tokenizers", f"--tokenizer={path}")
+    with user_errors(f"--tokenizer={path}", "save_pretrained of transformers writes it and tokenizer_config.json"):
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        # The token that ends a document is the one that the configuration beside it names, or `eot`.
+        config = path.with_name("tokenizer_config.json")
+        if not eot and config.is_file():
+            eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") or ""
+            eot = eos["content"] if isinstance(eos, dict) else eos
+    # Special tokens inside text are encoded as text, and no text is cut off or filled up.
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    eot_id = tokenizer.token_to_id(eot)
+    if eot_id is None:
+        raise UserError(f"--eot={eot}: not a token of {path.parent}; name the token that ends a document with "
+                        "--eot=TOKEN (data.py and model.py)")
+
+    def encode_batch(texts: list[str]) -> list[np.ndarray]:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    files = [path.with_name(name) for name in TOKENIZER_FILES if path.with_name(name).is_file()]
+    return Tokenizer(name=path.parent.name, vocab_size=largest_id + 1, eot=eot_id, eot_token=eot,
+                     fingerprint=settings_digest(json.loads(tokenizer.to_str())), encode_batch=encode_batch,
+                     decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False), files=tuple(files))
+
+
+def settings_digest(settings: dict) -> str:
+    """Identity of what decides the encoding in a tokenizer.json, however the file is serialised."""
+    model = dict(settings["model"])
+    merges = model.pop("merges", None) or []
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    return digest(model, pairs, settings["added_tokens"], settings["normalizer"], settings["pre_tokenizer"])
+
+
+def bytes_settings() -> dict:
+    """The tokenizer `bytes` as a tokenizer.json: GPT-2's alphabet, in which each byte is a character, and no merges."""
+    # Bytes that are not printable are the characters from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    vocab = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in printable]
+    for i, byte in enumerate(others):
+        vocab[chr(256 + i)] = byte
+    # All fields that the library writes, so that a file that it wrote again has the same fingerprint.
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    end_of_text = {"id": 256, "content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False,
+                   "normalized": False, "special": True}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False,
+             "vocab": vocab, "merges": []}
+    return {"version": "1.0", "added_tokens": [end_of_text], "normalizer": None, "pre_tokenizer": byte_level,
+            "decoder": byte_level, "model": model}
+
+
+def same_tokenizer(ours: Tokenizer, theirs: Tokenizer) -> bool:
+    """Whether two tokenizers encode alike, by their fingerprints.
+
+    A tiktoken encoding and a tokenizer.json never have equal ones. These are the same if they decode all ids alike and
+    encode PROBE_TEXT alike."""
+    if ours.fingerprint == theirs.fingerprint:
+        return True
+    # Only a tiktoken encoding has no files.
+    of_one_kind = bool(ours.files) == bool(theirs.files)
+    if of_one_kind or "bytes" in (ours.name, theirs.name) or ours.vocab_size != theirs.vocab_size:
+        return False
+    # All ids, and then the merges and the rules that split text into words.
+    for i in range(ours.vocab_size):
+        if ours.decode([i]) != theirs.decode([i]):
+            return False
+    [our_ids] = ours.encode_batch([PROBE_TEXT])
+    [their_ids] = theirs.encode_batch([PROBE_TEXT])
+    return np.array_equal(our_ids, their_ids)
+
+
+def saved_tokenizer(folder: Path, entry: dict) -> Tokenizer:
+    """The tokenizer of an entry of meta.json: from its files in `folder`, or by its name. UserError if it changed."""
+    source = folder if entry["files"] else entry["name"]
+    tokenizer = load_tokenizer(source, entry["eot_token"])
+    if tokenizer.fingerprint != entry["fingerprint"]:
+        fix = "copy it again" if entry["files"] else "install the version that was used then, or make the bins again"
+        raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with; {fix}")
+    return tokenizer
+
+
+def save_tokenizer(folder: Path, bins: TokenBins):
+    """Write the bins' tokenizer to a model's folder: its files, byte for byte, and its entry of meta.json."""
+    entry = bins.tokenizer
+    for name in entry["files"]:
+        shutil.copyfile(bins.dir / name, folder / name)
+    # transformers loads a tokenizer from files only, so `bytes` gets some.
+    if entry["name"] == "bytes" and not entry["files"]:
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": entry["eot_token"],
+                  "clean_up_tokenization_spaces": False}
+        write_text(folder / "tokenizer.json", json.dumps(bytes_settings()))
+        write_text(folder / "tokenizer_config.json", json.dumps(config))
+    # The end of a text, for generation, and which tokenizer this is, for model_tokenizer.
+    generation = {"eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
+    write_text(folder / "generation_config.json", json.dumps(generation))
+    write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
+
+
+def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
+    """The tokenizer of a model's folder, or None if the folder has none. `eot` as in load_tokenizer."""
+    path = folder / TOKENIZER_META
+    # The folder was written by a run.
+    if path.is_file():
+        with user_errors(path, "copy it again from the folder that a run wrote"):
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            entry["eot_token"] = eot or entry["eot_token"]
+            return saved_tokenizer(folder, entry)
+    # The folder comes from elsewhere.
+    if (folder / "tokenizer.json").is_file():
+        return load_tokenizer(folder, eot)
+    return None
+
+
+# ------------ Documents -----------------------------------------------------------------------------------------------
+
+PIECE = 8_000_000  # characters, about: a longer text file becomes several documents, so that memory stays bounded
+
+
+def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
+    """NAME=GLOB words to domain → sorted files. A folder stands for all files below it that are not hidden."""
+    domains = {}
+    for word in sources:
+        name, _, pattern = word.partition("=")
+        # glob leaves out names that begin with a dot.
+        if os.path.isdir(pattern):
+            pattern = os.path.join(glob.escape(pattern), "**")
+        files = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
+        if not files:
+            raise UserError(f"{word}: no file matches {pattern!r}; write NAME=GLOB or NAME=FOLDER")
+        domains.setdefault(name, set()).update(files)
+        check_domains(domains)
+    return {name: sorted(files) for name, files in domains.items()}
+
+
+def read_documents(domains: dict[str, list[Path]], text_key: str, left_out: Counter) -> Iterator[tuple[str, str]]:
+    """The documents of the files as a stream of (domain, text). UserError if a domain has none."""
+    for name, paths in domains.items():
+        found = False
+        for path in paths:
+            for text in read_file(path, text_key, left_out):
+                found = True
+                yield name, text
+        if not found:
+            raise UserError(f"domain {name}: no document in its {len(paths)} files")
+
+
+def read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str]:
+    """The documents of a file: JSON records or rows of parquet by their `text_key`, else the whole text.
+
+    `left_out` counts, by reason, what is not a document and what was replaced. UserError if the file is damaged."""
+    with user_errors(path, "copy it again"):
+        if path.suffix == ".parquet":
+            texts = _parquet_rows(path, text_key)
+        elif _holds_records(path):
+            texts = _json_records(path, text_key)
+        else:
+            texts = _text_pieces(path, left_out)
+        # Count what is not a document, and what is not valid Unicode.
+        for text in texts:
+            if not isinstance(text, str):
+                left_out[f"records without a text under the key {text_key}"] += 1
+            elif not text.strip():
+                left_out["empty documents"] += 1
+            else:
+                # Lone surrogates: from _open_text, or from escapes in JSON.
+                mended, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
+                if n_replaced > 0:
+                    left_out["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
+                yield mended
+
+
+def _open_text(path: Path):
+    """Open a text file, compressed or not. Bytes that are not UTF-8 are read as lone surrogates."""
+    opener = open
+    if path.suffix == ".gz":
+        opener = gzip.open
+    elif path.suffix == ".zst":
+        opener = import_optional("zstandard", str(path)).open
+    return opener(path, mode="rt", encoding="utf-8", errors="surrogateescape", newline="\n")
+
+
+def _holds_records(path: Path) -> bool:
+    """Whether a file holds one JSON record a line. An uncompressed .json does if its first line is an object."""
+    if path.suffix != ".json":
+        return re.search(r"\.jsonl$|\.jsonl?\.(gz|zst)$", path.name) is not None
+    with _open_text(path) as file:
+        first_line = file.readline(PIECE)
+    try:
+        return isinstance(json.loads(first_line), dict)
+    except ValueError:
+        return False
+
+
+def _json_records(path: Path, text_key: str) -> Iterator[str | None]:
+    with _open_text(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                with user_errors(f"{path}, line {number}", "expected one JSON record"):
+                    record = json.loads(line)
+                yield record.get(text_key) if isinstance(record, dict) else None
+
+
+def _parquet_rows(path: Path, text_key: str) -> Iterator[str | None]:
+    file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
+    columns = file.schema_arrow.names
+    if text_key not in columns:
+        raise UserError(f"{path}: no column {text_key}; --text_key must be one of {' '.join(columns)}")
+    for rows in file.iter_batches(columns=[text_key], batch_size=1024):
+        yield from rows.column(0).to_pylist()
+
+
+def _text_pieces(path: Path, left_out: Counter) -> Iterator[str]:
+    """A text file as one document, or a long one in pieces that end with a line."""
+    with _open_text(path) as file:
+        piece = file.read(PIECE) + file.readline(PIECE)
+        # Text has no NUL characters.
+        if "\0" in piece[:65536]:
+            left_out["binary files"] += 1
+            return
+        yield piece
+        while piece := file.read(PIECE) + file.readline(PIECE):
+            left_out[f"more documents than files, since texts are cut at {PIECE:,} characters"] += 1
+            yield piece
+
+
+# ------------ The build: one pass over a stream of documents ----------------------------------------------------------
+
+BATCH_BYTES = 1 << 20  # of text that is encoded at once: enough for all cores, and little memory
+MAX_DOMAINS = 256  # each keeps up to --val_bytes in memory
+
+
+def check_domains(names: Iterable[str]):
+    """UserError if a name cannot be part of a file's name, or if there are too many."""
+    names = list(names)
+    if len(names) > MAX_DOMAINS:
+        raise UserError(f"domain {names[-1]}: at most {MAX_DOMAINS} domains fit into memory; merge some")
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise UserError(f"domain {name!r}: use only letters, digits, - and _ in its name")
+
+
+class BinWriter:
+    """A bin that is being written, under a temporary name until `publish`."""
+
+    def __init__(self, path: Path, dtype: str):
+        self.path = path
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.file = open(path.with_name(path.name + ".tmp"), "wb")
+        self.sha256 = hashlib.sha256()
+        self.counts = Counter()
+
+    def append(self, ids: np.ndarray, n_bytes: int):
+        """Write a document: its ids, with the end of text, and its length in UTF-8."""
+        encoded = ids.astype(self.dtype).tobytes()
+        self.file.write(encoded)
+        self.sha256.update(encoded)
+        self.counts.update(tokens=len(ids), documents=1, bytes=n_bytes)
+
+    def publish(self) -> dict:
+        """Give the bin its name. Returns its entry of meta.json."""
+        self.file.close()
+        fsync(self.file.name)
+        os.replace(self.file.name, self.path)
+        return {"file": self.path.name, **self.counts, "sha256": self.sha256.hexdigest()}
+
+
+class DomainBuild:
+    """A domain that is being built: its two bins, and those of its documents that may become validation.
+
+    They are the ones with the smallest content hashes, whatever the order in which documents come. Equal documents are
+    held once, so memory is at most the limit in bytes, and a few hundred bytes a document."""
+
+    def __init__(self, name: str, out_dir: Path, dtype: str):
+        self.train = BinWriter(out_dir / f"{name}.train.bin", dtype)
+        self.val = BinWriter(out_dir / f"{name}.val.bin", dtype)
+        self.heap = []  # (−hash, document in UTF-8): the largest hash first
+        self.copies = Counter()  # hash → number of equal documents
+        self.held_bytes = 0  # copies included
+        self.total_bytes = 0  # of all documents of the domain
+        self.bound = math.inf  # every document with a smaller hash is held
+
+    def add(self, raw: bytes, limit: int) -> list[bytes]:
+        """Take the next document and hold at most `limit` bytes. Returns what is released, which is train text."""
+        # Documents below the bound are held, all others are released at once.
+        key = int.from_bytes(hashlib.sha256(raw).digest()[:16], "big")
+        self.total_bytes += len(raw)
+        if key >= self.bound:
+            return [raw]
+        if key not in self.copies:
+            heapq.heappush(self.heap, (-key, raw))
+        self.copies[key] += 1
+        self.held_bytes += len(raw)
+        return self.shrink(limit)
+
+    def shrink(self, limit: float) -> list[bytes]:
+        """Release the documents with the largest hashes, each with all its copies. One document is always held."""
+        released = []
+        while self.held_bytes > limit and len(self.heap) > 1:
+            negated, raw = heapq.heappop(self.heap)
+            self.bound = -negated
+            copies = self.copies.pop(self.bound)
+            self.held_bytes -= copies * len(raw)
+            released += [raw] * copies
+        return released
+
+
+def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, DomainBuild], out_dir: Path, dtype: str,
+                    val_fraction: float, val_bytes: int) -> Iterator[tuple[BinWriter, bytes]]:
+    """Read a stream of (domain, text) once, and yield (bin, document in UTF-8) as soon as a document's bin is known.
+
+    A domain is added to `domains` at its first document."""
+    n_bytes = 0
+    started = time.monotonic()
+    reported = started
+    for name, text in documents:
+        if name not in domains:
+            check_domains([*domains, name])
+            domains[name] = DomainBuild(name, out_dir, dtype)
+        # What the domain releases is train text: documents with smaller hashes fill all that validation may have.
+        raw = text.encode()
+        for released in domains[name].add(raw, val_bytes):
+            yield domains[name].train, released
+        # Show the progress every five seconds.
+        n_bytes += len(raw)
+        now = time.monotonic()
+        if now - reported > 5:
+            print(f"{n_bytes / 1e6:,.0f} MB of text, {n_bytes / 1e6 / (now - started):.1f} MB/s", flush=True)
+            reported = now
+
+    # The size of each domain is known now, so what it holds shrinks to its validation.
+    for name, domain in domains.items():
+        for released in domain.shrink(val_fraction * domain.total_bytes):
+            yield domain.train, released
+        if domain.bound == math.inf:
+            raise UserError(f"domain {name}: requires at least two distinct documents, for training and validation")
+        for negated, raw in sorted(domain.heap, reverse=True):
+            for _ in range(domain.copies[-negated]):
+                yield domain.val, raw
+
+
+def next_batch(assigned: Iterator[tuple[BinWriter, bytes]]) -> Iterator[tuple[BinWriter, bytes]]:
+    """The next BATCH_BYTES, about, of what split_documents yields."""
+    batch_bytes = 0
+    for writer, raw in assigned:
+        yield writer, raw
+        batch_bytes += len(raw)
+        if batch_bytes >= BATCH_BYTES:
+            return
+
+
+def check_out_dir(out_dir: Path, tokenizer: Tokenizer):
+    """UserError if bins cannot be written to `out_dir`, since it holds some, or the tokenizer itself."""
+    folders = [path.parent.resolve() for path in tokenizer.files]
+    if out_dir.is_file() or (out_dir / "meta.json").exists() or out_dir.resolve() in folders:
+        raise UserError(f"--out_dir={out_dir}: is a file, or holds bins or the tokenizer already; name another folder")
+
+
+def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tuple[str, str]], *,
+               val_fraction: float = 0.05, val_bytes: int = 32_000_000, made_by: dict | None = None) -> dict:
+    """Write the bins of a stream of (domain, text) in one pass, and then meta.json, whose content is returned.
+
+    Of each domain, the documents with the smallest content hashes are validation, in the order of their hashes: at most
+    val_fraction (below 1) of the domain's bytes and val_bytes, and at least one distinct document on each side. Memory
+    is at most val_bytes a domain. A build that is killed leaves only temporary files, and has to start again. `made_by`
+    is kept in meta.json. UserError if out_dir holds bins, or if a domain has fewer than two distinct documents."""
+    assert 0 <= val_fraction < 1, val_fraction
+    out_dir = Path(out_dir)
+    check_out_dir(out_dir, tokenizer)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    domains = {}
+
+    # Encode a batch over all domains at a time, and append each document to its bin.
+    assigned = split_documents(documents, domains, out_dir, dtype, val_fraction, val_bytes)
+    while batch := list(next_batch(assigned)):
+        encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
+        for (writer, raw), ids in zip(batch, encoded, strict=True):
+            writer.append(np.append(ids, tokenizer.eot), len(raw))
+    if not domains:
+        raise UserError(f"--out_dir={out_dir}: no documents to build bins from")
+
+    # Every bin is complete, and gets its name. meta.json comes last: a folder that has it is complete.
+    entries = {}
+    for name, domain in domains.items():
+        entries[name] = {"dtype": dtype, "train": domain.train.publish(), "val": domain.val.publish()}
+    for path in tokenizer.files:
+        shutil.copyfile(path, out_dir / path.name)
+    files = [path.name for path in tokenizer.files]
+    tokenizer_entry = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
+                       "eot_token": tokenizer.eot_token, "fingerprint": tokenizer.fingerprint, "files": files}
+    meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer_entry, "domains": entries, "made_by": made_by}
+    fsync(out_dir)
+    write_text(out_dir / "meta.json", json.dumps(meta, indent=1))
+    return meta
 
 
 # ------------ The quickstart's text -----------------------------------------------------------------------------------
 
-def quickstart_domains(n_bytes: dict[str, int]) -> dict[str, Callable[[], Iterable[str]]]:
-    """Four domains of text that come with Python, torch and what torch needs, each of about `n_bytes` at most."""
-    def without_licence(text: str) -> str:
-        head = re.match(r"(\s*(#[^\n]*\n|//[^\n]*\n|/\*.*?\*/))+", text, re.DOTALL)
-        return text[head.end():] if head and re.search("copyright|licen[cs]e", head[0], re.I) else text
+def without_licence(text: str) -> str:
+    """Source code without the comments at its start, if they are about its licence."""
+    head = re.match(r"(\s*(#[^\n]*\n|//[^\n]*\n|/\*.*?\*/))+", text, re.DOTALL)
+    if head and re.search("copyright|licen[cs]e", head[0], re.IGNORECASE):
+        return text[head.end():]
+    return text
 
-    def docstrings(text: str) -> str:
-        documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        nodes = (node for node in ast.walk(ast.parse(text)) if isinstance(node, documented))
-        return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
-    sources = {  # package, or a module of the library; suffix, paths left out, what is taken of a file
-        "python": ("argparse", ".py", r"(^|/)(site-packages|tests?|idlelib|encodings|pydoc_data)/", without_licence),
-        "cpp": ("torch", ".h", r"^(?!include/)|ATen/(ops|[^/]*$)|google/|sleef", without_licence),
-        "math": ("sympy", ".py", r"tests/|parsing/", docstrings),  # formulas and worked examples
-        "prose": ("numpy", ".py", r"tests/|_pyinstaller/", docstrings),
-    }
+def docstrings(text: str) -> str:
+    """All docstrings of Python source."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.append(ast.get_docstring(node) or "")
+    return "\n\n".join(filter(None, found))
 
-    def documents(name: str) -> Iterator[str]:
-        package, suffix, left_out, take = sources[name]
-        folder = Path(importlib.util.find_spec(package).origin).parent
-        paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob(f"*{suffix}")}
-        # By the hash of their names, so that the first few megabytes are a sample of all
-        chosen = [paths[path] for path in sorted(paths, key=lambda path: content_hash(path.encode()))
-                  if not re.search(left_out, path)]
-        first, left = pydoc_data.topics.topics.values() if name == "prose" else (), n_bytes[name]
-        for text in itertools.chain(first, map(take, read_documents(chosen, "text", Counter()))):
-            if left <= 0:
-                return
-            # Tables, of characters or of constants, are mostly digits and signs.
-            if len(text) > 200 and sum(map(str.isalpha, text)) > 0.4 * len(text):
-                left -= len(text.encode())
-                yield text
 
-    return {name: functools.partial(documents, name) for name in n_bytes}
+# Where a domain's text is: files below the folder of a module that comes with Python, torch, or what torch requires.
+# `left_out` is a regular expression of paths, `extract` makes a document of a file's text.
+QUICKSTART = {
+    "python": {"module": "argparse", "suffix": ".py", "extract": without_licence,
+               "left_out": r"(^|/)(site-packages|tests?|idlelib|encodings|pydoc_data)/"},
+    "cpp": {"module": "torch", "suffix": ".h", "extract": without_licence,
+            "left_out": r"^(?!include/)|ATen/(ops|[^/]*$)|google/|sleef"},
+    "math": {"module": "sympy", "suffix": ".py", "extract": docstrings, "left_out": r"tests/|parsing/"},
+    "prose": {"module": "numpy", "suffix": ".py", "extract": docstrings, "left_out": r"tests/|_pyinstaller/"},
+}
+
+
+def _quickstart_texts(name: str) -> Iterator[str]:
+    if name == "prose":
+        yield from pydoc_data.topics.topics.values()
+    source = QUICKSTART[name]
+    folder = Path(importlib.util.find_spec(source["module"]).origin).parent
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*" + source["suffix"])]
+    # By the hashes of their names, so that the first few megabytes are a sample of all files.
+    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        if not re.search(source["left_out"], name):
+            for text in read_file(folder / name, "text", Counter()):
+                yield source["extract"](text)
+
+
+def quickstart_documents(n_bytes: dict[str, int]) -> Iterator[tuple[str, str]]:
+    """The quickstart's text as a stream of (domain, text), of each domain about as many bytes as `n_bytes` says.
+
+    The domains are python and cpp, math (sympy's formulas and worked examples), and prose (documentation)."""
+    for name, limit in n_bytes.items():
+        taken = 0
+        for text in _quickstart_texts(name):
+            if taken >= limit:
+                break
+            # Tables of characters or of constants are mostly digits and signs.
+            letters = sum(map(str.isalpha, text))
+            if len(text) > 200 and letters > 0.4 * len(text):
+                taken += len(text.encode())
+                yield name, text
 
 
 # ------------ The program ---------------------------------------------------------------------------------------------
 
-@dataclass
-class DataConfig:
-    """Keys of `python data.py`. Words without a dash are its sources."""
-    out_dir: str = option("", "folder to write the bins to")
-    tokenizer: str = option("bytes", "bytes, a tiktoken encoding, or a folder or file with a tokenizer.json")
-    eot: str = option("", "the token that ends a document; empty: the tokenizer's own")
-    text_key: str = option("text", "where the text is in a record of .jsonl and .parquet")
-    val_fraction: float = option(0.05, "share of a domain's bytes for validation, at most", least=0, most=0.9)
-    val_bytes: int = option(32_000_000, "validation bytes a domain, at most", least=1)
-    shards: int = option(1, "train bins a domain", least=1, most=1000)
-    verify: str = option("", "only re-hash the bins of this folder")
-    sources: list[str] = field(default_factory=list)
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Text to per-domain token bins.", allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("sources", nargs="*", metavar="NAME=GLOB", help="a domain and its files, or a folder of them")
+    add("--out_dir", default="", help="folder to write the bins to")
+    add("--tokenizer", default="bytes", help="bytes, a tiktoken encoding, or a folder or file with a tokenizer.json")
+    add("--eot", default="", help="token that ends a document; empty: the tokenizer's own")
+    add("--text_key", default="text", help="where the text is in a record of .jsonl, .json and .parquet")
+    add("--val_fraction", type=float, default=0.05, help="share of a domain's bytes for validation, at most")
+    add("--val_bytes", type=int, default=32_000_000, help="validation bytes of a domain, at most")
+    add("--verify", default="", metavar="DIR", help="only hash the bins of this folder again")
+    arguments = parser.parse_intermixed_args()
 
-    def problems(self) -> list[str]:
-        needed = {"--out_dir: name the folder to write to": self.out_dir,
-                  "no sources: write NAME=GLOB for each domain": self.sources}
-        return [problem for problem, value in needed.items() if not value and not self.verify]
+    # Values that argparse cannot check.
+    if not 0 <= arguments.val_fraction <= 0.9:
+        parser.error(f"--val_fraction={arguments.val_fraction}: must be from 0 to 0.9")
+    if arguments.val_bytes < 1:
+        parser.error(f"--val_bytes={arguments.val_bytes}: must be at least 1")
+    if not arguments.verify and not (arguments.out_dir and arguments.sources):
+        parser.error("requires --out_dir=DIR and NAME=GLOB for each domain, or --verify=DIR")
+    return arguments
 
 
 def main():
-    config = parse_config(DataConfig)
-    if config.verify:
-        return verify(Path(config.verify))
-    left_out = {}
+    arguments = parse_arguments()
+    if arguments.verify:
+        verify(arguments.verify)
+        return
 
-    def documents(name: str, files: list[Path]) -> Iterator[str]:
-        left_out[name] = Counter()  # anew each time: files are read twice, but counted once
-        return read_documents(files, config.text_key, left_out[name])
+    # Check everything before the first document is read.
+    files = expand_sources(arguments.sources)
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eot)
+    check_out_dir(Path(arguments.out_dir), tokenizer)
+    for key, value in vars(arguments).items():
+        print(f"{key} = {value}", flush=True)
 
-    problems, out_dir = [], Path(config.out_dir)
-    sources = attempt(problems, expand_sources, config.sources)
-    tokenizer = attempt(problems, load_tokenizer, config.tokenizer, config.eot)
-    attempt(problems, check_free, out_dir, tokenizer)
-    if problems:
-        raise UserError("\n".join(problems))
-    print_config(config)
-    domains = {name: functools.partial(documents, name, files) for name, files in sources.items()}
+    # Build the bins. After an error too, say what was left out: it may be the reason.
+    left_out = Counter()
     try:
-        meta = build_bins(out_dir, tokenizer, domains, shards=config.shards, val_fraction=config.val_fraction,
-                          val_bytes=config.val_bytes, made_by=asdict(config))
-    finally:  # a domain may have too few documents for the same reasons
-        for reason, count in sum(left_out.values(), Counter()).items():
-            print(f"note: {count} {reason}")
-    print(f"{'domain':16}{'documents':>12}{'MB':>10}{'train tokens':>16}{'validation':>14}")
-    for name, domain in meta["domains"].items():
-        entries, val_tokens = [*domain["train"], domain["val"]], domain["val"]["tokens"]
-        n, size, tokens = (sum(entry[key] for entry in entries) for key in ("documents", "bytes", "tokens"))
-        print(f"{name:16}{n:12,}{size / 1e6:10.1f}{tokens - val_tokens:16,}{val_tokens:14,}")
-    print(f"wrote {config.out_dir}")
+        meta = build_bins(arguments.out_dir, tokenizer, read_documents(files, arguments.text_key, left_out),
+                          val_fraction=arguments.val_fraction, val_bytes=arguments.val_bytes, made_by=vars(arguments))
+    finally:
+        for reason, count in left_out.items():
+            print(f"note: {count:,} {reason}")
+
+    # Show what was built.
+    for domain in meta["domains"].values():
+        for entry in (domain["train"], domain["val"]):
+            print(f"{entry['file']:32} {entry['documents']:12,} documents {entry['tokens']:16,} tokens")
+    print(f"wrote {arguments.out_dir}")
 
 
 if __name__ == "__main__":

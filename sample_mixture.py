@@ -1,159 +1,150 @@
 """The data mixture of DDK: how much of each domain the student sees next, and which windows those are.
 
-`discrepancy_factor` is Eq. 1, `smooth_update` Eq. 2; `next_factor` and `interval_probs` say which of them an arm draws
-by; `MixtureSampler` draws. Nothing here knows of models or ranks. As a program it shows a mixture, replays r from the
-perplexities that a run logged, and draws the paper's Fig. 3:
+`discrepancy_factor` is Eq. 1 and `smooth_update` is Eq. 2. RULES is the table of mixture rules: what each arm draws by.
+`MixtureSampler` draws the batches. Nothing here depends on torch, on models or on ranks. As a program, this file shows
+the mixture of a run, replays r from the perplexities that the run logged, and plots the paper's Fig. 3:
 
     python sample_mixture.py --data_dir=data/quickstart
     python sample_mixture.py --metrics=out/quickstart-ddk-0/metrics.jsonl --alpha=0.8 --plot=mixture.png
 """
 
+import argparse
 import hashlib
 import json
-from dataclasses import dataclass
-from fractions import Fraction
+import math
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from data import TokenBins, UserError, blame, import_optional, option, parse_config, run_program, saved_tokenizer
+from data import TokenBins, UserError, import_optional, run_program, saved_tokenizer, user_errors
 
-
-# DDK, without factor smoothing, with equal sampling; the baselines, in the natural mixture or DoReMi's
-METHODS = ("ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "ted", "cpt", "cpt_doremi", "doremi_proxy")
-
-
-def _weights(name: str, weights, n: int) -> np.ndarray:
-    weights = np.array(weights, dtype=np.float64)
-    if weights.shape != (n,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
-        raise ValueError(f"{name} {weights.tolist()} must be {n} finite weights ≥ 0, not all 0")
-    return weights
-
-
-def _weighted_softmax(weights, student_ppl, teacher_ppl) -> np.ndarray:
-    """ψ/Σψ with ψ[i] = weights[i] · exp(ℓ_S[i] / ℓ_T[i]), (N,) float64.
-
-    The largest ratio is subtracted first, in exact arithmetic: a float64 ratio of 1e6 is already off by 1e-10, and the
-    exp that follows would pass that on."""
-    student, teacher = np.asarray(student_ppl, dtype=np.float64), np.asarray(teacher_ppl, dtype=np.float64)
-    if student.ndim != 1 or student.shape != teacher.shape or not student.size:
-        raise ValueError(f"student_ppl {student.shape}, teacher_ppl {teacher.shape}: must be one perplexity a domain")
-    for name, ppl in (("student_ppl", student), ("teacher_ppl", teacher)):
-        if not (np.isfinite(ppl) & (ppl >= 1)).all():
-            raise ValueError(f"{name} {ppl.tolist()} must be finite and at least 1: perplexities, not losses")
-    weights = _weights("factor", weights, len(student))
-    ratios = [Fraction(s) / Fraction(t) for s, t in zip(student.tolist(), teacher.tolist())]
-    largest = max(ratio for ratio, weight in zip(ratios, weights) if weight > 0)
-    # LLM-Shearing's ψ[i] = r[i] · ℓ_S[i]/ℓ_T[i] has np.log(student / teacher) in the place of the differences.
-    with np.errstate(divide="ignore"):  # log 0 = −inf: a domain that α = 1 has driven to 0 stays there, as in Eq. 2
-        log_psi = np.log(weights) + [float(ratio - largest) for ratio in ratios]
-    psi = np.exp(log_psi - log_psi.max())
-    return psi / psi.sum()
+# ------------ Eq. 1 and Eq. 2 -----------------------------------------------------------------------------------------
 
 
 def discrepancy_factor(student_ppl, teacher_ppl) -> np.ndarray:
-    """Eq. 1: r[i] = softmax_i(ℓ_S[i] / ℓ_T[i]), the domain discrepancy factor.
+    """Eq. 1, the domain discrepancy factor: r[i] = softmax_i(ℓ_S[i] / ℓ_T[i]).
 
-    Takes two lists of N perplexities and returns (N,) float64 that sums to 1. ValueError on empty or unequal lists and
-    on a perplexity that is not finite or below 1."""
-    return _weighted_softmax(np.ones(np.size(student_ppl)), student_ppl, teacher_ppl)
+    Takes N perplexities of the student and N of the teacher, one per domain. Returns (N,) float64, which sums to 1.
+    Raises ValueError if the lists are empty or differ in length, or if a perplexity is not finite or is below 1."""
+    ratios = perplexity_ratios(student_ppl, teacher_ppl)
+    return softmax(ratios)
 
 
 def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
-    """Eq. 2: ψ[i] = r_t[i] · exp(ℓ_S[i] / ℓ_T[i]), then r_{t+1}[i] = α · ψ[i]/Σψ + (1 − α)/N.
+    """Eq. 2, factor smooth updating: ψ[i] = r_t[i] · exp(ℓ_S[i] / ℓ_T[i]), r_{t+1}[i] = α · ψ[i]/Σψ + (1 − α)/N.
 
-    `factor` is r_t, (N,) weights; the rest as in `discrepancy_factor`. ValueError also on α outside [0, 1] and on a
-    factor that is negative, not finite, all zero or of another length."""
+    `factor` is r_t: N weights, not necessarily normalized. The perplexities are as in `discrepancy_factor`. Returns
+    (N,) float64. Raises ValueError also if alpha is outside [0, 1], or if the factor has another length, is all zero,
+    or has an entry that is negative or not finite."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha {alpha} must lie in [0, 1]")
-    psi = _weighted_softmax(factor, student_ppl, teacher_ppl)
-    return alpha * psi + (1 - alpha) / len(psi)
+    ratios = perplexity_ratios(student_ppl, teacher_ppl)
+    N = len(ratios)
+    factor = checked_weights("factor", factor, N)
+
+    # In log space, since exp of a ratio overflows. A domain whose factor is 0 stays at ψ = 0: log 0 = −inf.
+    with np.errstate(divide="ignore"):
+        log_psi = np.log(factor) + ratios
+    return alpha * softmax(log_psi) + (1 - alpha) / N
 
 
-def doremi_update(weights, excess_loss, step_size: float = 1.0, smoothing: float = 1e-3) -> np.ndarray:
-    """DoReMi's α_t, (N,), from α_{t−1} and the proxy's losses above the reference's, nats a token (its Alg. 1):
-    α′ = α · exp(η λ), then (1 − c) · α′/Σα′ + c/N."""
-    log_weights = np.log(np.asarray(weights, dtype=np.float64)) + step_size * np.asarray(excess_loss)
-    weights = np.exp(log_weights - log_weights.max())
-    return (1 - smoothing) * weights / weights.sum() + smoothing / len(weights)
+def perplexity_ratios(student_ppl, teacher_ppl) -> np.ndarray:
+    """ℓ_S / ℓ_T per domain, (N,) float64. Raises ValueError unless both are N finite perplexities of at least 1."""
+    student_ppl = np.asarray(student_ppl, dtype=np.float64)
+    teacher_ppl = np.asarray(teacher_ppl, dtype=np.float64)
+    if student_ppl.ndim != 1 or student_ppl.size == 0 or student_ppl.shape != teacher_ppl.shape:
+        raise ValueError(f"student_ppl {student_ppl.shape} and teacher_ppl {teacher_ppl.shape}: "
+                         "expected one perplexity per domain in each")
+    for name, ppl in (("student_ppl", student_ppl), ("teacher_ppl", teacher_ppl)):
+        if not (np.isfinite(ppl) & (ppl >= 1)).all():
+            raise ValueError(f"{name} {ppl.tolist()} must be finite and at least 1: perplexities, not losses")
+    return student_ppl / teacher_ppl
 
 
-def next_factor(method: str, factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
-    """r_t, (N,), from the last one (None at t = 0): Eq. 1, then Eq. 2, but always Eq. 1 without factor smoothing."""
-    if factor is None or method == "ddk_no_fs":
-        return discrepancy_factor(student_ppl, teacher_ppl)
-    return smooth_update(factor, student_ppl, teacher_ppl, alpha)
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """exp(z) / Σ exp(z), with the maximum subtracted first so that nothing overflows."""
+    exponentials = np.exp(logits - logits.max())
+    return exponentials / exponentials.sum()
 
 
-def interval_probs(method: str, t: int, factor, base_probs: np.ndarray) -> np.ndarray:
-    """What `method` draws the K steps after evaluation t by, (N,): r_t, all alike, or `base_probs`.
-    Alg. 1 draws the first interval (t = 0) from the data as it is, although r_0 is known by then."""
-    if method == "ddk_es":
-        return np.full(len(base_probs), 1 / len(base_probs))
-    return factor if method in ("ddk", "ddk_no_fs") and t > 0 else base_probs
+def checked_weights(name: str, weights, N: int) -> np.ndarray:
+    """`weights` as (N,) float64. Raises ValueError unless they are N finite numbers ≥ 0, not all of them 0."""
+    weights = np.array(weights, dtype=np.float64)
+    if weights.shape != (N,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
+        raise ValueError(f"{name} {weights.tolist()} must be {N} finite weights ≥ 0, not all 0")
+    return weights
 
 
-_WALK, _START, _PLACES = 1, 2, 3  # what a hash is for, so that no two uses share random numbers
+# ------------ The table of mixture rules ------------------------------------------------------------------------------
+# A rule is called after each evaluation: at t = 0, before training, and after every K steps. It gets its own state
+# (None at t = 0), the perplexities just measured, the base proportions (the natural ones, or --mixture's) and α. It
+# returns r, which the next K steps draw by, and its new state: a dict of lists and numbers, saved in every checkpoint.
+# The training loop and `--metrics` both call it through RULES: a new rule is one function and one line of the table.
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Bijective 64-bit mixer (the finaliser of splitmix64): every input bit moves every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def natural_rule(state, student_ppl, teacher_ppl, base, alpha):
+    """The base proportions throughout: KD, CPT and the other baselines."""
+    return base, {}
 
 
-def _hash(*words) -> np.ndarray:
-    """A pseudo-random uint64 for each row of `words` (integers or uint64 arrays that broadcast), at least 1-d."""
-    state = np.zeros(1, dtype=np.uint64)
-    for word in words:
-        word = np.atleast_1d(np.asarray(word % 2**64 if isinstance(word, int) else word, dtype=np.uint64))
-        state = _mix((state ^ word) + np.uint64(0x9E3779B97F4A7C15))
-    return state
+def equal_rule(state, student_ppl, teacher_ppl, base, alpha):
+    """All domains alike from the first step: DDK (ES)."""
+    return np.full(len(base), 1 / len(base)), {}
 
 
-def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The element at `index` of a pseudo-random permutation of 0 … n−1 that `key` selects. All (B,), uint64.
+def ddk_rule(state, student_ppl, teacher_ppl, base, alpha):
+    """Alg. 1: r_0 by Eq. 1, r_{t+1} by Eq. 2. The first K steps draw from the data as it is, not by r_0."""
+    if state is None:
+        factor = discrepancy_factor(student_ppl, teacher_ppl)
+        r = base
+    else:
+        factor = smooth_update(state["factor"], student_ppl, teacher_ppl, alpha)
+        r = factor
+    return r, {"factor": factor.tolist()}
 
-    Nothing is stored, so a domain of 1e9 windows costs no more than one of ten. A Feistel network permutes an a × b
-    grid that just covers n: each round shifts one coordinate by a hash of the other, which shifting back undoes. A
-    result past n (fewer than one in √n) is permuted again until it falls inside."""
-    index, n, key = (np.array(x, dtype=np.uint64) for x in np.broadcast_arrays(index, n, key))
-    a = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
-    b = (n + a - np.uint64(1)) // a
-    walking = np.arange(index.size)
-    while walking.size:
-        rows, columns, keys = a[walking], b[walking], key[walking]
-        left, right = index[walking] // columns, index[walking] % columns
-        for turn in range(8):  # an even number, so that left and right end as they began
-            left, right = right, (left + _hash(keys, turn, right) % rows) % rows
-            rows, columns = columns, rows
-        index[walking] = left * columns + right
-        walking = walking[index[walking] >= n[walking]]
-    return index
+
+def ddk_no_fs_rule(state, student_ppl, teacher_ppl, base, alpha):
+    """DDK without factor smoothing: Eq. 1 after every K steps."""
+    if state is None:
+        return base, {}
+    return discrepancy_factor(student_ppl, teacher_ppl), {}
+
+
+RULES = {
+    "natural": natural_rule,
+    "equal": equal_rule,
+    "ddk": ddk_rule,
+    "ddk_no_fs": ddk_no_fs_rule,
+}
+
+# ------------ Drawing batches -----------------------------------------------------------------------------------------
 
 
 class MixtureSampler:
-    """Draws the global batch of each step: which domains, by `probs`, and which of their windows.
+    """Draws the global batch of each step: how many windows of each domain, by `probs`, and which ones.
 
-    It knows neither ranks nor micro-batches nor evaluation. `n_windows`: train windows of each domain, at least 1."""
+    n_windows: train windows of each domain, at least 1. batch_size: windows per step, over all ranks. The sampler knows
+    neither ranks nor micro-batches nor evaluation, so none of them can change the order of the data. Raises ValueError
+    if a size is below 1."""
 
     def __init__(self, n_windows: dict[str, int], batch_size: int, seed: int):
-        if not n_windows or min(*n_windows.values(), batch_size) < 1:
+        if not n_windows or min(n_windows.values()) < 1 or batch_size < 1:
             raise ValueError(f"n_windows {n_windows} and batch_size {batch_size} must be positive, and not empty")
-        self.names, self.n_windows = list(n_windows), np.array(list(n_windows.values()), dtype=np.int64)
-        self.batch_size, self.seed = batch_size, seed
-        self.step = 0  # batches drawn
-        self.drawn = np.zeros(len(self.names), dtype=np.int64)  # windows drawn a domain; epoch = drawn // n_windows
-        # By name, so that a domain's order does not depend on which others are there.
-        self._domain_keys = np.array([int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-                                      for name in self.names], dtype=np.uint64)
+        self.names = list(n_windows)
+        self.n_windows = np.array(list(n_windows.values()), dtype=np.int64)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.step = 0  # batches drawn so far
+        self.drawn = np.zeros(len(self.names), dtype=np.int64)  # windows drawn so far, per domain
         self.probs = self.n_windows  # the natural proportions
+
+        # Keyed by name, so that the order of a domain does not depend on which other domains there are.
+        name_hashes = [hashlib.sha256(name.encode()).digest()[:8] for name in self.names]
+        self.domain_keys = np.array([int.from_bytes(digest, "little") for digest in name_hashes], dtype=np.uint64)
 
     @property
     def probs(self) -> np.ndarray:
-        """Probability of each domain, (N,) float64, read-only. Set it whole, to N weights or name → weight."""
+        """Probability of each domain, (N,) float64, read-only. Set it as a whole: N weights, or name → weight."""
         return self._probs
 
     @probs.setter
@@ -162,7 +153,7 @@ class MixtureSampler:
             if set(weights) != set(self.names):
                 raise ValueError(f"probs name {sorted(weights)}, but the domains are {sorted(self.names)}")
             weights = [weights[name] for name in self.names]
-        weights = _weights("probs", weights, len(self.names))
+        weights = checked_weights("probs", weights, len(self.names))
         self._probs = weights / weights.sum()
         self._probs.setflags(write=False)
 
@@ -172,141 +163,259 @@ class MixtureSampler:
         return self.drawn / self.n_windows
 
     def next_batch(self) -> tuple[np.ndarray, np.ndarray]:
-        """(domain_ids, window_ids), both (B,) int64, of the next step.
+        """Returns (domain_ids, window_ids) of the next step, both (B,) int64."""
+        B = self.batch_size
 
-        Systematic sampling: B evenly spaced points, with one random start, over the domains laid end to end, so that
-        each gets B · probs windows to within one at every step, not just in the long run."""
-        start = int(_hash(self.seed, _START, self.step)[0] >> np.uint64(32)) / 2**32  # in [0, 1), exact
+        # Systematic sampling: B evenly spaced points with one random start, over the domains laid end to end. Every
+        # domain gets B · probs windows to within one at every step, not only on average.
+        start = int(random_hash(self.seed, START, self.step)[0] >> np.uint64(32)) / 2**32  # in [0, 1), exact
         edges = np.append(0, np.cumsum(self.probs))
-        edges /= edges[-1]  # ends on 1 exactly, and a last domain of probability 0 stays empty
-        counts = np.diff(np.ceil(self.batch_size * edges - start)).astype(np.int64)
+        edges /= edges[-1]  # ends at exactly 1, and a last domain of probability 0 stays empty
+        counts = np.diff(np.ceil(B * edges - start)).astype(np.int64)
 
-        # Shuffle the places among the domains. The k-th place that falls to a domain gets its k-th window from here.
-        places = keyed_permutation(np.arange(self.batch_size), self.batch_size, _hash(self.seed, _PLACES, self.step))
+        # Each domain's next windows, in the order of its walk
         in_order = np.repeat(np.arange(len(counts)), counts)
-        domain_ids = in_order[places.astype(np.int64)]
         first_place = np.cumsum(counts) - counts
-        position = np.empty(self.batch_size, dtype=np.int64)
-        position[np.argsort(domain_ids, kind="stable")] = (
-            self.drawn[in_order] + np.arange(self.batch_size) - first_place[in_order])
+        positions = self.drawn[in_order] + np.arange(B) - first_place[in_order]
+
+        # Shuffle the places of the batch among the domains. Within a domain the windows keep their order: the stable
+        # sort lists the places of domain 0 from left to right, then those of domain 1, and so on.
+        places = keyed_permutation(np.arange(B), B, random_hash(self.seed, PLACES, self.step)).astype(np.int64)
+        domain_ids = in_order[places]
+        position_of_place = np.empty(B, dtype=np.int64)
+        position_of_place[np.argsort(domain_ids, kind="stable")] = positions
+
         self.drawn += counts
         self.step += 1
-        return domain_ids, self.windows(domain_ids, position)
+        return domain_ids, self.windows(domain_ids, position_of_place)
 
-    def windows(self, domain_ids: np.ndarray, position: np.ndarray) -> np.ndarray:
-        """The windows at a `position`, 0 first, of the domains' endless walks, (B,) int64: a new order every epoch."""
+    def windows(self, domain_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        """The windows at `positions` (0 first) of the domains' endless walks, (B,) int64.
+
+        A walk visits every window of its domain once per epoch, in an order drawn anew each epoch."""
         n = self.n_windows[domain_ids]
-        key = _hash(self.seed, _WALK, self._domain_keys[domain_ids], position // n)
-        return keyed_permutation(position % n, n, key).astype(np.int64)
+        epoch = positions // n
+        keys = random_hash(self.seed, WALK, self.domain_keys[domain_ids], epoch)
+        return keyed_permutation(positions % n, n, keys).astype(np.int64)
 
     def state_dict(self) -> dict:
-        """All that the next batches depend on besides the constructor's arguments: JSON-able, a few numbers."""
+        """Everything besides the constructor's arguments that the next batches depend on: a few numbers, JSON-able."""
         return {"step": self.step, "probs": dict(zip(self.names, self.probs.tolist())),
                 "drawn": dict(zip(self.names, self.drawn.tolist()))}
 
     def load_state_dict(self, state: dict):
-        """Go on from `state`. ValueError if it is of other domains."""
-        self.probs = state["probs"]  # checks; then the very bits, which a second normalisation could move
+        """Continue from `state`. Raises ValueError if it is of other domains."""
+        self.probs = state["probs"]  # checks the names and the weights
+        # Restore the very bits, which normalizing a second time could change.
         self._probs = np.array([state["probs"][name] for name in self.names])
         self._probs.setflags(write=False)
         self.step = state["step"]
         self.drawn = np.array([state["drawn"][name] for name in self.names], dtype=np.int64)
 
 
-def read_metrics(path: Path, key: str = "") -> list[dict]:
-    """The lines of a run's metrics.jsonl; a torn last line, left by a run that was killed, is not one."""
-    with blame(f"{key}{path}", "name the metrics.jsonl in a run's out_dir"), open(path, encoding="utf-8") as lines:
-        metrics = [json.loads(line) for line in lines if line.endswith("\n")]
-        needed = {"mixture": {"step", "t", "r", "domains"}}
-        if not all(line.keys() >= needed.get(line["kind"], {"step"}) for line in metrics):
-            raise ValueError("a line without step, or a mixture without t, r or domains")
-        return metrics
+WALK, START, PLACES = 1, 2, 3  # what a hash is used for, so that no two uses share random numbers
 
 
-def plot(lines: list[dict], replayed: list[dict[str, float]], path: str):
-    """The paper's Fig. 3: each domain's share of the data, and its perplexity ratio, over the steps."""
-    figure = import_optional("matplotlib.figure", f"--plot={path}").Figure(figsize=(10, 4), layout="constrained")
-    shares, ratios = figure.subplots(1, 2)
-    steps = [line["step"] for line in lines]
-    for name in replayed[0]:
-        shares.step(steps, [r[name] for r in replayed], where="post", label=name)
-        ratios.plot(steps, [line["domains"][name]["ratio"] for line in lines], label=name)
-    shares.set(xlabel="step", ylabel="share of the next interval's data (r)", ylim=(0, None))
-    ratios.set(xlabel="step", ylabel="student perplexity / teacher perplexity")
-    ratios.legend()
-    with blame(f"--plot={path}", "name a .png in a folder that exists"):
-        figure.savefig(path, dpi=150)
-    print(f"wrote {path}")
+def random_hash(*words) -> np.ndarray:
+    """A pseudo-random uint64 for each row of `words`: integers, or arrays of them that broadcast. At least 1-d."""
+    state = np.zeros(1, dtype=np.uint64)
+    for word in words:
+        if isinstance(word, int):
+            word %= 2**64
+        word = np.atleast_1d(np.asarray(word, dtype=np.uint64))
+        state = mix_bits((state ^ word) + np.uint64(0x9E3779B97F4A7C15))
+    return state
 
 
-@dataclass
-class MixtureConfig:
-    """Keys of `python sample_mixture.py`."""
-    data_dir: str = option("", "bins: show how a run would draw from them, and a window of each domain")
-    metrics: str = option("", "a run's metrics.jsonl: replay r from the perplexities in it")
-    alpha: float | None = option(None, "replay with this α; none: the run's", least=0, most=1)
-    method: Literal[("", *METHODS)] = option("", "replay this arm's rule; empty: the run's")
-    plot: str = option("", "draw the shares and the ratios of --metrics to this .png")
-    block_size: int = option(256, "tokens a window", least=1)
-    batch_size: int = option(64, "windows a step", least=1)
-    steps: int = option(100, "steps to draw", least=1)
-    seed: int = option(0, "order of the data", least=0)
-
-    def problems(self) -> list[str]:
-        return (["--data_dir or --metrics: name at least one"] * (not self.data_dir and not self.metrics)
-                + [f"--plot={self.plot}: needs --metrics"] * bool(self.plot and not self.metrics))
+def mix_bits(x: np.ndarray) -> np.ndarray:
+    """The finalizer of splitmix64: a bijection of 64 bits in which every input bit affects every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
-def show_replay(config: MixtureConfig) -> dict[str, float]:
-    """Print and plot r as `method` and `alpha` make it from the perplexities that a run logged; returns the last."""
-    metrics = read_metrics(Path(config.metrics), "--metrics=")
-    with blame(f"--metrics={config.metrics}", "name the metrics.jsonl in a run's out_dir"):
-        run = {"config": {}, **next((line for line in metrics if line["kind"] == "run"), {})}
-        lines = [line for line in metrics if line["kind"] == "mixture"]
-        if not lines or any(domain["ratio"] is None for line in lines for domain in line["domains"].values()):
-            raise UserError("no perplexities of a student and a teacher in it")
-        method = config.method or run["config"].get("method", "ddk")
-        alpha = run["config"].get("alpha", 0.5) if config.alpha is None else config.alpha
-        names, base, factor, replayed = list(lines[0]["domains"]), run.get("base", lines[0]["r"]), None, []
-        for line in lines:
-            measured = [[line["domains"][name][key] for name in names] for key in ("student_ppl", "teacher_ppl")]
-            factor = next_factor(method, factor, *measured, alpha)
-            r = interval_probs(method, line["t"], factor, np.array([base[name] for name in names]))
-            replayed.append(dict(zip(names, r.tolist())))
-        difference = max(abs(line["r"][name] - r[name]) for line, r in zip(lines, replayed) for name in r)
-    print(f"r by {method}, α = {alpha}\n{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in names))
-    for line, r in zip(lines, replayed):
+def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """The element at `index` of the pseudo-random permutation of 0 … n−1 that `key` selects. All are (B,) uint64.
+
+    Nothing is stored, so a domain of 1e9 windows costs no more than one of ten. A Feistel network permutes the cells of
+    a grid that just covers n: each round shifts one coordinate by a hash of the other, which can be undone, so the
+    whole is a bijection. A result beyond n (fewer than one in √n) is permuted again until it falls inside."""
+    broadcast = np.broadcast_arrays(index, n, key)
+    index, n, key = [np.array(array, dtype=np.uint64) for array in broadcast]
+    grid_rows = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
+    grid_columns = (n + grid_rows - np.uint64(1)) // grid_rows
+    pending = np.arange(index.size)
+    while pending.size:
+        rows = grid_rows[pending]
+        columns = grid_columns[pending]
+        keys = key[pending]
+        left = index[pending] // columns
+        right = index[pending] % columns
+        for turn in range(8):  # an even number of turns, so that left and right end up where they began
+            shifted = (left + random_hash(keys, turn, right) % rows) % rows
+            left, right = right, shifted
+            rows, columns = columns, rows
+        index[pending] = left * columns + right
+        pending = pending[index[pending] >= n[pending]]
+    return index
+
+
+# ------------ The program: replay, plot, show -------------------------------------------------------------------------
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of a run's metrics.jsonl. A torn last line, left by a run that was killed, is dropped.
+
+    Raises UserError if the file cannot be read, or if a line is not one that a run writes."""
+    with user_errors(path, "name the metrics.jsonl of a run's out_dir"):
+        text = Path(path).read_text(encoding="utf-8")
+        whole_lines = text[:text.rfind("\n") + 1].splitlines()
+        metrics = [json.loads(line) for line in whole_lines]
+        for line in metrics:
+            expected = {"kind", "step"}
+            if line["kind"] == "mixture":
+                expected |= {"t", "r", "domains"}
+            if not expected <= line.keys():
+                raise ValueError(f"a {line['kind']} line requires {' '.join(sorted(expected))}")
+    return metrics
+
+
+def replay(mixture_lines: list[dict], rule: str, base: dict[str, float], alpha: float) -> list[dict[str, float]]:
+    """r after each evaluation, name → probability, by a rule of RULES and the perplexities of the mixture lines."""
+    base_probs = np.array(list(base.values()))
+    state = None
+    replayed = []
+    for line in mixture_lines:
+        domains = [line["domains"][name] for name in base]
+        student_ppl = [domain["student_ppl"] for domain in domains]
+        teacher_ppl = [domain["teacher_ppl"] for domain in domains]
+        r, state = RULES[rule](state, student_ppl, teacher_ppl, base_probs, alpha)
+        replayed.append(dict(zip(base, r.tolist())))
+    return replayed
+
+
+def show_replay(args: argparse.Namespace) -> dict[str, float]:
+    """Print r as the rule and α make it from the perplexities that a run logged. Returns the last r."""
+    metrics = read_metrics(args.metrics)
+    run_lines = [line for line in metrics if line["kind"] == "run"]
+    mixture_lines = [line for line in metrics if line["kind"] == "mixture"]
+    if not run_lines or not mixture_lines:
+        raise UserError(f"--metrics={args.metrics}: no run and no evaluation in it; name the metrics.jsonl of a run")
+    run = run_lines[0]
+
+    # Replay with what the run used, unless the command line says otherwise
+    with user_errors(f"--metrics={args.metrics}", "name the metrics.jsonl of a run with a teacher"):
+        rule = args.rule or run["rule"]
+        alpha = args.alpha
+        if alpha is None:
+            alpha = run["config"]["alpha"]
+        replayed = replay(mixture_lines, rule, run["base"], alpha)
+
+        # How far the replay is from what the run drew by
+        largest = 0.0
+        for line, r in zip(mixture_lines, replayed):
+            for name in r:
+                largest = max(largest, abs(line["r"][name] - r[name]))
+
+    print(f"r by the rule {rule}, α = {alpha}")
+    print(f"{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in run["base"]))
+    for line, r in zip(mixture_lines, replayed):
         print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r.values()))
-    print(f"largest difference to the r of the run: {difference:.1e}\n")
-    if config.plot:
-        plot(lines, replayed, config.plot)
+    print(f"largest difference from the run's own r: {largest:.1e}\n")
+    if args.plot:
+        plot(mixture_lines, replayed, args.plot)
     return replayed[-1]
 
 
-def show_draws(config: MixtureConfig, r: dict[str, float] | None):
-    """Print what `config.steps` batches by `r` draw from each domain, and the domain's next window as text."""
-    bins = TokenBins(config.data_dir, config.block_size, list(r or []), f"--metrics={config.metrics}")
+def plot(mixture_lines: list[dict], replayed: list[dict[str, float]], path: str):
+    """The paper's Fig. 3, r and the perplexity ratio over the steps, and every other number logged per domain."""
+    matplotlib_figure = import_optional("matplotlib.figure", f"--plot={path}")
+    steps = [line["step"] for line in mixture_lines]
+    last_domains = mixture_lines[-1]["domains"]
+    names = list(last_domains)
+
+    # Collect the panels: r first, then each number that the mixture lines hold for all domains
+    panels = {"r": {name: [r[name] for r in replayed] for name in names}}
+    for key in ["ratio", *last_domains[names[0]]]:
+        if last_domains[names[0]][key] is not None:
+            panels[key] = {name: [line["domains"][name][key] for line in mixture_lines] for name in names}
+
+    # Draw three panels a row
+    n_rows = math.ceil(len(panels) / 3)
+    figure = matplotlib_figure.Figure(figsize=(12, 3.2 * n_rows), layout="constrained")
+    axes = figure.subplots(n_rows, 3, squeeze=False).flat
+    for ax, (key, curves) in zip(axes, panels.items()):
+        for name, values in curves.items():
+            # r holds from its own evaluation to the next one.
+            drawstyle = "steps-post" if key == "r" else "default"
+            ax.plot(steps, values, label=name, drawstyle=drawstyle)
+        ax.set(xlabel="step", title=key)
+    axes[0].legend()
+    for ax in axes[len(panels):]:
+        ax.set_visible(False)
+    with user_errors(f"--plot={path}", "name a .png in a folder that exists"):
+        figure.savefig(path, dpi=120)
+    print(f"wrote {path}")
+
+
+def show_draws(args: argparse.Namespace, r: dict[str, float] | None):
+    """Print what `--steps` batches draw from each domain, and the domain's next window as text."""
+    names = list(r) if r else None
+    bins = TokenBins(args.data_dir, args.block_size, names, f"--metrics={args.metrics}")
     tokenizer = saved_tokenizer(bins.dir, bins.tokenizer)
-    sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
-    sampler.probs = r or sampler.probs
-    for _ in range(config.steps):
+
+    # Draw by r, or by the natural proportions
+    sampler = MixtureSampler(bins.n_windows, args.batch_size, args.seed)
+    if r:
+        sampler.probs = r
+    for _ in range(args.steps):
         sampler.next_batch()
-    print(f"{config.steps} steps of {config.batch_size} windows of {config.block_size} tokens:\n\n"
-          f"{'domain':16}{'windows':>12}{'wanted':>9}{'drawn':>9}{'tokens':>14}{'epochs':>9}")
+
+    # The table: wanted and drawn share, tokens, epochs
+    print(f"{args.steps} steps of {args.batch_size} windows of {args.block_size} tokens:\n")
+    print(f"{'domain':16}{'windows':>12}{'wanted':>9}{'drawn':>9}{'tokens':>14}{'epochs':>9}")
+    drawn_shares = sampler.drawn / sampler.drawn.sum()
     for i, name in enumerate(bins.names):
-        print(f"{name:16}{sampler.n_windows[i]:12,}{sampler.probs[i]:9.2%}{sampler.drawn[i] / sampler.drawn.sum():9.2%}"
-              f"{sampler.drawn[i] * config.block_size:14,}{sampler.epochs[i]:9.3f}")
+        tokens = sampler.drawn[i] * args.block_size
+        print(f"{name:16}{sampler.n_windows[i]:12,}{sampler.probs[i]:9.2%}{drawn_shares[i]:9.2%}{tokens:14,}"
+              f"{sampler.epochs[i]:9.3f}")
+
+    # The next window of each domain
     domain_ids = np.arange(len(bins.names))
     window_ids = sampler.windows(domain_ids, sampler.drawn)
-    for name, window, ids in zip(bins.names, window_ids, bins.train_windows(domain_ids, window_ids)):
-        print(f"\n--- {name}, window {window}\n{tokenizer.decode(ids.tolist())}")
+    windows = bins.train_windows(domain_ids, window_ids)
+    for name, window_id, ids in zip(bins.names, window_ids, windows):
+        print(f"\n--- {name}, window {window_id}\n{tokenizer.decode(ids.tolist())}")
 
 
 def main():
-    config = parse_config(MixtureConfig)
-    r = show_replay(config) if config.metrics else None
-    if config.data_dir:
-        show_draws(config, r)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data_dir", default="", help="bins: show how a run would draw from them, and some text")
+    parser.add_argument("--metrics", default="", help="metrics.jsonl of a run: replay r from the perplexities in it")
+    parser.add_argument("--rule", choices=list(RULES), help="replay by this rule (default: the run's)")
+    parser.add_argument("--alpha", type=float, help="replay with this α, from 0 to 1 (default: the run's)")
+    parser.add_argument("--plot", default="", help="plot r and the ratios of --metrics to this .png")
+    parser.add_argument("--block_size", type=int, default=256, help="tokens per window (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=64, help="windows per step (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=100, help="steps to draw (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
+    args = parser.parse_args()
+    if not args.data_dir and not args.metrics:
+        parser.error("name --data_dir or --metrics")
+    if args.plot and not args.metrics:
+        parser.error(f"--plot={args.plot} requires --metrics")
+    if args.alpha is not None and not 0 <= args.alpha <= 1:
+        parser.error(f"--alpha={args.alpha} must be from 0 to 1")
+    for key in ("block_size", "batch_size", "steps"):
+        if getattr(args, key) < 1:
+            parser.error(f"--{key}={getattr(args, key)} must be 1 or more")
+
+    r = None
+    if args.metrics:
+        r = show_replay(args)
+    if args.data_dir:
+        show_draws(args, r)
 
 
 if __name__ == "__main__":

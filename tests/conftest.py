@@ -26,8 +26,8 @@ def documents(name: str, count: int):
 def data_dir(tmp_path_factory) -> Path:
     """Bins of three domains of unequal size, of the bytes tokenizer."""
     folder = tmp_path_factory.mktemp("bins") / "tiny"
-    build_bins(folder, load_tokenizer("bytes"), val_fraction=0.2,
-               domains={name: lambda name=name: iter(documents(name, count)) for name, count in DOCUMENTS.items()})
+    stream = ((name, text) for name, count in DOCUMENTS.items() for text in documents(name, count))
+    build_bins(folder, load_tokenizer("bytes"), stream, val_fraction=0.2)
     return folder
 
 

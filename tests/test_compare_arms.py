@@ -56,8 +56,9 @@ def test_arms_and_ablations_by_name():
     assert all(name in ARMS | ABLATIONS for _, *names in CLAIMS for name in names)
 
 
-def test_a_whole_comparison_goes_on_where_it_was_and_its_runs_replay(tmp_path):
-    keys = f"max_steps=2,interval=1,val_samples=2,batch_size=4,block_size=32,data_dir={tmp_path / 'bins'}"
+def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(tmp_path):
+    keys = ("max_steps=2,interval=1,val_samples=2,batch_size=4,block_size=32,warmup_steps=1,"
+            f"data_dir={tmp_path / 'bins'}")
     command = [sys.executable, ROOT / "tests" / "compare_arms.py", "--steps=2", f"--out_dir={tmp_path / 'out'}",
                f"--keys={keys}"]
 
@@ -66,11 +67,12 @@ def test_a_whole_comparison_goes_on_where_it_was_and_its_runs_replay(tmp_path):
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    assert "2/2  kd, seed 0" in compare("--arms=ddk,kd", "--seeds=1")
+    assert "3/3  cpt_doremi, seed 0" in compare("--arms=ddk,kd,cpt_doremi", "--seeds=1")
     printed = compare("--arms=ddk,kd", "--seeds=2")
     assert "2/2  kd, seed 1" in printed and "seed 0" not in printed and "Collecting" not in printed
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert {arm: list(runs) for arm, runs in results.items()} == {"ddk": ["0", "1"], "kd": ["0", "1"]}
+    assert {arm: list(runs) for arm, runs in results.items()} == {"ddk": ["0", "1"], "kd": ["0", "1"],
+                                                                  "cpt_doremi": ["0"]}
     first = [results["ddk"][seed]["first_worst_ratio"] for seed in ("0", "1")]
     assert first[0] != first[1] and results["kd"]["0"]["first_worst_ratio"] == first[0]  # a base for each seed
     other = subprocess.run([*command, "--arms=ddk", "--keys=lr=0.1"], cwd=tmp_path, capture_output=True, text=True)
@@ -79,14 +81,21 @@ def test_a_whole_comparison_goes_on_where_it_was_and_its_runs_replay(tmp_path):
         assert (tmp_path / "out" / name).stat().st_size > 500
     text = (tmp_path / "out" / "quickstart.md").read_text()
     assert "| `ddk` | 2 |" in text and "| `kd` | 2 |" in text
+
+    # The proxy's mixture is what CPT&DoReMi drew by
+    mixture = (tmp_path / "out" / "doremi_proxy-0" / "mixture.txt").read_text().strip()
+    config = json.loads((tmp_path / "out" / "cpt_doremi-0" / "config.json").read_text())["config"]
+    assert config["method"] == "cpt" and config["mixture"] == mixture
+
     metrics = tmp_path / "out" / "ddk-1" / "metrics.jsonl"
     replay = subprocess.run([sys.executable, ROOT / "sample_mixture.py", f"--metrics={metrics}"], capture_output=True,
                             text=True)
-    assert "largest difference to the r of the run: 0.0e+00" in replay.stdout
+    assert float(replay.stdout.split("largest difference from the run's own r: ")[1].split()[0]) < 1e-12
 
 
-def test_mistakes_are_named_at_once():
-    command = [sys.executable, ROOT / "tests" / "compare_arms.py", "--arms=best", "--keys=lr=x"]
+@pytest.mark.parametrize("argument, named", [("--arms=best", "best is none of ddk"), ("--keys=lr=x", "must be a number"),
+                                             ("--keys=seed=1", "seed is no key of distill.py, or each run's own")])
+def test_mistakes_are_named_at_once(argument, named):
+    command = [sys.executable, ROOT / "tests" / "compare_arms.py", argument]
     result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and "--arms=best: best is none of ddk" in result.stderr
-    assert "--keys=lr=x: write key=value" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and named in result.stderr and "Traceback" not in result.stderr

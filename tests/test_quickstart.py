@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,14 +12,15 @@ import pytest
 from conftest import read_lines
 
 ROOT = Path(__file__).parent.parent
-SMALL = ["--pretrain_steps=2", "--max_steps=4", "--interval=2", "--val_samples=2", "--batch_size=8"]
+SMALL = "--pretrain_steps=4 --max_steps=4 --interval=2 --val_samples=2 --batch_size=8 --warmup_steps=1"
 
 
-def run(folder: Path, *command: str) -> str:
-    """What a command prints; fails with it if the command does."""
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                            env={**os.environ, "OMP_NUM_THREADS": "2"})
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr
+def run(folder: Path, command: str) -> str:
+    """What a command line prints, as pasted into a shell; fails with it if the command does."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True,
+                            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "2"})
+    assert result.returncode == 0, command + "\n" + result.stdout[-2000:] + result.stderr
     return result.stdout
 
 
@@ -32,56 +32,66 @@ def checkout(tmp_path_factory) -> Path:
         if path.is_file():
             shutil.copy(path, folder)
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "printed.txt").write_text(run(folder, sys.executable, "distill.py", *SMALL))
+    (folder / "printed.txt").write_text(run(folder, f"python distill.py {SMALL}"))
     return folder
 
 
 def test_the_quickstart_makes_bins_teacher_base_and_student(checkout):
     printed = (checkout / "printed.txt").read_text()
     meta = json.loads((checkout / "data" / "quickstart" / "meta.json").read_text())
-    sizes = [sum(entry["tokens"] for entry in domain["train"]) for domain in meta["domains"].values()]
+    sizes = [domain["train"]["tokens"] for domain in meta["domains"].values()]
     assert len(sizes) >= 4 and max(sizes) > 2 * min(sizes)
     out_dir = checkout / "out" / "quickstart-ddk-0"
-    for folder in (checkout / "data/quickstart/teacher/step_00000002",
+    for folder in (checkout / "data/quickstart/teacher/step_00000004",
                    checkout / "data/quickstart/student/step_00000001", out_dir / "step_00000004"):
         assert (folder / "model.safetensors").is_file(), folder
     assert [line["t"] for line in read_lines(out_dir, "mixture")] == [0, 1, 2]
-    for wanted in ("ETA", "worst ratio", "goes on from", "--method=kd", "out/quickstart-ddk-0/step_00000004"):
+    for wanted in ("ETA", "worst ratio", "--method=kd", "out/quickstart-ddk-0/step_00000004"):
         assert wanted in printed
     for name in meta["domains"]:
-        assert len(re.findall(rf"(?m)^ *{name}\b", printed)) >= 2  # in the table, and a continuation
+        assert len(re.findall(rf"(?m)^ *{name}\b", printed)) >= 2  # before training, and at the end
 
 
 def test_another_arm_uses_the_same_bins_and_models(checkout):
     made = {path: path.stat().st_mtime_ns for path in (checkout / "data").rglob("*.safetensors")}
-    printed = run(checkout, sys.executable, "distill.py", *SMALL, "--method=kd", "--seed=1")
+    printed = run(checkout, f"python distill.py {SMALL} --method=kd --seed=1")
     assert made == {path: path.stat().st_mtime_ns for path in (checkout / "data").rglob("*.safetensors")}
     assert "Collecting" not in printed and (checkout / "out" / "quickstart-kd-1" / "step_00000004").is_dir()
-    runs = [read_lines(checkout / "out" / run, "mixture")[0] for run in ("quickstart-ddk-0", "quickstart-kd-1")]
+    runs = [read_lines(checkout / "out" / name, "mixture")[0] for name in ("quickstart-ddk-0", "quickstart-kd-1")]
     assert runs[0]["domains"] == runs[1]["domains"]  # both start from the same student and teacher
 
 
-def test_the_commands_of_the_readme_work_as_written(checkout):
-    """In their order, made small by keys that come last; pip and pytest are left to whoever runs this test."""
+def readme_commands() -> list[str]:
+    """The commands of the README's bash blocks, in their order."""
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    commands = [command for block in blocks for line in block.splitlines() for command in line.split(" && ")]
-    assert any(command == "python distill.py" for command in commands)
-    assert "pip install -r requirements-dev.txt" in commands and "pytest" in commands
-    teacher = checkout / "data/quickstart/teacher/step_00000002"
+    lines = "".join(blocks).replace("\\\n", " ").splitlines()
+    return [command for line in lines for command in line.split(" && ")]
+
+
+def test_the_commands_of_the_readme_work_as_written(checkout):
+    """Made small by keys that come last; pip and pytest are left to whoever runs this test."""
+    commands = readme_commands()
+    for wanted in ("python distill.py", "pip install -r requirements-dev.txt", "pytest"):
+        assert wanted in commands
     for name in ("teacher", "student"):
-        shutil.copytree(teacher, checkout / "path" / "to" / name)
+        shutil.copytree(checkout / "data/quickstart/teacher/step_00000004", checkout / "path" / "to" / name)
     newest = checkout / "out" / "quickstart-ddk-0"
-    shutil.copytree(newest / "step_00000004", newest / "step_00000400")
+    shutil.copytree(newest / "step_00000004", newest / "step_00000300")
     for command in commands:
-        words = shlex.split(command)
-        if words[0] in ("pip", "pytest"):
-            continue
-        assert words[0] == "python", command
-        made = [word for word in words if word.startswith("--student=scratch:")]
-        extra = {"distill.py": SMALL + ["--block_size=64"] * any("data/mine" in word for word in words)
-                 + ["--student=scratch:2x64"] * len(made),
-                 "model.py": ["--max_new_tokens=3"], "sample_mixture.py": [], "data.py": []}[words[1]]
-        if words == ["python", "distill.py"]:
-            continue  # the fixture ran it
-        run(checkout, sys.executable, *words[1:], *extra)
+        program = command.split()[1] if command.startswith("python ") else None
+        if program is None:
+            assert command.startswith(("pip ", "pytest")), command
+        elif command != "python distill.py":  # which the fixture ran
+            keys = ""
+            if program == "distill.py":
+                keys = SMALL
+            if "data/mine" in command and program == "distill.py":
+                keys += " --block_size=64"
+            if "--student=scratch:" in command:
+                keys += " --student=scratch:2x64"
+            if program == "model.py":
+                keys = "--max_new_tokens=3"
+            run(checkout, f"{command} {keys}")
     assert (checkout / "mixture.png").is_file()
+    mixture = (checkout / "out/proxy/mixture.txt").read_text().strip()
+    assert json.loads((checkout / "out/cpt-doremi/config.json").read_text())["config"]["mixture"] == mixture
