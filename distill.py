@@ -582,8 +582,8 @@ class ChunkedLoss(torch.autograd.Function):
         # Compiling takes seconds: too long where there is little to compute.
         eq3 = eq3_of_chunk
         if hidden.is_cuda or len(hidden) * len(head) > 2**24:
-            eq3 = compiled_eq3_of_chunk
-        totals = 0
+            eq3 = compile_eq3()
+        totals = hidden.new_zeros(3, dtype=torch.promote_types(hidden.dtype, torch.float32))
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             torch.mm(hidden[chunk], head.T, out=student_logits)
@@ -628,17 +628,21 @@ def eq3_of_chunk(student_logits, teacher_logits, targets, token_weights, equatio
 
 @functools.cache
 def compile_eq3():
-    """eq3_of_chunk with its passes over the logits fused, forward and backward."""
-    return torch.compile(eq3_of_chunk, dynamic=False)
+    """eq3_of_chunk with its passes over the logits fused; as it stands, with one warning, where torch.compile fails."""
+    compiled = torch.compile(eq3_of_chunk, dynamic=False)
+    works = True
 
-
-def compiled_eq3_of_chunk(*args):
-    """eq3_of_chunk compiled; as it stands, with a warning, where torch.compile does not work."""
-    try:
-        return compile_eq3()(*args)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        warnings.warn(f"torch.compile does not work here; the loss is slower without: {str(error)[:300]}")
+    def eq3(*args):
+        nonlocal works
+        if works:
+            try:
+                return compiled(*args)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                works = False
+                warnings.warn(f"torch.compile does not work here; the loss is slower without: {str(error)[:300]}")
         return eq3_of_chunk(*args)
+
+    return eq3
 
 
 # ------------ Many processes ------------------------------------------------------------------------------------------
@@ -697,10 +701,13 @@ def process_group(config: Config):
     if "RANK" not in os.environ:
         yield
         return
+    # Each process takes the GPU of its number.
     on_cuda = resolve_device(config.device).type == "cuda"
     if on_cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(minutes=config.timeout))
+
+    # A process that ends makes the collectives of the others fail.
     status = 0
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
@@ -714,7 +721,9 @@ def process_group(config: Config):
         reason = str(error).splitlines()[0]
         raise UserError(f"another process is gone, or silent for {config.timeout} minutes ({reason}); "
                         "the same command continues from the last checkpoint") from None
-    if not on_cuda:  # the threads of gloo sometimes abort a process that exits as usual
+
+    # The threads of gloo sometimes abort a process that exits as usual.
+    if not on_cuda:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
@@ -800,14 +809,17 @@ def spread(model: GPT, config: Config, shard: bool):
 
     FSDP2 gathers one block at a time, in the dtype of the products, and reduces gradients in float32. Without
     `cast_forward_inputs` the rotary tables stay float32."""
+    # Each block by itself and in place, so that the names of the weights stay as they are
     for layer in model.layers:
         if config.checkpoint_activations:
             layer.forward = recomputed(layer.forward)
         if config.compile == "true":
-            layer.compile(dynamic=False)  # in place: the names of the weights stay as they are
+            layer.compile(dynamic=False)
     if not dist.is_initialized():
         model.to(config.device)
         return
+
+    # Shard what has no memory yet, so that no rank ever holds more than its share
     whole_state = model.state_dict() if rank() == 0 else {}
     model.to("meta")
     if shard:
@@ -817,6 +829,8 @@ def spread(model: GPT, config: Config, shard: bool):
         for layer in model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
+
+    # Rank 0 hands the weights out
     model.to_empty(device=config.device)
     set_model_state_dict(model, whole_state, options=whole_tensors())
 
@@ -987,6 +1001,8 @@ def check_same_experiment(out_dir: Path, record: dict):
         before = json.loads(path.read_text(encoding="utf-8"))
         old_config = asdict(Config()) | before["config"]  # there may be new keys since then
         old_content = dict(before["content"])
+
+    # Keys that define the experiment, then the content of data and models
     problems = []
     for entry in fields(Config):
         value = record["config"][entry.name]
@@ -1042,6 +1058,7 @@ def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizer, ad
     if rank() != 0:
         return
 
+    # Write all files under another name, and to the disk itself.
     temporary = folder.with_name(folder.name + ".tmp")
     try:
         student.save_pretrained(temporary, weights)
@@ -1057,6 +1074,8 @@ def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizer, ad
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder}: cannot be saved ({error}); make room, and the same command continues from the "
                         "checkpoint before it") from None
+
+    # Now it is whole.
     os.replace(temporary, folder)
     fsync(folder.parent)
 
@@ -1069,6 +1088,7 @@ def list_checkpoints(out_dir: Path) -> list[Path]:
 
 def newest_checkpoint(out_dir: Path) -> Path | None:
     """The newest whole checkpoint. Damaged ones are named and renamed corrupt_step_…."""
+    # What a run that was killed in a save has left
     for unfinished in out_dir.glob("step_*.tmp"):
         shutil.rmtree(unfinished)
     for folder in reversed(list_checkpoints(out_dir)):
@@ -1350,6 +1370,7 @@ def step_flops(student: GPT, teacher: GPT | None, config: Config) -> int:
 
 def print_cost(config: Config, bins: TokenBins, models: dict[str, GPTConfig]):
     """Print what a run would take, from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says."""
+    # Each model: its size, and its bytes on a device
     world = int(os.environ.get("WORLD_SIZE", 1))
     sharded = world > 1 and config.parallel != "ddp" and ARMS[config.method].added_loss is None
     gpts = {}
@@ -1369,6 +1390,8 @@ def print_cost(config: Config, bins: TokenBins, models: dict[str, GPTConfig]):
         described = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
         print(f"{role}: {sizes.model_type}, {sizes.num_hidden_layers} layers × {sizes.hidden_size}, {n:,} parameters; "
               f"on each of {world} devices {described}")
+
+    # A step
     if "student" in gpts:
         print(f"a step: {config.batch_size * config.block_size:,} tokens, "
               f"{step_flops(gpts['student'], gpts.get('teacher'), config):.2e} FLOPs; {config.max_steps:,} steps")
@@ -1448,6 +1471,7 @@ class TED:
         steps = int(self.STAGE_1 * config.max_steps)
         print(f"TED's filters: {steps} steps", flush=True)
         for _ in range(steps):
+            # This rank's windows, through both models: the hooks keep the layers' outputs.
             domain_ids, window_ids = sampler.next_batch()
             mine = rank_slice(config)
             windows = torch.from_numpy(bins.train_windows(domain_ids[mine], window_ids[mine])).to(config.device)
@@ -1466,6 +1490,8 @@ class TED:
                                                        num_tokens=config.batch_size * config.block_size)
                         loss.backward()
                 self.outputs.clear()
+
+            # One update of all filters
             for weight in self.filters.parameters():
                 weight.grad = over_ranks(weight.grad)
             optimizer.step()
@@ -1677,9 +1703,11 @@ def quickstart(config: Config) -> Config:
     sizes = {role: getattr(config, role) or keys["student"] for role, keys in models.items()}
     if config.dry_run:
         return replace(config, **sizes)
-    on_rank_0(preflight, replace(config, **sizes))  # before minutes of training
+
+    # Check the run itself before minutes of training; then train the models that the user has not named.
+    on_rank_0(preflight, replace(config, **sizes))
     for role, keys in models.items():
-        if getattr(config, role):  # named by the user
+        if getattr(config, role):
             continue
         run = pretraining(keys, data_dir=config.data_dir, out_dir=f"{config.data_dir}/{role}", device=config.device,
                           compile=config.compile, timeout=config.timeout)
@@ -1727,6 +1755,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
                             help=help_of(name).replace("%", "%%"))
     texts, unknown = parser.parse_known_args(argv)
 
+    # Convert the values, and look for words that are no keys.
     problems = []
     given = {}
     for name, text in vars(texts).items():
@@ -1738,6 +1767,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
         similar = difflib.get_close_matches(name, keys, n=1)
         advice = f"did you mean --{similar[0]}?" if similar else "write --key=value; --help lists the keys"
         problems.append(f"{word}: unknown key; {advice}")
+
+    # Then what contradicts what
     config = resolve_config(given)
     problems += contradictions(config)
     if problems:

@@ -139,8 +139,11 @@ class MixtureSampler:
         self.probs = self.n_windows  # the natural proportions
 
         # Keyed by name, so that the order of a domain does not depend on which other domains there are.
-        name_hashes = [hashlib.sha256(name.encode()).digest()[:8] for name in self.names]
-        self.domain_keys = np.array([int.from_bytes(digest, "little") for digest in name_hashes], dtype=np.uint64)
+        domain_keys = []
+        for name in self.names:
+            name_hash = hashlib.sha256(name.encode()).digest()
+            domain_keys.append(int.from_bytes(name_hash[:8], "little"))
+        self.domain_keys = np.array(domain_keys, dtype=np.uint64)
 
     @property
     def probs(self) -> np.ndarray:
@@ -240,8 +243,10 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.n
     Nothing is stored, so a domain of 1e9 windows costs no more than one of ten. A Feistel network permutes the cells of
     a grid that just covers n: each round shifts one coordinate by a hash of the other, which can be undone, so the
     whole is a bijection. A result beyond n (fewer than one in √n) is permuted again until it falls inside."""
-    broadcast = np.broadcast_arrays(index, n, key)
-    index, n, key = [np.array(array, dtype=np.uint64) for array in broadcast]
+    index, n, key = np.broadcast_arrays(index, n, key)
+    index = index.astype(np.uint64)
+    n = n.astype(np.uint64)
+    key = key.astype(np.uint64)
     grid_rows = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
     grid_columns = (n + grid_rows - np.uint64(1)) // grid_rows
     pending = np.arange(index.size)
@@ -286,9 +291,8 @@ def replay(mixture_lines: list[dict], rule: str, base: dict[str, float], alpha: 
     state = None
     replayed = []
     for line in mixture_lines:
-        domains = [line["domains"][name] for name in base]
-        student_ppl = [domain["student_ppl"] for domain in domains]
-        teacher_ppl = [domain["teacher_ppl"] for domain in domains]
+        student_ppl = [line["domains"][name]["student_ppl"] for name in base]
+        teacher_ppl = [line["domains"][name]["teacher_ppl"] for name in base]
         r, state = RULES[rule](state, student_ppl, teacher_ppl, base_probs, alpha)
         replayed.append(dict(zip(base, r.tolist())))
     return replayed
@@ -331,27 +335,26 @@ def plot(mixture_lines: list[dict], replayed: list[dict[str, float]], path: str)
     """The paper's Fig. 3, r and the perplexity ratio over the steps, and every other number logged per domain."""
     matplotlib_figure = import_optional("matplotlib.figure", f"--plot={path}")
     steps = [line["step"] for line in mixture_lines]
-    last_domains = mixture_lines[-1]["domains"]
-    names = list(last_domains)
+    names = list(replayed[0])
+    first_domain = mixture_lines[0]["domains"][names[0]]
+    keys = ["r", "ratio"]
+    for key, value in first_domain.items():
+        if key not in keys and value is not None:
+            keys.append(key)
 
-    # Collect the panels: r first, then each number that the mixture lines hold for all domains
-    panels = {"r": {name: [r[name] for r in replayed] for name in names}}
-    for key in ["ratio", *last_domains[names[0]]]:
-        if last_domains[names[0]][key] is not None:
-            panels[key] = {name: [line["domains"][name][key] for line in mixture_lines] for name in names}
-
-    # Draw three panels a row
-    n_rows = math.ceil(len(panels) / 3)
+    # Three panels a row, one for each number, with a curve for each domain
+    n_rows = math.ceil(len(keys) / 3)
     figure = matplotlib_figure.Figure(figsize=(12, 3.2 * n_rows), layout="constrained")
     axes = figure.subplots(n_rows, 3, squeeze=False).flat
-    for ax, (key, curves) in zip(axes, panels.items()):
-        for name, values in curves.items():
-            # r holds from its own evaluation to the next one.
-            drawstyle = "steps-post" if key == "r" else "default"
-            ax.plot(steps, values, label=name, drawstyle=drawstyle)
+    for ax, key in zip(axes, keys):
+        for name in names:
+            if key == "r":  # which holds until the next evaluation
+                ax.step(steps, [r[name] for r in replayed], where="post", label=name)
+            else:
+                ax.plot(steps, [line["domains"][name][key] for line in mixture_lines], label=name)
         ax.set(xlabel="step", title=key)
     axes[0].legend()
-    for ax in axes[len(panels):]:
+    for ax in axes[len(keys):]:
         ax.set_visible(False)
     with user_errors(f"--plot={path}", "name a .png in a folder that exists"):
         figure.savefig(path, dpi=120)

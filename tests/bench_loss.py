@@ -1,25 +1,26 @@
 """Eq. 3 from hidden states to gradients, beside the matrix products that it cannot avoid; in time and in memory.
 
-    python tests/bench_loss.py [--device=cuda --dtype=bfloat16]      about ten minutes on two cores
+    python tests/bench_loss.py [--autocast] [--device=cuda]      about ten minutes on two cores
 
 The floor is four products: the logits of student and teacher, and the gradients of hidden states and head, written
 into memory that is there already. Every implementation runs in a fresh process of its own, where it takes turns with
-the floor, so that what else the machine does slows both; one run of each goes before to warm up. A ratio is the median
-of the pairs', with the least and the most. On a machine that is not quiet, `--threads=1` tells more: one thread, and
-its CPU time.
+the floor, so that what else the machine does slows both. A ratio is the median over the pairs, with the least and the
+most. On a machine that is not quiet, `--threads=1` tells more: one thread, and its CPU time.
 
 - dense: the logits of all tokens, `dense_distillation_loss`, and autograd.
-- fused: `distillation_loss`. fused, eager: the same where torch.compile does not work.
-- liger: LigerFusedLinearJSDLoss of liger-kernel, if it is installed, compiled, its beta = 0: forward KL.
+- ours: `distillation_loss`. ours eager: the same where torch.compile does not work.
+- liger: LigerFusedLinearJSDLoss of liger-kernel, if it is installed, compiled; beta = 0 is forward KL, 1 reverse. It
+  knows no padded rows.
 
 The processes keep the memory that they free, as CUDA's allocator does: where glibc gives large blocks back to the
-kernel at once, and a hypervisor to its host, the faults of fetching them again can take longer than the passes over the
-logits, whichever the implementation.
+kernel at once, and a hypervisor to its host, the faults of fetching them again can take longer than the passes over
+the logits, whichever the implementation.
 
 Memory is the peak above inputs and gradients. The errors are those of the loss, and of the gradients relative to their
 largest entry, against the dense equation in float32, computed last in the same process.
 """
 
+import argparse
 import ctypes
 import importlib.util
 import json
@@ -29,7 +30,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -38,150 +38,211 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 import torch.nn.functional as F
 
-import distill
-from data import UserError, option, parse_config, run_program
+from data import UserError, run_program
+from distill import dense_distillation_loss, distillation_loss
 
-
+NAMES = ["dense", "ours", "ours eager", "liger"]
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # glibc's; no others read them
 
 
-@dataclass
-class Config:
-    """Keys of `python tests/bench_loss.py`."""
-    sizes: str = option("2048x49152x256x576,1024x151936x512x1024",
-                        "tokens x vocabulary x student's x teacher's width,…")
-    run: str = option("dense,fused,fused eager,liger", "implementations")
-    repeats: int = option(7, "timed pairs of floor and implementation", least=1)
-    chunk_size: int = option(0, "tokens a chunk, for all; 0: each one's default, but 256 for liger", least=0)
-    threads: int = option(0, "CPU threads; 0: torch's default; 1: timed in CPU time", least=0)
-    device: str = option("cpu", "cpu or cuda")
-    dtype: str = option("float32", "float32 or bfloat16")
-    alone: str = option("", "internal: one implementation, in this process")
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="2048x49152x256x576,1024x151936x512x1024",
+                        help="tokens x rows of the heads x student's x teacher's width,… (default: %(default)s)")
+    parser.add_argument("--run", default=",".join(NAMES), help="implementations (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7,
+                        help="pairs of floor and implementation (default: %(default)s)")
+    parser.add_argument("--chunk_size", type=int, default=0,
+                        help="tokens per chunk; 0: each one's default, but 256 for liger (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="T of Eq. 3 (default: %(default)s)")
+    parser.add_argument("--direction", default="forward", choices=["forward", "reverse"],
+                        help="of the divergence (default: %(default)s)")
+    parser.add_argument("--padded_rows", type=int, default=0,
+                        help="rows of the heads beyond the tokenizer's ids (default: %(default)s)")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16 products, of float32 inputs")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=0,
+                        help="CPU threads; 0: torch's default; 1: timed in CPU time (default: %(default)s)")
+    parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # one implementation, in this process
+    args = parser.parse_args()
+    for name in args.run.split(","):
+        if name not in NAMES:
+            parser.error(f"--run={args.run}: {name!r} must be one of {', '.join(NAMES)}")
+    return args
 
 
-def implementation(config: Config):
-    """loss of (hidden, head, teacher_hidden, teacher_head, targets), at γ = 0.2."""
-    chunk_size = config.chunk_size or None
-    if config.alone == "dense":
-        return lambda h, w, h_T, w_T, targets: distill.dense_distillation_loss(
-            F.linear(h, w), F.linear(h_T, w_T), targets)[0]
-    if config.alone == "liger":
+def uses_cpu_time(args: argparse.Namespace) -> bool:
+    return args.threads == 1 and args.device == "cpu"
+
+
+def loss_functions(args: argparse.Namespace) -> dict:
+    """name → loss of (hidden, head, teacher_hidden, teacher_head, targets)."""
+    equation = {"temperature": args.temperature, "direction": args.direction}
+    if args.padded_rows:
+        equation["vocab_size"] = int(args.sizes.split("x")[1]) - args.padded_rows
+
+    def dense(hidden, head, teacher_hidden, teacher_head, targets):
+        teacher_logits = F.linear(teacher_hidden, teacher_head)
+        return dense_distillation_loss(F.linear(hidden, head), teacher_logits, targets, **equation)[0]
+
+    def ours(*inputs):
+        return distillation_loss(*inputs, chunk_size=args.chunk_size or None, **equation)[0]
+
+    functions = {"dense": dense, "ours": ours, "ours eager": ours}
+    if args.alone == "liger":
         from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-        return LigerFusedLinearJSDLoss(1.0, 0.2, beta=0.0, chunk_size=chunk_size or 256)
-    if config.alone == "fused eager":
-        distill.compiled_eq3_rows = lambda: distill.eq3_rows
-    return lambda *inputs: distill.distillation_loss(*inputs, chunk_size=chunk_size)[0]
+        beta = 0.0 if args.direction == "forward" else 1.0
+        functions["liger"] = LigerFusedLinearJSDLoss(1.0, 0.2, beta=beta, temperature=args.temperature,
+                                                     chunk_size=args.chunk_size or 256)
+    return functions
 
 
 class PeakMemory:
     """MiB by which memory rises above what is held when this is made; on a CPU, as Linux counts a process's pages."""
 
     def __init__(self, device: str):
-        self.cuda = device == "cuda"
-        if self.cuda:
+        self.on_cuda = device == "cuda"
+        if self.on_cuda:
             torch.cuda.reset_peak_memory_stats()
-        elif sys.platform == "linux":
+            self.held = torch.cuda.memory_allocated() / 2**20
+        else:
             ctypes.CDLL(None).malloc_trim(0)  # what is freed, but kept, would hide a rise
             Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
-        self.held = torch.cuda.memory_allocated() / 2**20 if self.cuda else self.read("VmRSS")
+            self.held = self.read_mib("VmRSS")
 
-    def read(self, key: str) -> float:
-        if sys.platform != "linux":
-            return float("nan")
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 2**10
+    def read_mib(self, key: str) -> float:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(key):
+                return int(line.split()[1]) / 2**10
+        raise UserError(f"/proc/self/status: has no {key}; memory on a CPU is measured on Linux only")
 
     def rise(self) -> float:
-        return (torch.cuda.max_memory_allocated() / 2**20 if self.cuda else self.read("VmHWM")) - self.held
+        if self.on_cuda:
+            return torch.cuda.max_memory_allocated() / 2**20 - self.held
+        return self.read_mib("VmHWM") - self.held
 
 
-def measure(config: Config):
-    """One implementation at one size, in this process; prints one JSON object."""
-    tokens, rows, width_S, width_T = map(int, config.sizes.split("x"))
-    options = dict(device=config.device, dtype=getattr(torch, config.dtype))
-    clock = time.process_time if config.threads == 1 and config.device == "cpu" else time.perf_counter
-    torch.set_num_threads(config.threads or torch.get_num_threads())
+@torch.no_grad()
+def four_products(hidden, head, teacher_hidden, teacher_head, logits, teacher_logits, grad_hidden, grad_head):
+    """The floor: what no implementation can do without, written into the last four."""
+    torch.mm(hidden, head.T, out=logits)
+    torch.mm(teacher_hidden, teacher_head.T, out=teacher_logits)
+    torch.mm(logits, head, out=grad_hidden)
+    torch.mm(logits.T, hidden, out=grad_head)
+
+
+def measure(args: argparse.Namespace):
+    """One implementation at one size, in this process. Prints one JSON object."""
+    tokens, rows, width_S, width_T = map(int, args.sizes.split("x"))
+    clock = time.process_time if uses_cpu_time(args) else time.perf_counter
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.alone == "ours eager":
+        torch.compiler.set_stance("force_eager")
+
+    # Random inputs, with logits of the size that a model's have
     torch.manual_seed(0)
-    hidden, teacher_hidden = torch.randn(tokens, width_S, **options), torch.randn(tokens, width_T, **options)
-    head, teacher_head = (torch.randn(rows, width, **options).mul_(2 / width**0.5) for width in (width_S, width_T))
-    targets = torch.randint(rows, (tokens,), device=config.device)
-    inputs = hidden.requires_grad_(), head.requires_grad_(), teacher_hidden, teacher_head, targets
-    loss_fn = implementation(config)
+    hidden = torch.randn(tokens, width_S, device=args.device).requires_grad_()
+    head = (torch.randn(rows, width_S, device=args.device) * 2 / width_S**0.5).requires_grad_()
+    teacher_hidden = torch.randn(tokens, width_T, device=args.device)
+    teacher_head = torch.randn(rows, width_T, device=args.device) * 2 / width_T**0.5
+    targets = torch.randint(rows - args.padded_rows, (tokens,), device=args.device)
+    inputs = [hidden, head, teacher_hidden, teacher_head, targets]
+    functions = loss_functions(args)
+    loss_fn = functions[args.alone]
 
-    def gradients(loss_fn, inputs):
-        loss = loss_fn(*inputs)
-        return loss.detach(), *torch.autograd.grad(loss, inputs[:2])
+    def gradients(loss_fn, autocast: bool) -> list[torch.Tensor]:
+        with torch.autocast(args.device, torch.bfloat16, enabled=autocast):
+            loss = loss_fn(*inputs)
+        return [loss.detach(), *torch.autograd.grad(loss, [hidden, head])]
 
-    def seconds(function) -> float:
-        if config.device == "cuda":
+    def seconds(function, *arguments) -> float:
+        if args.device == "cuda":
             torch.cuda.synchronize()
         started = clock()
-        function()
-        if config.device == "cuda":
+        function(*arguments)
+        if args.device == "cuda":
             torch.cuda.synchronize()
         return clock() - started
 
-    first = seconds(lambda: gradients(loss_fn, inputs))  # compiles
-    memory = PeakMemory(config.device)
-    results = gradients(loss_fn, inputs)
+    # The first run compiles; the second is that whose memory counts.
+    first = seconds(gradients, loss_fn, args.autocast)
+    memory = PeakMemory(args.device)
+    results = gradients(loss_fn, args.autocast)
     peak = memory.rise() - sum(result.nbytes for result in results) / 2**20
 
-    logits, teacher_logits, of_hidden, of_head = (
-        torch.zeros(*size, **options) for size in ((tokens, rows), (tokens, rows), (tokens, width_S), (rows, width_S)))
+    # The floor in the dtype of the products, and the implementation, in turns
+    dtype = torch.bfloat16 if args.autocast else torch.float32
+    operands = [tensor.detach().to(dtype) for tensor in inputs[:4]]
+    logits = torch.zeros(2, tokens, rows, dtype=dtype, device=args.device)
+    grad_hidden = torch.zeros_like(operands[0])
+    grad_head = torch.zeros_like(operands[1])
+    products = [*operands, *logits, grad_hidden, grad_head]
+    four_products(*products)
+    times = []
+    for _ in range(args.repeats):
+        floor = seconds(four_products, *products)
+        times.append((floor, seconds(gradients, loss_fn, args.autocast)))
+    del logits, products
 
-    @torch.no_grad()
-    def floor():
-        torch.mm(hidden, head.T, out=logits)
-        torch.mm(teacher_hidden, teacher_head.T, out=teacher_logits)
-        torch.mm(logits, head, out=of_hidden)
-        torch.mm(logits.T, hidden, out=of_head)
-
-    floor()
-    times = [(seconds(floor), seconds(lambda: gradients(loss_fn, inputs))) for _ in range(config.repeats)]
-    del logits, teacher_logits, of_hidden, of_head
-    exact = gradients(lambda h, w, h_T, w_T, y: distill.dense_distillation_loss(h @ w.T, h_T @ w_T.T, y)[0],
-                      [*(x.detach().float().requires_grad_() for x in inputs[:2]), *(x.float() for x in inputs[2:4]),
-                       targets])
-    errors = [((got.float() - wanted).abs().max() / wanted.abs().max()).item() for got, wanted in zip(results, exact)]
+    exact = gradients(functions["dense"], autocast=False)
+    errors = [((got - wanted).abs().max() / wanted.abs().max()).item() for got, wanted in zip(results, exact)]
     print(json.dumps({"times": times, "first": first, "peak": peak, "errors": errors}))
 
 
-def alone(config: Config, name: str, size: str) -> dict:
-    keys = asdict(replace(config, alone=name, sizes=size))
-    process = subprocess.run([sys.executable, __file__, *(f"--{key}={value}" for key, value in keys.items())],
-                             env={**os.environ, **KEEP_MEMORY}, stdout=subprocess.PIPE, text=True)
-    if process.returncode:
+def run_alone(args: argparse.Namespace, name: str, size: str) -> dict:
+    """What `measure` finds in a process of its own."""
+    words = []
+    for key, value in {**vars(args), "alone": name, "sizes": size}.items():
+        if key != "autocast":
+            words.append(f"--{key}={value}")
+        elif value:
+            words.append("--autocast")
+    process = subprocess.run([sys.executable, __file__, *words], env={**os.environ, **KEEP_MEMORY},
+                             stdout=subprocess.PIPE, text=True)
+    if process.returncode != 0:
         raise UserError(f"{name} ended with status {process.returncode}")
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def main():
-    config = parse_config(Config)
-    if config.alone:
-        return measure(config)
-    machine = torch.cuda.get_device_name() if config.device == "cuda" else (
-        f"{os.cpu_count()} cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})")
-    timed = f"{config.threads or torch.get_num_threads()} threads"
-    if config.threads == 1 and config.device == "cpu":
+def print_heading(args: argparse.Namespace):
+    machine = f"{os.cpu_count()} cores ({platform.machine()}, {torch.backends.cpu.get_cpu_capability()})"
+    if args.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    timed = f"{args.threads or torch.get_num_threads()} threads"
+    if uses_cpu_time(args):
         timed = "CPU time of 1 thread"
-    print(f"{machine}, {timed}, {config.dtype}, torch {torch.__version__}, {date.today()}, {config.repeats} pairs; "
-          f"load at the start {os.getloadavg()[0]:.1f}\n", flush=True)
-    print("| tokens × vocabulary, widths | | s | × floor | least … most | peak, MiB | error of loss, gradients | "
-          "first, s |\n|---|---|---|---|---|---|---|---|")
-    for size in config.sizes.split(","):
+    dtype = "bfloat16 autocast" if args.autocast else "float32"
+    print(f"{machine}, {timed}, {dtype}, torch {torch.__version__}, {date.today()}, {args.repeats} pairs; "
+          f"{args.direction}, T = {args.temperature}, {args.padded_rows} padded rows; "
+          f"load at the start {os.getloadavg()[0]:.1f}\n")
+    print("| tokens × rows, widths | | s | × floor | least … most | peak, MiB | error of loss, gradients | first, s |\n"
+          "|---|---|---|---|---|---|---|---|", flush=True)
+
+
+def main():
+    args = parse_arguments()
+    if args.alone:
+        measure(args)
+        return
+    print_heading(args)
+    for size in args.sizes.split(","):
         tokens, rows, width_S, width_T = size.split("x")
         label = f"{tokens} × {int(rows):,}, {width_S}/{width_T}"
-        for name in config.run.split(","):
-            if name == "liger" and importlib.util.find_spec("liger_kernel") is None:
-                print(f"| {label} | liger | not installed | | | | | |")
+        for name in args.run.split(","):
+            if name == "liger" and (importlib.util.find_spec("liger_kernel") is None or args.padded_rows):
+                reason = "has no padded rows" if args.padded_rows else "not installed"
+                print(f"| {label} | liger | {reason} | | | | | |")
                 continue
-            result = alone(config, name, size)
-            floors, ours = zip(*result["times"])
-            ratios = [b / a for a, b in result["times"]]
-            print(f"| {label} | floor | {statistics.median(floors):.3f} | 1 | | | | |\n"
-                  f"| | {name} | {statistics.median(ours):.3f} | **{statistics.median(ratios):.2f}** | "
-                  f"{min(ratios):.2f} … {max(ratios):.2f} | {result['peak']:,.0f} | {result['errors'][0]:.0e}, "
-                  f"{max(result['errors'][1:]):.0e} | {result['first']:.1f} |", flush=True)
+            result = run_alone(args, name, size)
+            floor_seconds, seconds = zip(*result["times"])
+            ratios = [mine / floor for floor, mine in result["times"]]
+            error_of_loss, *errors_of_gradients = result["errors"]
+            print(f"| {label} | floor | {statistics.median(floor_seconds):.3f} | 1 | | | | |\n"
+                  f"| | {name} | {statistics.median(seconds):.3f} | **{statistics.median(ratios):.2f}** | "
+                  f"{min(ratios):.2f} … {max(ratios):.2f} | {result['peak']:,.0f} | {error_of_loss:.0e}, "
+                  f"{max(errors_of_gradients):.0e} | {result['first']:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

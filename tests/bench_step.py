@@ -3,7 +3,7 @@
     python tests/bench_step.py [--steps=12] [--device=cuda --dtype=bfloat16]      about five minutes on two cores
 
 All of them train the same student from the same teacher on the same windows. Each runs in a fresh process, in turns,
-three times over; a step's time is the median after warm-up.
+three times over. A step's time is the median after warm-up.
 
 - parts: what no step can do without, each measured alone: the teacher's forward pass, the student's forward and
   backward pass, the loss from hidden states to gradients, and the optimizer.
@@ -11,10 +11,11 @@ three times over; a step's time is the median after warm-up.
 - transformers: both models with AutoModelForCausalLM, cross-entropy + 0.2 · KL of whole logits, AdamW.
 - trl: GKDTrainer with lmbda = 0 and beta = 0, so forward KL on the given text; it has no cross-entropy beside it.
 
-The first step's loss (for trl its KL) is checked against the dense equation in the same run. What is not installed is
-left out, and said.
+The first step's loss (not trl's) is checked against the dense equation in the same run. What is not installed is left
+out, and named.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -34,60 +35,75 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
-from data import TokenBins, Tokenizer, build_bins, option, parse_config, run_program
-from distill import dense_distillation_loss, distillation_loss, make_optimizers, resolve_config, train
+from data import TokenBins, Tokenizer, build_bins
+from distill import dense_distillation_loss, distillation_loss, hidden_and_head, make_optimizer, resolve_config, train
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
 
 VOCAB, ROUNDS = 32_000, 3
 
 
-@dataclass
-class Config:
-    """Keys of `python tests/bench_step.py`."""
-    steps: int = option(12, "steps a run, of which a third warm up", least=3)
-    batch_size: int = option(8, "windows a step", least=1)
-    block_size: int = option(256, "tokens a window", least=8)
-    teacher: str = option("8x512", "layers x width of the teacher")
-    student: str = option("4x256", "layers x width of the student")
-    device: str = option("cpu", "cpu or cuda")
-    dtype: str = option("float32", "float32 or bfloat16")
-    run: str = option("", "internal: one implementation, in this process")
-    folder: str = option("", "internal: where models and bins lie")
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12, help="steps per run, of which a third warm up")
+    parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
+    parser.add_argument("--block_size", type=int, default=256, help="tokens per window")
+    parser.add_argument("--teacher", default="8x512", help="layers x width of the teacher")
+    parser.add_argument("--student", default="4x256", help="layers x width of the student")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--run", default="", choices=("", *RUNS), help="internal: one implementation, in this process")
+    parser.add_argument("--folder", default="", help="internal: where models and bins are")
+    return parser.parse_args()
 
 
-def run_config(config: Config):
-    folder = Path(config.folder)
-    return resolve_config(
-        teacher=str(folder / "teacher"), student=str(folder / "student"), data_dir=str(folder / "bins"), method="kd",
-        out_dir=str(folder / "run"), resume="never", block_size=config.block_size, batch_size=config.batch_size,
-        val_samples=1, interval=10**6, max_steps=config.steps, warmup_steps=1, lr=1e-4, min_lr=1e-4, save_every=0,
-        device=config.device, dtype=config.dtype)
+# ------------ What all of them share ----------------------------------------------------------------------------------
 
 
-def prepare(config: Config):
+def prepare(args: argparse.Namespace):
     """Models with random weights, and bins of random ids: neither changes what a step costs."""
-    folder, random = Path(config.folder), np.random.default_rng(0)
+    folder = Path(args.folder)
     for role in ("teacher", "student"):
+        layers, width = getattr(args, role).split("x")
+        sizes = GPTConfig.scratch(int(layers), int(width), VOCAB, args.block_size)
         torch.manual_seed(len(role))
-        sizes = GPTConfig.scratch(*map(int, getattr(config, role).split("x")), VOCAB, config.block_size)
         GPT(replace(sizes, tie_word_embeddings=False)).save_pretrained(folder / role)
-    tokenizer = Tokenizer("random", VOCAB, 0, "<|endoftext|>", "random", decode=str, encode_batch=lambda texts: [
-        random.integers(0, VOCAB, len(text)).astype(np.uint32) for text in texts])
-    build_bins(folder / "bins", tokenizer, {name: lambda name=name: (f"{name} {i} " * 2000 for i in range(60))
-                                            for name in ("one", "two")})
+
+    random = np.random.default_rng(0)
+
+    def encode_batch(texts):
+        return [random.integers(0, VOCAB, len(text)).astype(np.uint32) for text in texts]
+
+    tokenizer = Tokenizer("random", VOCAB, 0, "<|endoftext|>", "random", encode_batch=encode_batch, decode=str)
+    documents = [(name, f"{name} {i} " * 2000) for name in ("one", "two") for i in range(60)]
+    build_bins(folder / "bins", tokenizer, documents)
 
 
-def batches(config: Config):
+def run_config(args: argparse.Namespace):
+    folder = Path(args.folder)
+    return resolve_config(dict(
+        preset="paper", method="kd", teacher=str(folder / "teacher"), student=str(folder / "student"),
+        data_dir=str(folder / "bins"), out_dir=str(folder / "run"), resume="never", block_size=args.block_size,
+        batch_size=args.batch_size, val_samples=1, interval=10**6, max_steps=args.steps, warmup_steps=1, lr=1e-4,
+        min_lr=1e-4, save_every=0, device=args.device, dtype=args.dtype))
+
+
+def batches(args: argparse.Namespace):
     """The windows of each step, as `train` draws them: (B, block_size + 1)."""
-    bins = TokenBins(Path(config.folder) / "bins", config.block_size)
-    sampler = MixtureSampler(bins.n_windows, config.batch_size, seed=0)
-    for _ in range(config.steps):
-        yield torch.from_numpy(bins.train_windows(*sampler.next_batch())).to(config.device)
+    bins = TokenBins(Path(args.folder) / "bins", args.block_size)
+    sampler = MixtureSampler(bins.n_windows, args.batch_size, seed=0)
+    for _ in range(args.steps):
+        domain_ids, window_ids = sampler.next_batch()
+        yield torch.from_numpy(bins.train_windows(domain_ids, window_ids)).to(args.device)
 
 
-def clock(device: str) -> float:
-    if device == "cuda":
+def autocast(args: argparse.Namespace):
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+
+def clock(args: argparse.Namespace) -> float:
+    if args.device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -96,97 +112,100 @@ def median(times: list[float]) -> float:
     return statistics.median(times[len(times) // 3:])
 
 
-def parts(config: Config) -> dict:
-    dtype = getattr(torch, config.dtype)
-    autocast = torch.autocast(config.device, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    teacher = GPT.from_pretrained(Path(config.folder) / "teacher", dtype).to(config.device).requires_grad_(False)
-    student = GPT.from_pretrained(Path(config.folder) / "student").to(config.device)
-    optimizers, seconds, first = make_optimizers(student, run_config(config)), {}, None
-    keep = lambda hidden, head: (hidden, head)  # noqa: E731
-    for windows in batches(config):
-        idx, targets, marks = windows[:, :-1], windows[:, 1:], [clock(config.device)]
-        with autocast, torch.no_grad():
-            given = teacher(idx, loss_fn=keep)
-        marks.append(clock(config.device))
-        with autocast:
-            hidden, head = student(idx, loss_fn=keep)
-        marks.append(clock(config.device))
-        leaves = [part.detach().requires_grad_() for part in (hidden, head)]
-        with autocast:
-            loss = distillation_loss(*leaves, *given, targets)[0]
+# ------------ The implementations -------------------------------------------------------------------------------------
+
+
+def parts(args: argparse.Namespace) -> dict:
+    folder = Path(args.folder)
+    teacher = GPT.from_pretrained(folder / "teacher", getattr(torch, args.dtype)).to(args.device).requires_grad_(False)
+    student = GPT.from_pretrained(folder / "student", torch.float32).to(args.device)
+    optimizer = make_optimizer(student, run_config(args))
+    seconds = {"teacher": [], "student forward": [], "loss": [], "student backward": [], "optimizer": []}
+    losses = []
+    for windows in batches(args):
+        inputs = windows[:, :-1]
+        targets = windows[:, 1:]
+        marks = [clock(args)]
+        with autocast(args), torch.no_grad():
+            teacher_hidden, teacher_head = teacher(inputs, loss_fn=hidden_and_head)
+        marks.append(clock(args))
+        with autocast(args):
+            hidden, head = student(inputs, loss_fn=hidden_and_head)
+        marks.append(clock(args))
+        leaves = [hidden.detach().requires_grad_(), head.detach().requires_grad_()]
+        with autocast(args):
+            loss, _, _ = distillation_loss(*leaves, teacher_hidden, teacher_head, targets)
         loss.backward()
-        marks.append(clock(config.device))
+        marks.append(clock(args))
         torch.autograd.backward([hidden, head], [leaf.grad for leaf in leaves])
-        marks.append(clock(config.device))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        marks.append(clock(config.device))
-        first = loss.item() if first is None else first
-        for part, start, end in zip(("teacher", "student forward", "loss", "student backward", "optimizer"), marks,
-                                    marks[1:]):
-            seconds.setdefault(part, []).append(end - start)
+        marks.append(clock(args))
+        optimizer.step()
+        optimizer.zero_grad()
+        marks.append(clock(args))
+        losses.append(loss.item())
+        for part, start, end in zip(seconds, marks, marks[1:]):
+            seconds[part].append(end - start)
     medians = {part: median(times) for part, times in seconds.items()}
-    return {"seconds": sum(medians.values()), "loss": first, "parts": medians}
+    return {"seconds": sum(medians.values()), "loss": losses[0], "parts": medians}
 
 
-def ours(config: Config) -> dict:
-    train(run_config(config))
-    lines = [json.loads(line) for line in open(Path(config.folder) / "run" / "metrics.jsonl")]
+def ours(args: argparse.Namespace) -> dict:
+    train(run_config(args))
+    lines = [json.loads(line) for line in open(Path(args.folder) / "run" / "metrics.jsonl")]
     steps = [line for line in lines if line["kind"] == "train"]
-    tokens = config.batch_size * config.block_size
+    tokens = args.batch_size * args.block_size
     return {"seconds": median([tokens / line["tokens_per_s"] for line in steps]), "loss": steps[0]["loss"]}
 
 
-def their_models(config: Config):
+def their_models(args: argparse.Namespace):
     from transformers import AutoModelForCausalLM
-    models = (AutoModelForCausalLM.from_pretrained(Path(config.folder) / role, dtype=getattr(torch, dtype))
-              for role, dtype in (("teacher", config.dtype), ("student", "float32")))
-    return [model.to(config.device) for model in models]
+    folder = Path(args.folder)
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=getattr(torch, args.dtype))
+    student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
+    return teacher.to(args.device), student.to(args.device)
 
 
-def transformers(config: Config) -> dict:
-    teacher, student = their_models(config)
-    optimizer, times, first = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True), [], None
-    autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.dtype == "bfloat16")
-    start = clock(config.device)
-    for windows in batches(config):
-        idx, targets = windows[:, :-1], windows[:, 1:]
-        with autocast:
+def transformers(args: argparse.Namespace) -> dict:
+    teacher, student = their_models(args)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+    times = []
+    losses = []
+    start = clock(args)
+    for windows in batches(args):
+        inputs = windows[:, :-1]
+        with autocast(args):
             with torch.no_grad():
-                teacher_logits = teacher(idx, use_cache=False).logits
-            loss, _, _ = dense_distillation_loss(student(idx, use_cache=False).logits, teacher_logits, targets)
+                teacher_logits = teacher(inputs, use_cache=False).logits
+            student_logits = student(inputs, use_cache=False).logits
+            loss, _, _ = dense_distillation_loss(student_logits, teacher_logits, windows[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        first = loss.item() if first is None else first
-        times.append(clock(config.device) - start)
-        start = clock(config.device)
-    return {"seconds": median(times), "loss": first}
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        times.append(clock(args) - start)
+        start = clock(args)
+    return {"seconds": median(times), "loss": losses[0]}
 
 
-def trl(config: Config) -> dict:
-    os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
+def trl(args: argparse.Namespace) -> dict:
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    os.environ["HF_HUB_OFFLINE"] = "1"
     from datasets import Dataset
-    from tokenizers import Tokenizer as Fast
+    from tokenizers import Tokenizer as FastTokenizer
     from tokenizers.models import WordLevel
     from transformers import PreTrainedTokenizerFast, TrainerCallback
     from trl.experimental.gkd import GKDConfig, GKDTrainer
-    teacher, student = their_models(config)
-    windows = torch.cat(list(batches(config)))
+    teacher, student = their_models(args)
+    windows = torch.cat(list(batches(args)))
+    times = []
 
     class Clock(TrainerCallback):
-        times, losses = [], []
-
         def on_step_begin(self, *arguments, **_):
-            self.start = clock(config.device)
+            self.start = clock(args)
 
         def on_step_end(self, *arguments, **_):
-            self.times.append(clock(config.device) - self.start)
-
-        def on_log(self, arguments, state, control, logs=None, **_):
-            self.losses += [logs["loss"]] if "loss" in logs else []
+            times.append(clock(args) - self.start)
 
     def collate(rows):
         ids = torch.tensor([row["ids"] for row in rows])
@@ -194,72 +213,104 @@ def trl(config: Config) -> dict:
         labels[:, 0] = -100
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "prompts": ids[:, :1]}
 
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Fast(WordLevel({"a": 0}, "a")), pad_token="a", eos_token="a")
+    words = FastTokenizer(WordLevel({"a": 0}, "a"))
+    settings = GKDConfig(
+        output_dir=str(Path(args.folder) / "trl"), max_steps=args.steps, lmbda=0.0, beta=0.0, temperature=1.0,
+        per_device_train_batch_size=args.batch_size, learning_rate=1e-4, optim="adamw_torch_fused", logging_steps=1,
+        save_strategy="no", report_to=[], use_cpu=args.device == "cpu", shuffle_dataset=False,
+        bf16=args.dtype == "bfloat16", gradient_checkpointing=False, disable_tqdm=True, lr_scheduler_type="constant")
     trainer = GKDTrainer(
-        model=student, teacher_model=teacher, processing_class=tokenizer, data_collator=collate, callbacks=[Clock()],
-        train_dataset=Dataset.from_dict({"ids": windows.tolist()}), args=GKDConfig(
-            output_dir=str(Path(config.folder) / "trl"), max_steps=config.steps, lmbda=0.0, beta=0.0, temperature=1.0,
-            per_device_train_batch_size=config.batch_size, learning_rate=1e-4, optim="adamw_torch_fused",
-            logging_steps=1, save_strategy="no", report_to=[], use_cpu=config.device == "cpu", shuffle_dataset=False,
-            bf16=config.dtype == "bfloat16", gradient_checkpointing=False, disable_tqdm=True,
-            lr_scheduler_type="constant"))
+        model=student, teacher_model=teacher, args=settings, data_collator=collate, callbacks=[Clock()],
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="a", eos_token="a"),
+        train_dataset=Dataset.from_dict({"ids": windows.tolist()}))
     trainer.train()
-    return {"seconds": median(Clock.times), "loss": None}
+    return {"seconds": median(times), "loss": None}
+
+
+RUNS = {"parts": parts, "ours": ours, "transformers": transformers, "trl": trl}
+
+
+# ------------ The table -----------------------------------------------------------------------------------------------
 
 
 def peak_gib(device: str) -> float:
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "linux" else 2**30)
+    unit = 2**20 if sys.platform == "linux" else 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def compare(config: Config):
-    names = ["parts", "ours", *(name for name in ("transformers", "trl") if importlib.util.find_spec(name))]
+def run_in_a_process(name: str, args: argparse.Namespace) -> dict:
+    keys = [f"--{key}={value}" for key, value in vars(args).items() if key != "run"]
+    done = subprocess.run([sys.executable, __file__, *keys, f"--run={name}"], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name}:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def dense_loss(args: argparse.Namespace) -> float:
+    """Eq. 3 of the first step, from whole logits."""
+    windows = next(batches(args)).cpu()
+    student = GPT.from_pretrained(Path(args.folder) / "student")
+    teacher = GPT.from_pretrained(Path(args.folder) / "teacher")
+    with torch.no_grad():
+        loss, _, _ = dense_distillation_loss(student(windows[:, :-1]), teacher(windows[:, :-1]), windows[:, 1:])
+    return loss.item()
+
+
+def compare(args: argparse.Namespace):
+    # Run all that are installed, in turns.
+    names = ["parts", "ours"]
+    for name in ("transformers", "trl"):
+        if importlib.util.find_spec(name):
+            names.append(name)
+        else:
+            print(f"{name} is not installed: left out")
     results = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
-        config = replace(config, folder=folder)
-        prepare(config)
-        words = [f"--{key}={value}" for key, value in vars(config).items() if key != "run"]
+        args.folder = folder
+        prepare(args)
         for _ in range(ROUNDS):
             for name in names:
-                command = [sys.executable, __file__, *words, f"--run={name}"]
-                done = subprocess.run(command, capture_output=True, text=True)
-                if done.returncode:
-                    raise RuntimeError(f"{name}:\n{done.stderr[-3000:]}")
-                results[name].append(json.loads(done.stdout.splitlines()[-1]))
-        windows = next(batches(config)).cpu()
-        models = [GPT.from_pretrained(Path(folder) / role) for role in ("student", "teacher")]
-        with torch.no_grad():
-            dense = dense_distillation_loss(*(model(windows[:, :-1]) for model in models), windows[:, 1:])[0].item()
-    within = 1e-5 if config.dtype == "float32" else 0.02
+                results[name].append(run_in_a_process(name, args))
+        expected = dense_loss(args)
+
+    # They computed the same loss.
+    tolerance = 1e-5 if args.dtype == "float32" else 0.02
     for name, runs in results.items():
-        for loss in (run["loss"] for run in runs if run["loss"] is not None):
-            assert abs(loss / dense - 1) < within, f"{name}: the first loss is {loss}, by the dense equation {dense}"
-    machine = torch.cuda.get_device_name() if config.device == "cuda" else f"{os.cpu_count()} cores"
-    print(f"{date.today()}, {machine}, {platform.machine()}, torch {torch.__version__}, {config.dtype}; teacher "
-          f"{config.teacher}, student {config.student}, {VOCAB:,} ids, {config.batch_size} × {config.block_size} "
-          f"tokens; first loss {dense:.4f}\n")
+        loss = runs[0]["loss"]
+        if loss is not None:
+            assert abs(loss / expected - 1) < tolerance, f"{name}: first loss {loss}, by the dense equation {expected}"
+
+    # Print the table.
+    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
+    print(f"{date.today()}, {machine}, {platform.machine()}, torch {torch.__version__}, {args.dtype}; teacher "
+          f"{args.teacher}, student {args.student}, {VOCAB:,} ids, {args.batch_size} × {args.block_size} tokens; "
+          f"first loss {expected:.4f}\n")
     floor = statistics.median(run["seconds"] for run in results["parts"])
-    print("| | step, s (least – most of 3) | ratio to the parts | tokens/s | peak GiB |\n|---|---|---|---|---|")
+    print("| | step, s (minimum – maximum of 3) | ratio to the parts | tokens/s | peak GiB |\n|---|---|---|---|---|")
     for name, runs in results.items():
-        seconds = sorted(run["seconds"] for run in runs)
-        print(f"| {name} | {seconds[1]:.3f} ({seconds[0]:.3f} – {seconds[-1]:.3f}) | {seconds[1] / floor:.2f} | "
-              f"{config.batch_size * config.block_size / seconds[1]:,.0f} | "
-              f"{statistics.median(run['peak'] for run in runs):.2f} |")
-    print("\nParts: " + ", ".join(f"{part} {statistics.median(run['parts'][part] for run in results['parts']):.3f} s"
-                                  for part in results["parts"][0]["parts"]))
-    for name in ("transformers", "trl"):
-        if name not in names:
-            print(f"{name} is not installed: left out")
+        least, middle, most = sorted(run["seconds"] for run in runs)
+        tokens_per_s = args.batch_size * args.block_size / middle
+        peak = statistics.median(run["peak"] for run in runs)
+        print(f"| {name} | {middle:.3f} ({least:.3f} – {most:.3f}) | {middle / floor:.2f} | {tokens_per_s:,.0f} | "
+              f"{peak:.2f} |")
+    described = []
+    for part in results["parts"][0]["parts"]:
+        seconds = statistics.median(run["parts"][part] for run in results["parts"])
+        described.append(f"{part} {seconds:.3f} s")
+    print("\nParts: " + ", ".join(described))
 
 
 def main():
-    config = parse_config(Config)
-    if not config.run:
-        return compare(config)
-    result = globals()[config.run](config)
-    print(json.dumps({**result, "peak": peak_gib(config.device)}))
+    args = parse_arguments()
+    if args.run:
+        result = RUNS[args.run](args)
+        result["peak"] = peak_gib(args.device)
+        print(json.dumps(result))
+    else:
+        compare(args)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    main()
