@@ -426,8 +426,7 @@ def train(config: Config) -> Path:
         measure = functools.partial(perplexities, windows=val_windows, vocab_size=bins.vocab_size,
                                     micro_batch_size=config.micro_batch_size, autocast=autocast(config))
         if resumed:
-            sampler.load_state_dict(state.sampler)
-            load_optimizer(resumed, state, student, optimizer, added_loss)
+            load_checkpoint(resumed, state, sampler, student, optimizer, added_loss)
         else:
             state.teacher_ppl = dict.fromkeys(bins.names)
             if teacher is not None:
@@ -1129,9 +1128,11 @@ def read_state(folder: Path) -> TrainState:
     return state
 
 
-def load_optimizer(folder: Path, state: TrainState, student: GPT, optimizer, added_loss):
-    """Restore the optimizer, and what an added loss keeps, from a checkpoint. Rank 0 reads; only tensors are unpickled.
-    Raises UserError if it is of another model."""
+def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, student: GPT, optimizer, added_loss):
+    """Restore the sampler, the optimizer, and what an added loss keeps. Rank 0 reads; only tensors are unpickled.
+    Raises UserError if they are of other domains or of another model."""
+    with user_errors(folder / "train_state.json", NOT_AS_SAVED):
+        sampler.load_state_dict(state.sampler)
     saved = {"optimizer": {}, "added_loss": None}
 
     def read() -> None:
@@ -1259,7 +1260,10 @@ def check_model(role: str, folder: str, model: GPTConfig, bins: TokenBins):
         raise UserError(f"--block_size={bins.block_size}: the {role} {folder} reads at most {model.context} tokens")
     if not os.path.isdir(folder):  # scratch:LxD and layers:N
         return
-    tokenizer = model_tokenizer(Path(folder), bins.tokenizer["eot_token"])
+    try:
+        tokenizer = model_tokenizer(Path(folder), bins.tokenizer["eot_token"])
+    except UserError as error:
+        raise UserError(f"--{role}={folder}: {error}; {make_anew}") from None
     if tokenizer is None:
         print(f"WARNING: --{role}={folder} has no tokenizer files; it is taken, since it has enough ids for the bins")
     elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:

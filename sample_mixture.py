@@ -280,7 +280,7 @@ def read_metrics(path: Path) -> list[dict]:
             expected = {"kind", "step"}
             if line["kind"] == "mixture":
                 expected |= {"t", "r", "domains"}
-            if not expected <= line.keys():
+            if not expected <= line.keys() or not isinstance(line["step"], int):
                 raise ValueError(f"a {line['kind']} line requires {' '.join(sorted(expected))}")
     return metrics
 
