@@ -58,6 +58,43 @@ from sample_mixture import RULES, MixtureSampler, read_metrics
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
 
+# Sets of defaults. Config's own are the paper's, so the presets of its pairs only name the models. The paper does not
+# give block_size, weight_decay, grad_clip and AdamW's betas: those are ours, and so are the names of the folders.
+PRESETS = {
+    "quickstart": dict(interval=25, val_samples=64, block_size=256, batch_size=8, max_steps=300, lr=1e-3, min_lr=1e-4,
+                       warmup_steps=20, save_every=100),
+    "paper": {},
+    "qwen1.5-14b-1.8b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-1.8B"),
+    "qwen1.5-14b-4b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-4B"),
+    "qwen1.5-7b-1.8b": dict(teacher="models/Qwen1.5-7B", student="models/Qwen1.5-1.8B"),
+    "llama2-13b-tinyllama-1.1b": dict(teacher="models/Llama-2-13b-hf", student="models/TinyLlama-1.1B"),
+    "starcoder-15.5b-3b": dict(teacher="models/starcoder", student="models/starcoderbase-3b"),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method that the paper compares. The defaults are DDK's, so a row of ARMS says what differs."""
+    help: str
+    rule: str = "ddk"  # what draws the data: a row of sample_mixture.RULES
+    divergence: str | None = "forward"  # or reverse; None: cross-entropy alone
+    needs_teacher: bool = True
+    added_loss: type | None = None  # a term besides Eq. 3, see TED
+    window_weights: Callable | None = None  # a weight for each window of a batch, see DoReMi's proxy
+    at_end: Callable | None = None  # called with (config, state) after the last step
+
+
+ARMS = {
+    "ddk": Arm("r by Eq. 2 after every K steps"),
+    "ddk_no_fs": Arm("without factor smoothing: r by Eq. 1 after every K steps", rule="ddk_no_fs"),
+    "ddk_es": Arm("equal sampling: all domains alike", rule="equal"),
+    "kd": Arm("knowledge distillation in the natural mixture", rule="natural"),
+    "minillm": Arm("KD with teacher-forced reverse KL", rule="natural", divergence="reverse"),
+    "cpt": Arm("continued pre-training: the student alone", rule="natural", divergence=None, needs_teacher=False),
+    # ted and doremi_proxy add their rows where their code is, further below
+}
+
+
 def key(default, help: str, minimum: float = -math.inf, maximum: float = math.inf, choices=None, may_change=False):
     """A field of Config: a key of the command line, with its bounds or the words that it takes."""
     metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "may_change": may_change}
@@ -73,7 +110,8 @@ def free_key(default, help: str, **limits):
 class Config:
     """The keys of `python distill.py`. Where the paper gives a value, it is the default."""
     # What a run is made of
-    preset: str = free_key("", "set of defaults (default: quickstart, unless teacher or student names a folder)")
+    preset: str = free_key("", "set of defaults (default: quickstart, unless teacher or student names a folder)",
+                           choices=PRESETS)
     teacher: str = free_key("", "folder of the teacher, in Hugging Face's format")
     student: str = free_key("", "folder of the student; scratch:LxD: L new layers, D wide; layers:N: N evenly spaced "
                                 "layers of the teacher")
@@ -82,7 +120,7 @@ class Config:
     domains: str = key("", "name,name,… of the bins' domains (default: all)")
 
     # The method
-    method: str = key("ddk", "the arm")
+    method: str = key("ddk", "the arm", choices=ARMS)
     gamma: float = key(0.2, "γ, weight of the divergence from the teacher", minimum=0)
     temperature: float = key(1.0, "T, divides the logits of both models in the divergence", minimum=1e-3)
     alpha: float = key(0.5, "α, how much of r follows the discrepancies; the rest is uniform", minimum=0, maximum=1)
@@ -122,42 +160,6 @@ class Config:
     wandb: bool = free_key(False, "log to Weights & Biases too")
     dry_run: bool = free_key(False, "check everything, print what the run would take, and stop")
     pretrain_steps: int = free_key(1200, "quickstart: steps of its teacher; of its base, a quarter", minimum=4)
-
-
-# Config's own defaults are the paper's, so its presets name models only. The paper does not give block_size,
-# weight_decay, grad_clip and AdamW's betas: those are ours, and so are the names of the folders.
-PRESETS = {
-    "quickstart": dict(interval=25, val_samples=64, block_size=256, batch_size=8, max_steps=300, lr=1e-3, min_lr=1e-4,
-                       warmup_steps=20, save_every=100),
-    "paper": {},
-    "qwen1.5-14b-1.8b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-1.8B"),
-    "qwen1.5-14b-4b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-4B"),
-    "qwen1.5-7b-1.8b": dict(teacher="models/Qwen1.5-7B", student="models/Qwen1.5-1.8B"),
-    "llama2-13b-tinyllama-1.1b": dict(teacher="models/Llama-2-13b-hf", student="models/TinyLlama-1.1B"),
-    "starcoder-15.5b-3b": dict(teacher="models/starcoder", student="models/starcoderbase-3b"),
-}
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A method that the paper compares. The defaults are DDK's, so a row of ARMS says what differs."""
-    help: str
-    rule: str = "ddk"  # what draws the data: a row of sample_mixture.RULES
-    divergence: str | None = "forward"  # or reverse; None: cross-entropy alone
-    needs_teacher: bool = True
-    added_loss: type | None = None  # a term besides Eq. 3, see TED
-    window_weights: Callable | None = None  # a weight for each window of a batch, see DoReMi's proxy
-    at_end: Callable | None = None  # called with (config, state) after the last step
-
-
-ARMS = {
-    "ddk": Arm("r by Eq. 2 after every K steps"),
-    "ddk_no_fs": Arm("without factor smoothing: r by Eq. 1 after every K steps", rule="ddk_no_fs"),
-    "ddk_es": Arm("equal sampling: all domains alike", rule="equal"),
-    "kd": Arm("knowledge distillation in the natural mixture", rule="natural"),
-    "minillm": Arm("KD with teacher-forced reverse KL", rule="natural", divergence="reverse"),
-    "cpt": Arm("continued pre-training: the student alone", rule="natural", divergence=None, needs_teacher=False),
-}  # ted and doremi_proxy add their rows where they stand, further below
 
 
 # ------------ Eq. 3 ---------------------------------------------------------------------------------------------------
@@ -290,7 +292,7 @@ class TrainState:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Of the update after `step` finished ones: linear up to lr in warmup_steps, then cosine to min_lr at the last."""
+    """Learning rate of update step + 1: linear up to lr in warmup_steps, then cosine to min_lr at the last update."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     decay_steps = config.max_steps - 1 - config.warmup_steps
@@ -314,7 +316,7 @@ def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
 
 
 def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer: torch.optim.Optimizer,
-                  windows: torch.Tensor, window_weights: torch.Tensor, added_loss, vocab_size: int,
+                  windows: torch.Tensor, window_weights: torch.Tensor, *, added_loss, vocab_size: int,
                   config: Config) -> dict[str, float]:
     """One update of the student by Eq. 3 → loss, ce, kl, lr and grad_norm, the same on all ranks.
 
@@ -329,10 +331,11 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
     # Forward and backward passes, one micro-batch at a time. The gradients add up.
     totals = torch.zeros(3, device=windows.device)
     micro_batches = windows.split(config.micro_batch_size)
+    weights_of_each = my_weights.split(config.micro_batch_size)
     for i, micro_batch in enumerate(micro_batches):
         inputs = micro_batch[:, :-1]
         targets = micro_batch[:, 1:]
-        token_weights = my_weights.split(config.micro_batch_size)[i][:, None].expand_as(targets)
+        token_weights = weights_of_each[i][:, None].expand_as(targets)
 
         # DDP reduces gradients in the last backward pass only. FSDP reduces each, so as to hold shards alone.
         if is_ddp:
@@ -369,7 +372,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
         grad_norm = grad_norm.full_tensor()
     grad_norm = grad_norm.item()
 
-    # Every rank decides alike whether to go on.
+    # Summed over ranks, so that all of them stop, or none.
     loss, ce, kl = over_ranks(totals).tolist()
     if not math.isfinite(loss + grad_norm):
         refuse(f"step {step}: loss {loss}, gradient norm {grad_norm}. The update was not made, and nothing is saved. "
@@ -388,7 +391,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
 
 
 def hidden_and_head(hidden, head):
-    """A loss_fn for GPT that hands on what it gets."""
+    """A loss_fn for GPT that returns what it is given."""
     return hidden, head
 
 
@@ -435,26 +438,26 @@ def train(config: Config) -> Path:
                 added_loss.pretrain(student, teacher, bins, base, config)
             run.log("run", 0, config=asdict(config), rule=arm.rule, base=dict(zip(bins.names, base.tolist())),
                     versions=environment(), parameters=count_parameters(teacher=teacher, student=student))
-        trained = student
+        wrapped_student = student
         if config.parallel == "ddp":
-            trained = DistributedDataParallel(student)
+            wrapped_student = DistributedDataParallel(student)
 
         run.catch_signals()
         loop_started = time.perf_counter()
         first_step = state.step
         while True:
-            # Every K steps, and at the end: measure ℓ_S, update r, log. A resumed step has been evaluated already.
+            # Every K steps, and at the end: measure ℓ_S, update r, log. A checkpoint was written after that.
             t, steps_since_update = divmod(state.step, config.interval)
             last = state.step >= config.max_steps
-            if (steps_since_update == 0 or last) and state.step != saved_step:
+            just_resumed = state.step == saved_step
+            if (steps_since_update == 0 or last) and not just_resumed:
                 student_ppl = measure(student)
                 state.domains = measured_domains(student_ppl, state.teacher_ppl, sampler, config.block_size)
                 if steps_since_update == 0:
                     r, state.rule = RULES[arm.rule](state.rule, list(student_ppl.values()),
                                                     list(state.teacher_ppl.values()), base, config.alpha)
                     sampler.probs = r
-                    run.log("mixture", state.step, t=t, r=dict(zip(bins.names, sampler.probs.tolist())),
-                            domains=state.domains)
+                    run.log("mixture", state.step, t=t, r=dict(zip(bins.names, r.tolist())), domains=state.domains)
                 if state.step == 0:
                     state.first_domains = state.domains
                     print_table(state.domains, state.domains)
@@ -466,11 +469,10 @@ def train(config: Config) -> Path:
             # Save: every save_every steps, at the end, and when a signal asks for it.
             signal_number = run.signal_on_any_rank()
             save_due = config.save_every > 0 and state.step > 0 and state.step % config.save_every == 0
-            if (last or save_due or signal_number) and state.step != saved_step:
+            if (last or save_due or signal_number) and not just_resumed:
                 state.finished = last
                 state.sampler = sampler.state_dict()
                 run.save(state, student, optimizer, added_loss, bins, config.keep)
-                saved_step = state.step
             if last:
                 return run.folder_of(state.step)
             if signal_number:
@@ -487,8 +489,8 @@ def train(config: Config) -> Path:
                     state.window_weights, student, teacher, windows, domain_ids, sampler, config)
 
             # One update of the student
-            measured = training_step(state.step, trained, teacher, optimizer, windows, window_weights, added_loss,
-                                     bins.vocab_size, config)
+            measured = training_step(state.step, wrapped_student, teacher, optimizer, windows, window_weights,
+                                     added_loss=added_loss, vocab_size=bins.vocab_size, config=config)
             state.step += 1
 
             # Log
@@ -600,7 +602,7 @@ class ChunkedLoss(torch.autograd.Function):
 
         if wants_gradient:
             ctx.save_for_backward(grad_hidden, grad_head)
-        loss, ce, kl = totals.unbind()
+        loss, ce, kl = (total.clone() for total in totals)  # FSDP2 warns of outputs that are views
         ctx.mark_non_differentiable(ce, kl)
         return loss, ce, kl
 
@@ -669,21 +671,28 @@ def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     return values
 
 
-def on_rank_0(function: Callable, *args):
-    """What `function(*args)` returns on rank 0, on every rank. A UserError or OSError there ends all ranks."""
-    result = [None]
+def on_rank_0(function: Callable, *args, share: bool = True):
+    """What `function(*args)` returns on rank 0, on every rank; without `share`, None on the others.
+
+    A UserError or OSError on rank 0 ends all ranks."""
+    result = None
+    error = None
     if rank() == 0:
         try:
-            result = [function(*args)]
-        except BrokenPipeError:  # run_program's
+            result = function(*args)
+        except BrokenPipeError:  # run_program ends the program quietly
             raise
-        except (UserError, OSError) as error:
-            result = [UserError(str(error))]
+        except (UserError, OSError) as exception:
+            error = str(exception)
     if dist.is_initialized():
-        dist.broadcast_object_list(result)
-    if isinstance(result[0], UserError):
-        refuse(str(result[0]))
-    return result[0]
+        shared = [(result if share else None, error)]
+        dist.broadcast_object_list(shared)
+        error = shared[0][1]
+        if rank() != 0:
+            result = shared[0][0]
+    if error is not None:
+        refuse(error)
+    return result
 
 
 def refuse(message: str):
@@ -780,27 +789,26 @@ def load_models(config: Config, sizes: dict[str, GPTConfig], resumed: Path | Non
 
 
 def load_model(source: str, config: Config, sizes: GPTConfig, dtype: torch.dtype) -> GPT:
-    """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher. Read on rank 0 alone; the other
-    ranks get a model without memory, which `spread` fills."""
-    with torch.device("meta"):
-        model = GPT(sizes).to(dtype)
-
-    def read() -> None:
-        nonlocal model
-        kind, _, size = source.partition(":")
-        if kind == "scratch":
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(config.seed)
-                model = GPT(sizes)
-        elif kind == "layers":
-            model = GPT.from_pretrained(config.teacher)
-            model.keep_layers(int(size))
-            model.to(dtype)
-        else:
-            model = GPT.from_pretrained(source, dtype)
-
-    on_rank_0(read)
+    """The model that `source` names, read on rank 0. Other ranks get one on the meta device, for `spread` to fill."""
+    model = on_rank_0(read_model, source, config, sizes, dtype, share=False)
+    if model is None:
+        with torch.device("meta"):
+            model = GPT(sizes).to(dtype)
     return model
+
+
+def read_model(source: str, config: Config, sizes: GPTConfig, dtype: torch.dtype) -> GPT:
+    """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
+    kind, _, size = source.partition(":")
+    if kind == "scratch":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            return GPT(sizes)
+    if kind == "layers":
+        model = GPT.from_pretrained(config.teacher)
+        model.keep_layers(int(size))
+        return model.to(dtype)
+    return GPT.from_pretrained(source, dtype)
 
 
 def spread(model: GPT, config: Config, shard: bool):
@@ -869,7 +877,9 @@ class RunFolder(ExitStack):
         bins, model_configs = preflight(config)
         record = {"config": asdict(config), "content": experiment_content(config, bins)}
 
-        # Take the folder for this process alone.
+        # Take the folder for this process alone, if it is a run's.
+        if self.out_dir.exists() and os.listdir(self.out_dir) and not (self.out_dir / "metrics.jsonl").exists():
+            raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; name another one")
         if config.resume == "never" and self.out_dir.exists():
             os.close(lock_folder(self.out_dir))
             os.replace(self.out_dir, free_name(self.out_dir))
@@ -1133,15 +1143,9 @@ def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, st
     Raises UserError if they are of other domains or of another model."""
     with user_errors(folder / "train_state.json", NOT_AS_SAVED):
         sampler.load_state_dict(state.sampler)
-    saved = {"optimizer": {}, "added_loss": None}
-
-    def read() -> None:
-        nonlocal saved
-        saved = read_optimizer(folder, student)
-
-    on_rank_0(read)
+    saved = on_rank_0(read_optimizer, folder, student, share=False) or {"optimizer": {}, "added_loss": None}
     if added_loss is not None:
-        added_loss.load_state_dict(on_rank_0(lambda: saved["added_loss"]))
+        added_loss.load_state_dict(on_rank_0(saved.get, "added_loss"))
     if state.step > 0:
         set_optimizer_state_dict(student, optimizer, saved["optimizer"], options=whole_tensors())
         # Loading makes a list of the tuple, and checkpoints of a resumed run are to be equal to the bit.
@@ -1263,7 +1267,7 @@ def check_model(role: str, folder: str, model: GPTConfig, bins: TokenBins):
     try:
         tokenizer = model_tokenizer(Path(folder), bins.tokenizer["eot_token"])
     except UserError as error:
-        raise UserError(f"--{role}={folder}: {error}; {make_anew}") from None
+        raise UserError(f"--{role}={folder}: {error}") from None
     if tokenizer is None:
         print(f"WARNING: --{role}={folder} has no tokenizer files; it is taken, since it has enough ids for the bins")
     elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:
@@ -1302,7 +1306,7 @@ def contradictions(config: Config) -> list[str]:
         problems.append(f"--stop_ratio={config.stop_ratio}: a ratio requires a teacher; name its folder with --teacher")
 
     # Folders
-    if not os.path.isdir(config.data_dir) and not makes_models:
+    if config.data_dir and not os.path.isdir(config.data_dir) and not makes_models:
         problems.append(f"--data_dir={config.data_dir}: no such folder; make bins there with data.py")
     if os.path.isfile(config.out_dir):
         problems.append(f"--out_dir={config.out_dir}: is a file; name a folder")
@@ -1416,9 +1420,9 @@ def usage(student: GPT, teacher: GPT | None, tokens_per_s: float, config: Config
     if not config.device.startswith("cuda"):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"  # macOS counts bytes, Linux KiB
-    text = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    text = f"{torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB"
     for name, peak_flops in PEAK_FLOPS.items():
-        if name in torch.cuda.get_device_name():
+        if name in torch.cuda.get_device_name(config.device):
             flops_per_s = step_flops(student, teacher, config) * tokens_per_s / (config.batch_size * config.block_size)
             text += f"  MFU {flops_per_s / (peak_flops * world_size()):.0%}"
     return text
@@ -1532,8 +1536,6 @@ class TED:
     def load_state_dict(self, state: dict):
         self.filters.load_state_dict(state["filters"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for group in self.optimizer.param_groups:
-            group["betas"] = tuple(group["betas"])
 
 
 def evenly_spaced(layers, n: int) -> list:
@@ -1753,8 +1755,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     for name, entry in keys.items():
         # A boolean key alone means true. Values are converted below, so that all problems are reported together.
         alone = "true" if entry.type is bool else None
-        choices = allowed_values(name)
-        metavar = "|".join(choices) if choices else "VALUE"
+        metavar = "|".join(entry.metadata["choices"] or ["VALUE"])
         parser.add_argument(f"--{name}", nargs="?", const=alone, default=argparse.SUPPRESS, metavar=metavar,
                             help=help_of(name).replace("%", "%%"))
     texts, unknown = parser.parse_known_args(argv)
@@ -1782,15 +1783,6 @@ def parse_config(argv: list[str] | None = None) -> Config:
     return config
 
 
-def allowed_values(name: str) -> list[str] | None:
-    """The words that a key takes; None if it takes more than a few."""
-    if name == "method":
-        return list(ARMS)
-    if name == "preset":
-        return list(PRESETS)
-    return Config.__dataclass_fields__[name].metadata["choices"]
-
-
 def help_of(name: str) -> str:
     """The meaning of a key, with its default and, where it differs, the quickstart's."""
     entry = Config.__dataclass_fields__[name]
@@ -1808,7 +1800,7 @@ def help_of(name: str) -> str:
 def convert(name: str, text: str | None):
     """The value of a key from its text. Raises UserError."""
     entry = Config.__dataclass_fields__[name]
-    choices = allowed_values(name)
+    choices = entry.metadata["choices"]
     if text is None:
         raise UserError(f"--{name}: requires a value")
     if choices and text not in choices:
@@ -1842,7 +1834,7 @@ def resolve_config(given: dict) -> Config:
         if not names_folder:
             preset = "quickstart"
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
-    if not config.data_dir:
+    if not config.data_dir and preset:
         config = replace(config, data_dir=f"data/{preset}")
     if not config.out_dir:
         config = replace(config, out_dir=f"out/{preset}-{config.method}-{config.seed}")

@@ -176,21 +176,18 @@ class MixtureSampler:
         edges /= edges[-1]  # ends at exactly 1, and a last domain of probability 0 stays empty
         counts = np.diff(np.ceil(B * edges - start)).astype(np.int64)
 
-        # Each domain's next windows, in the order of its walk
-        in_order = np.repeat(np.arange(len(counts)), counts)
-        first_place = np.cumsum(counts) - counts
-        positions = self.drawn[in_order] + np.arange(B) - first_place[in_order]
-
-        # Shuffle the places of the batch among the domains. Within a domain the windows keep their order: the stable
-        # sort lists the places of domain 0 from left to right, then those of domain 1, and so on.
+        # Shuffle the places of the batch among the domains.
         places = keyed_permutation(np.arange(B), B, random_hash(self.seed, PLACES, self.step)).astype(np.int64)
-        domain_ids = in_order[places]
-        position_of_place = np.empty(B, dtype=np.int64)
-        position_of_place[np.argsort(domain_ids, kind="stable")] = positions
+        domain_ids = np.repeat(np.arange(len(counts)), counts)[places]
+
+        # Within a domain, the windows come in the order of its walk.
+        positions = np.empty(B, dtype=np.int64)
+        for i in np.flatnonzero(counts):
+            positions[domain_ids == i] = self.drawn[i] + np.arange(counts[i])
 
         self.drawn += counts
         self.step += 1
-        return domain_ids, self.windows(domain_ids, position_of_place)
+        return domain_ids, self.windows(domain_ids, positions)
 
     def windows(self, domain_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The windows at `positions` (0 first) of the domains' endless walks, (B,) int64.
