@@ -9,7 +9,7 @@ Runs are distill.py's own (`train`), one after the other, in `out_dir`; the same
 stopped. What each run gave is kept in `results`, from which tables and figures are made, also without the runs.
 
 Perplexities are of the validation windows that steer r, as in the paper's Fig. 3: an arm that follows them is judged by
-what it follows. A step's time is that of the main loop: evaluations, TED's filters and DoReMi's two runs come on top.
+what it follows.
 """
 
 import argparse
@@ -60,8 +60,7 @@ CLAIMS = [
     *[(f"γ = 0.2 above {value}", "ddk", f"gamma={value}") for value in (0.0, 0.1, 0.3, 0.5)],
     *[(f"T = 1 above {value}", "ddk", f"temperature={value}") for value in (0.1, 0.2, 0.5, 2.0)],
 ]
-MEASURES = {"mean_ppl": "average perplexity", "mean_ratio": "mean ratio", "worst_ratio": "worst ratio",
-            "step_s": "a step's time, KD = 1"}
+MEASURES = {"mean_ppl": "average perplexity", "mean_ratio": "mean ratio", "worst_ratio": "worst ratio"}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 95 %, from 1 degree of freedom
 OWN_KEYS = ("method", "seed", "teacher", "student", "out_dir")  # of distill.py, which each run has its own of
 
@@ -158,8 +157,6 @@ def summary(out_dir: Path) -> dict:
     run_line = next(line for line in metrics if line["kind"] == "run")
     end = next(line for line in metrics if line["kind"] == "end")["domains"]
     mixtures = [line for line in metrics if line["kind"] == "mixture"]
-    train_lines = [line for line in metrics if line["kind"] == "train"]
-    step_seconds = [line["tokens"] / line["step"] / line["tokens_per_s"] for line in train_lines]
     ratios = [domain["ratio"] for domain in end.values()]
     first_ratios = [domain["ratio"] for domain in mixtures[0]["domains"].values()]
     return {
@@ -168,7 +165,6 @@ def summary(out_dir: Path) -> dict:
         "mean_ppl": statistics.mean(domain["student_ppl"] for domain in end.values()),
         "mean_ratio": statistics.mean(ratios),
         "worst_ratio": max(ratios),
-        "step_s": statistics.median(step_seconds),
         "first_worst_ratio": max(first_ratios),
         "steps": [line["step"] for line in mixtures],
         "r": {name: [round(line["r"][name], 5) for line in mixtures] for name in end},
@@ -186,15 +182,10 @@ def mean_and_error(values: list[float]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) / math.sqrt(len(values))
 
 
-def paired(results: dict, first: str, second: str, measure: str, relative: bool = False) -> list[float]:
-    """first − second, or first / second, at each seed that both have: what the arms share drops out."""
+def paired(results: dict, first: str, second: str, measure: str) -> list[float]:
+    """first − second at each seed that both have: what the arms share drops out."""
     seeds = results.get(first, {}).keys() & results.get(second, {}).keys()
-    values = []
-    for seed in sorted(seeds, key=int):
-        a = results[first][seed][measure]
-        b = results[second][seed][measure]
-        values.append(a / b if relative else a - b)
-    return values
+    return [results[first][seed][measure] - results[second][seed][measure] for seed in sorted(seeds, key=int)]
 
 
 def table(results: dict, names, measures) -> list[str]:
@@ -206,18 +197,12 @@ def table(results: dict, names, measures) -> list[str]:
             continue
         row = f"| `{name}` | {len(results[name])} |"
         for measure in measures:
-            if measure == "step_s":
-                values = paired(results, name, "kd", measure, relative=True)
-            else:
-                values = [one[measure] for one in results[name].values()]
-            row += f" {format_mean(values)} |"
+            row += f" {format_mean([one[measure] for one in results[name].values()])} |"
         lines.append(row)
     return lines
 
 
 def format_mean(values: list[float], sign: str = "", digits: int = 3) -> str:
-    if not values:
-        return ""
     mean, error = mean_and_error(values)
     text = f"{mean:{sign}.{digits}f}"
     if not math.isnan(error):
@@ -309,7 +294,7 @@ def write_report(results: dict, setting: str, folder: Path):
     lines = [f"Mean ± standard error over seeds; the worst ratio was {statistics.mean(first):.2f} before the runs.", "",
              *table(results, ARMS, MEASURES), ""]
     if results.keys() & ABLATIONS.keys():
-        lines += ["DDK with one value changed:", "", *table(results, ["ddk", *ABLATIONS], list(MEASURES)[:-1]), ""]
+        lines += ["DDK with one value changed:", "", *table(results, ["ddk", *ABLATIONS], MEASURES), ""]
     lines += ["The paper's claims, by paired differences over seeds, decided at 95 % (Student's t):", "",
               *verdicts(results)]
     text = "\n".join(lines) + "\n"
@@ -400,7 +385,7 @@ def main():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(results))
         print(f"{count}/{len(todo)}  {name}, seed {seed}: worst ratio {gave['worst_ratio']:.3f}, mean "
-              f"{gave['mean_ratio']:.3f}, {gave['step_s'] * 1000:.0f} ms a step on {gave['threads']} threads", flush=True)
+              f"{gave['mean_ratio']:.3f}", flush=True)
     write_report(results, args.setting, Path(args.assets or out_dir))
 
 
