@@ -54,6 +54,7 @@ def test_arms_and_ablations_by_name():
     assert all(name in ARMS | ABLATIONS for _, *names in CLAIMS for name in names)
 
 
+@pytest.mark.slow
 def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(tmp_path):
     keys = ("max_steps=2,interval=1,val_samples=2,batch_size=4,block_size=32,warmup_steps=1,"
             f"data_dir={tmp_path / 'bins'}")

@@ -10,7 +10,6 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import random
 import re
 import resource
@@ -19,13 +18,11 @@ import signal
 import socket
 import sys
 import time
-import types
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from conftest import read_lines
@@ -34,7 +31,7 @@ from torch.distributed.tensor import DTensor
 
 import data
 import distill
-from data import TokenBins, UserError, file_sha256, run_program
+from data import TokenBins, UserError, run_program
 from distill import list_checkpoints, resolve_config, train
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
@@ -759,6 +756,13 @@ def test_what_contradicts_the_processes_is_refused(
     assert not (tmp_path / "run").exists()
 
 
+def edit_json(path: Path, change):
+    """`change` what is in a file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
 @pytest.mark.parametrize("arguments, sharded", [
     ([], {"teacher", "student"}), (["--shard_teacher=false"], {"student"}), (["--parallel=ddp"], set())], ids=str)
 def test_a_dry_run_tells_the_memory_of_each_of_many_devices(
@@ -783,288 +787,6 @@ def test_a_dry_run_tells_the_memory_of_each_of_many_devices(
         mebibytes = {part: float(size.replace(",", "")) for part, size in re.findall(r"(\w+) ([\d.,]+) MiB", line)}
         share = n / 16 if role in sharded else n
         assert mebibytes == pytest.approx({part: w * share / 2**20 for part, w in widths[role].items()}, abs=0.06)
-
-
-# ----------------------------------------------- Bad input ---------------------------------------------------------
-
-# Here: what `python distill.py` says of a bins folder and of a run's folder in which something is wrong. Elsewhere:
-# what TokenBins refuses (test_data.py), command lines, models and tokenizers that do not fit (test_distill.py), damaged
-# models (test_model.py).
-
-
-def edit_json(path: Path, change):
-    """`change` what is in a file; a value that it returns replaces all of it."""
-    content = json.loads(path.read_text())
-    replaced = change(content)
-    path.write_text(json.dumps(content if replaced is None else replaced))
-
-
-def in_json(name: str, change):
-    return lambda folder: edit_json(folder / name, change)
-
-
-in_meta = partial(in_json, "meta.json")
-in_state = partial(in_json, "train_state.json")
-
-
-def as_uint32(bins: Path):
-    """meta.json calls digits' bins numbers of another type, and their sizes fit."""
-    def change(meta: dict):
-        domain = meta["domains"]["digits"]
-        domain["dtype"] = "uint32"
-        for entry in (domain["train"], domain["val"]):
-            path = bins / entry["file"]
-            os.truncate(path, path.stat().st_size // 4 * 4)
-            entry["tokens"] = path.stat().st_size // 4
-    edit_json(bins / "meta.json", change)
-
-
-def swap_bins(bins: Path):
-    (bins / "letters.train.bin").rename(bins / "aside")
-    (bins / "digits.train.bin").rename(bins / "letters.train.bin")
-    (bins / "aside").rename(bins / "digits.train.bin")
-
-
-def swap_bytes(bins: Path):
-    for path in bins.glob("*.bin"):
-        path.write_bytes(np.fromfile(path, "<u2").astype(">u2").tobytes())
-
-
-BAD_BINS = {
-    "truncated": (lambda bins: os.truncate(bins / "digits.train.bin", 1000), "digits.train.bin is not in the"),
-    "swapped": (swap_bins, ".train.bin is not in the"),
-    "twice the width": (in_meta(lambda meta: meta["domains"]["digits"].update(dtype="uint32")), "digits.train.bin is"),
-    "read as uint32": (as_uint32, "digits.val.bin: holds the id "),
-    "other endianness": (swap_bytes, ".val.bin: holds the id "),
-    "meta null": (in_meta(lambda meta: [None]), "meta.json: "),
-    "domain null": (in_meta(lambda meta: meta["domains"].update(digits=None)), "meta.json: "),
-    "file a number": (in_meta(lambda meta: meta["domains"]["digits"]["train"].update(file=3)), "meta.json: "),
-    "vocabulary text": (in_meta(lambda meta: meta["tokenizer"].update(vocab_size="257")), "meta.json: "),
-}
-
-
-@pytest.mark.parametrize("spoil, message", BAD_BINS.values(), ids=BAD_BINS)
-def test_bad_bins_are_one_message(run_main, given, tmp_path, spoil, message):
-    bins = shutil.copytree(given["data_dir"], tmp_path / "bins")
-    spoil(bins)
-    status, _, err = run_main(distill, *words({**given, **SHORT, "out_dir": tmp_path / "run", "data_dir": bins}))
-    assert status == 2 and err.startswith("error: ") and message in err and str(bins) in err
-    assert err.count("\n") == 1 and len(err) < 600
-    assert not (tmp_path / "run").exists()
-
-
-class Hostile:
-    """Unpickling it makes a file."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("unpickled").resolve(),)
-
-
-def text(name: str, content: bytes):
-    return lambda folder: (folder / name).write_bytes(content)
-
-
-def optimizer(content):
-    return lambda folder: torch.save(content, folder / "optimizer.pt")
-
-
-def without_moments(folder: Path):
-    saved = torch.load(folder / "optimizer.pt", weights_only=True)
-    saved["optimizer"]["state"] = {}
-    torch.save(saved, folder / "optimizer.pt")
-
-
-def of_three_layers(folder: Path):
-    GPT(GPTConfig.scratch(3, 32, 257, 16)).save_pretrained(folder)
-
-
-BAD_CHECKPOINTS = {  # with a manifest that fits: not damaged, but made so
-    "state not JSON": (text("train_state.json", b"{"), "train_state.json"),
-    "state a list": (in_state(lambda state: [1]), "train_state.json"),
-    "state of unknown keys": (in_state(lambda state: state.update(colour=3)), "train_state.json"),
-    "state without sampler": (in_state(lambda state: state.update(sampler=None)), "train_state.json"),
-    "sampler of other domains": (in_state(lambda state: state["sampler"].update(probs={"web": 1})), "train_state.json"),
-    "sampler without counts": (in_state(lambda state: state["sampler"].update(drawn={})), "train_state.json"),
-    "step text": (in_state(lambda state: state.update(step="four")), "train_state.json"),
-    "step of another folder": (in_state(lambda state: state.update(step=3)), "train_state.json"),
-    "optimizer hostile": (optimizer({"optimizer": Hostile()}), "optimizer.pt"),
-    "optimizer a bare pickle": (text("optimizer.pt", pickle.dumps(Hostile(), 2)), "optimizer.pt"),
-    "optimizer not a file of torch's": (text("optimizer.pt", b"moments"), "optimizer.pt"),
-    "optimizer a list": (optimizer([1, 2]), "optimizer.pt"),
-    "optimizer of nothing": (optimizer({}), "optimizer.pt"),
-    "optimizer of another model": (without_moments, "optimizer.pt"),
-    "weights of another size": (of_three_layers, "step_00000004"),
-    "weights not safetensors": (text("model.safetensors", b"weights"), "model.safetensors"),
-    "config of no model": (text("config.json", b"[]"), "config.json"),
-}
-
-
-def stop_at(step: int, keys: dict):
-    """Run in this process until a SIGTERM at `step`."""
-    with patch.dict(distill.ARMS), pytest.raises(SystemExit):
-        Watch(dict(what="signal", at=step, signal=signal.SIGTERM), 0, Path()).install()
-        train(resolve_config(keys))
-
-
-@pytest.fixture(scope="module")
-def stopped(given, tmp_path_factory) -> Path:
-    out_dir = tmp_path_factory.mktemp("stopped") / "run"
-    stop_at(4, {**given, **SHORT, "out_dir": str(out_dir)})
-    return out_dir
-
-
-@pytest.fixture
-def go_on(run_main, given, stopped, tmp_path, monkeypatch):
-    """Runs the same command after `spoil(folder)`: (exit status, stdout, stderr)."""
-    def go_on(spoil, folder: str = ""):
-        shutil.copytree(stopped, tmp_path / "run")
-        monkeypatch.chdir(tmp_path)
-        spoil(tmp_path / "run" / folder)
-        return run_main(distill, *words({**given, **SHORT, "out_dir": tmp_path / "run"}))
-    return go_on
-
-
-@pytest.mark.parametrize("spoil, named", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
-def test_a_checkpoint_that_no_run_wrote_is_one_message_and_runs_no_code(go_on, tmp_path, spoil, named):
-    def spoil_and_sign(folder):
-        spoil(folder)
-        files = [path for path in folder.iterdir() if path.name != "manifest.json"]
-        (folder / "manifest.json").write_text(json.dumps({path.name: file_sha256(path) for path in files}))
-
-    status, _, err = go_on(spoil_and_sign, "step_00000004")
-    assert not (tmp_path / "unpickled").exists()
-    assert status == 2 and err.startswith("error: ") and named in err and "step_00000004" in err
-    assert err.count("\n") == 1
-
-
-BAD_MANIFESTS = {
-    "out of its folder": lambda manifest: manifest.update({"../config.json": file_sha256(Path("run/config.json"))}),
-    "absolute": lambda manifest: manifest.update({"/etc/passwd": file_sha256(Path("/etc/passwd"))}),
-    "its own folder": lambda manifest: manifest.update({"..": None}),
-    "a file that is not there": lambda manifest: manifest.update({"more.pt": None}),
-    "without the optimizer": lambda manifest: {"config.json": manifest["config.json"]},
-    "a list": lambda manifest: list(manifest),
-    "hashes of hashes": lambda manifest: {name: {"sha256": sha256} for name, sha256 in manifest.items()},
-    "another hash": lambda manifest: manifest.update({"optimizer.pt": "0" * 64}),
-    "null": lambda manifest: [None],
-}
-
-
-@pytest.mark.parametrize("change", BAD_MANIFESTS.values(), ids=BAD_MANIFESTS)
-def test_a_checkpoint_whose_manifest_does_not_fit_is_renamed(go_on, straight, tmp_path, change):
-    status, out, err = go_on(lambda folder: edit_json(folder / "manifest.json", change), "step_00000004")
-    assert (status, err) == (0, "")
-    assert "step_00000004: " in out and "renamed corrupt_step_00000004" in out
-    assert "continuing from step_00000002" in out
-    assert_same_to_the_bit(tmp_path / "run", straight)
-
-
-def spoil_line(line: bytes):
-    """Puts a line into the middle of metrics.jsonl."""
-    def spoil(out_dir: Path):
-        lines = (out_dir / "metrics.jsonl").read_bytes().splitlines(True)
-        lines.insert(2, line + b"\n")
-        (out_dir / "metrics.jsonl").write_bytes(b"".join(lines))
-    return spoil
-
-
-def metrics_a_folder(run: Path):
-    (run / "metrics.jsonl").unlink()
-    (run / "metrics.jsonl").mkdir()
-
-
-BAD_RUNS = {
-    "config not JSON": (text("config.json", b"{"), "config.json: "),
-    "config missing": (lambda run: (run / "config.json").unlink(), "config.json: "),
-    "config a list": (text("config.json", b"[]"), "config.json: "),
-    "config of lists": (text("config.json", b'{"config": [], "content": []}'), "config.json: "),
-    "config without content": (text("config.json", b'{"config": {}}'), "config.json: "),
-    "config not text": (text("config.json", b"\xff\xfe"), "config.json: "),
-    "a line not JSON": (spoil_line(b"step 3"), "metrics.jsonl"),
-    "a line not text": (spoil_line(b"\xff\xfe"), "metrics.jsonl"),
-    "a line without kind": (spoil_line(b'{"step": 1}'), "metrics.jsonl"),
-    "a line of a list": (spoil_line(b"[1, 2]"), "metrics.jsonl"),
-    "a line whose step is text": (spoil_line(b'{"kind": "train", "step": "one"}'), "metrics.jsonl"),
-    "metrics a folder": (metrics_a_folder, "metrics.jsonl"),
-}
-
-
-@pytest.mark.parametrize("spoil, message", BAD_RUNS.values(), ids=BAD_RUNS)
-def test_a_runs_folder_that_no_run_wrote_is_one_message(go_on, tmp_path, spoil, message):
-    status, _, err = go_on(spoil)
-    assert status == 2 and err.startswith("error: ") and message in err and str(tmp_path / "run") in err
-    assert err.count("\n") == 1
-    assert whole_checkpoints(tmp_path / "run") == [2, 4]  # nothing is lost
-
-
-# ----------------------------------------------- Metrics for other programs ----------------------------------------
-
-
-class Sink:
-    """Stands for SummaryWriter and for wandb's run: keeps what it is told."""
-
-    def __init__(self, *arguments, **keywords):
-        self.keywords = keywords
-        self.numbers = {}  # key → [(step, value)]
-        self.closed = 0
-
-    def add_scalar(self, key, value, step):
-        assert isinstance(value, int | float), key
-        self.numbers.setdefault(key, []).append((step, value))
-
-    def log(self, values, step):
-        for key, value in values.items():
-            self.add_scalar(key, value, step)
-
-    def close(self):
-        self.closed += 1
-
-    finish = close
-
-
-def test_tensorboard_and_wandb_get_the_numbers_of_every_line_once(given, tmp_path, monkeypatch):
-    made = []
-
-    def make(*arguments, **keywords):
-        made.append(Sink(*arguments, **keywords))
-        return made[-1]
-
-    writer = types.SimpleNamespace(SummaryWriter=make)
-    monkeypatch.setitem(sys.modules, "tensorboard", types.ModuleType("tensorboard"))
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", writer)
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=make))
-    run = tmp_path / "run"
-    keys = {**given, **SHORT, "out_dir": str(run), "tensorboard": True, "wandb": True}
-    assert distill.contradictions(resolve_config(keys)) == []
-    stop_at(5, keys)
-    train(resolve_config(keys))
-    assert [sink.closed for sink in made] == [1, 1, 1, 1]
-    tensorboard, wandb, resumed_tensorboard, resumed_wandb = made
-
-    mixtures = read_lines(run, "mixture")
-    expected = {}
-    for key in ("loss", "ce", "kl", "lr", "grad_norm", "tokens"):
-        expected[f"train/{key}"] = [(line["step"], line[key]) for line in read_lines(run, "train")]
-    for domain in NAMES:
-        expected[f"{domain}/r"] = [(line["step"], line["r"][domain]) for line in mixtures]
-        for key in ("student_ppl", "teacher_ppl", "ratio", "tokens", "epochs"):
-            expected[f"{domain}/{key}"] = [(line["step"], line["domains"][domain][key])
-                                           for line in mixtures + read_lines(run, "end")]
-    for key, values in expected.items():
-        assert tensorboard.numbers[key] + resumed_tensorboard.numbers.get(key, []) == values
-        assert wandb.numbers[key] + resumed_wandb.numbers.get(key, []) == values
-    assert tensorboard.keywords["purge_step"] == 1
-    assert resumed_tensorboard.keywords["purge_step"] == 6  # it does this step anew
-    assert wandb.keywords["id"] == resumed_wandb.keywords["id"]
-    assert wandb.keywords["resume"] == "allow" and wandb.keywords["config"]["seed"] == 0
-
-
-def test_a_missing_package_of_a_sink_is_one_message(run_main, given, tmp_path, monkeypatch):
-    for name in ("tensorboard", "wandb", "torch.utils.tensorboard"):
-        monkeypatch.setitem(sys.modules, name, None)
-    status, out, err = run_main(distill, *words({**given, "out_dir": tmp_path / "run"}), "--tensorboard", "--wandb")
-    assert (status, out) == (2, "") and not (tmp_path / "run").exists()
-    assert re.fullmatch("".join(f"error: --{name}: .*pip install {name}\n" for name in ("tensorboard", "wandb")), err)
 
 
 if __name__ == "__main__":  # what torchrun starts: FOLDER EVENT KEYS

@@ -75,6 +75,7 @@ def test_the_commands_of_the_readme_work_as_written(checkout):
         assert wanted in commands
     for name in ("teacher", "student"):
         shutil.copytree(checkout / "data/quickstart/teacher/step_00000004", checkout / "path" / "to" / name)
+    shutil.copytree(checkout / "data" / "quickstart", checkout / "data" / "try")
     newest = checkout / "out" / "quickstart-ddk-0"
     shutil.copytree(newest / "step_00000004", newest / "step_00000300")
     for command in commands:
