@@ -480,9 +480,7 @@ def train(config: Config) -> Path:
 
             # Draw the next batch by r. Each rank reads its share of the windows.
             started = time.perf_counter()
-            domain_ids, window_ids = sampler.next_batch()
-            mine = rank_slice(config)
-            windows = torch.from_numpy(bins.train_windows(domain_ids[mine], window_ids[mine])).to(config.device)
+            domain_ids, windows = next_windows(sampler, bins, config)
             window_weights = torch.ones(config.batch_size)
             if arm.window_weights is not None:
                 window_weights, state.window_weights = arm.window_weights(
@@ -663,6 +661,14 @@ def rank_slice(config: Config) -> slice:
     return slice(rank() * share, (rank() + 1) * share)
 
 
+def next_windows(sampler: MixtureSampler, bins: TokenBins, config: Config) -> tuple[np.ndarray, torch.Tensor]:
+    """Draw the next batch → domain_ids of the whole batch (B,), and this rank's windows (n, block_size + 1)."""
+    domain_ids, window_ids = sampler.next_batch()
+    mine = rank_slice(config)
+    windows = torch.from_numpy(bins.train_windows(domain_ids[mine], window_ids[mine]))
+    return domain_ids, windows.to(config.device)
+
+
 def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
     """The ranks' `values` summed, or reduced by `op`, on every rank."""
     if dist.is_initialized():
@@ -744,13 +750,14 @@ def process_group(config: Config):
 
 def resolve_auto(config: Config) -> Config:
     """`config` with what this machine and these processes make of each `auto`, and of micro_batch_size=0."""
-    on_cuda = resolve_device(config.device).type == "cuda"
+    device = resolve_device(config.device)
+    on_cuda = device.type == "cuda"
     parallel = "none"
     if dist.is_initialized():
         shardable = ARMS[config.method].added_loss is None
         parallel = "fsdp" if on_cuda and shardable else "ddp"
     choices = {
-        "device": str(resolve_device(config.device)),
+        "device": str(device),
         "dtype": "bfloat16" if on_cuda else "float32",
         "compile": "true" if on_cuda else "false",
         "parallel": parallel,
@@ -1480,9 +1487,7 @@ class TED:
         print(f"TED's filters: {steps} steps", flush=True)
         for _ in range(steps):
             # This rank's windows, through both models: the hooks keep the layers' outputs.
-            domain_ids, window_ids = sampler.next_batch()
-            mine = rank_slice(config)
-            windows = torch.from_numpy(bins.train_windows(domain_ids[mine], window_ids[mine])).to(config.device)
+            _, windows = next_windows(sampler, bins, config)
             for micro_batch in windows.split(config.micro_batch_size):
                 inputs = micro_batch[:, :-1]
                 targets = micro_batch[:, 1:]
@@ -1704,22 +1709,24 @@ def quickstart(config: Config) -> Config:
     """Make what the quickstart lacks, in `data_dir`: bins, teacher, student base. Returns `config` with its models.
 
     Every arm and seed then starts from the same two models."""
-    on_rank_0(make_quickstart_bins, config)
-    models = quickstart_models(config.pretrain_steps)
-    sizes = {role: getattr(config, role) or keys["student"] for role, keys in models.items()}
-    if config.dry_run:
-        return replace(config, **sizes)
+    # The runs of the models that the user has not named, checked before anything is made
+    runs = {}
+    for role, keys in quickstart_models(config.pretrain_steps).items():
+        if not getattr(config, role):
+            runs[role] = pretraining(keys, data_dir=config.data_dir, out_dir=f"{config.data_dir}/{role}",
+                                     device=config.device, compile=config.compile, timeout=config.timeout)
+            problems = contradictions(runs[role])
+            if problems:
+                refuse("\n".join(problems))
 
-    # Check the run itself before minutes of training; then train the models that the user has not named.
-    on_rank_0(preflight, replace(config, **sizes))
-    for role, keys in models.items():
-        if getattr(config, role):
-            continue
-        run = pretraining(keys, data_dir=config.data_dir, out_dir=f"{config.data_dir}/{role}", device=config.device,
-                          compile=config.compile, timeout=config.timeout)
-        problems = contradictions(run)
-        if problems:
-            refuse("\n".join(problems))
+    # The bins, and then the main run's own checks, before minutes of training
+    on_rank_0(make_quickstart_bins, config)
+    whole_config = replace(config, **{role: run.student for role, run in runs.items()})
+    if config.dry_run:
+        return whole_config
+    on_rank_0(preflight, whole_config)
+
+    for role, run in runs.items():
         print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}", flush=True)
         try:
             folder = train(run)
@@ -1826,7 +1833,6 @@ def convert(name: str, text: str | None):
 
 def resolve_config(given: dict) -> Config:
     """A whole Config from the keys given: below them the preset's values, then what follows from others."""
-    given = dict(given)
     preset = given.get("preset", "")
     if not preset:
         student = given.get("student", "")
