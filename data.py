@@ -1,6 +1,7 @@
 """Text to per-domain token bins, and bins to windows.
 
     python data.py --out_dir=data/mine --tokenizer=bytes 'code=src/**/*.py' books=books/ web=web.jsonl.gz
+    python data.py --out_dir=data/pile --tokenizer=DIR --domain_key=meta.pile_set_name 'pile/*.jsonl.zst'
     python data.py --verify=data/mine
 
 A bins folder holds for each domain NAME.train.bin and NAME.val.bin: token ids without a header, little-endian, uint16
@@ -23,7 +24,7 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,6 +72,21 @@ def import_optional(module: str, needed_for: str):
     package = module.partition(".")[0]
     with user_errors(needed_for, f"pip install {package}"):
         return importlib.import_module(module)
+
+
+def hub_folder(source: str | Path, key: str, files: Iterable[str]) -> Path | None:
+    """The folder that holds `files` (patterns) of the model `source` of the Hugging Face Hub; None if it is no name.
+
+    A name is OWNER/MODEL, unless there is a folder or file of that name. What huggingface_hub's cache lacks is
+    downloaded. UserError if that cannot be done."""
+    if os.path.exists(source) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        return None
+    where = f"{key}={source}: no such folder, and not to be had from the Hugging Face Hub"
+    fix = (f"name a folder, or pip install huggingface_hub; where there is a network:  hf download {source} --local-dir "
+           f"models/{Path(source).name}")
+    with user_errors(where, fix):
+        import huggingface_hub
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
 
 
 def digest(*parts) -> str:
@@ -173,7 +189,7 @@ class TokenBins:
         """Windows of one bin, (len(window_ids), block_size + 1) int64. UserError if an id is not in the vocabulary."""
         path = self.dir / self.domains[name][side]["file"]
         dtype = np.dtype(self.domains[name]["dtype"]).newbyteorder("<")
-        # Mapped for each batch anew, as in nanoGPT: pages count as this process's memory while they are mapped.
+        # Mapped again for each batch, as in nanoGPT: pages count as this process's memory while they are mapped.
         tokens = np.memmap(path, dtype=dtype, mode="r")
         positions = window_ids[:, None] * self.block_size + np.arange(self.block_size + 1)
         windows = tokens[positions].astype(np.int64)
@@ -201,7 +217,7 @@ class TokenBins:
         return self._windows(name, "val", np.arange(start, start + count))
 
     def content(self) -> str:
-        """Identity of the tokens, in whichever folder they are: over the bins' entries and the tokenizer."""
+        """Identity of the tokens, independent of the folder: over the bins' entries and the tokenizer."""
         return digest(self.domains, self.tokenizer["fingerprint"])
 
 
@@ -250,21 +266,21 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
-    """The tokenizer `source`: "bytes", a tiktoken encoding, or a tokenizer.json or the folder that holds one.
-
-    `eot` is the token that ends a document; default: the tokenizer's own (`eos_token` in tokenizer_config.json).
-    UserError if there is no such tokenizer or token, or if it has to be downloaded and cannot be."""
-    path = Path(source)
+    """The tokenizer `source`: "bytes", a tiktoken encoding, a tokenizer.json or the folder that holds one,
+    or a model's name on the Hugging Face Hub. `eot` is the token that ends a document; default: the tokenizer's own
+    (`eos_token` in tokenizer_config.json). UserError if there is no such tokenizer or token, or if it has to be
+    downloaded and cannot be."""
     names = ["bytes", *tiktoken.list_encoding_names()]
-    # Names come first, whatever folders there are.
+    # Names come first, even if there is a folder of the same name.
     if source in names:
         return _tiktoken_tokenizer(source, eot)
+    path = hub_folder(source, "--tokenizer", TOKENIZER_FILES) or Path(source)
     if path.is_dir():
         return _huggingface_tokenizer(path / "tokenizer.json", eot)
     if path.name == "tokenizer.json":
         return _huggingface_tokenizer(path, eot)
-    raise UserError(f"--tokenizer={source}: expected a folder or file with a tokenizer.json, or one of "
-                    f"{' '.join(names)}")
+    raise UserError(f"--tokenizer={source}: expected a folder or file with a tokenizer.json, a name on the Hugging Face "
+                    f"Hub such as Qwen/Qwen1.5-14B, or one of {' '.join(names)}")
 
 
 def _tiktoken_tokenizer(name: str, eot: str) -> Tokenizer:
@@ -419,51 +435,114 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
 # ------------ Documents -----------------------------------------------------------------------------------------------
 
 PIECE = 8_000_000  # characters, about: a longer text file becomes several documents, so that memory stays bounded
+# Suffixes of files that hold no plain text, and what helps
+NOT_TEXT = {
+    ".csv": "write its rows to .jsonl or .parquet", ".tsv": "write its rows to .jsonl or .parquet",
+    **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar", ".bz2", ".xz"), "unpack it, or compress with .gz or .zst"),
+    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".xls", ".xlsx", ".ppt", ".pptx"), "extract its text"),
+    **dict.fromkeys((".bin", ".npy", ".npz", ".pt", ".pth", ".pkl", ".pickle", ".safetensors", ".gguf", ".so", ".arrow",
+                     ".exe", ".class", ".pyc", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".mp4", ".wav"),
+                    "name the files that are text"),
+}
 
 
-def expand_sources(sources: list[str]) -> dict[str, list[Path]]:
-    """NAME=GLOB words to domain → sorted files. A folder stands for all files below it that are not hidden."""
+def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Counter]) -> dict[str, list[Path]]:
+    """NAME=GLOB words to domain → sorted files; plain GLOB words to "" → files if the records are `labelled`.
+
+    A folder stands for all files below it that are not hidden; those that hold no text are left out and counted in
+    `left_out`, by domain. UserError if a glob names such a file, or if a domain has no file."""
     domains = {}
     for word in sources:
-        name, _, pattern = word.partition("=")
+        name, equals, pattern = word.partition("=")
+        if labelled:
+            name, pattern = "", word
+        elif not equals:
+            raise UserError(f"{word}: write NAME=GLOB or NAME=FOLDER; or name the --domain_key of labelled records")
+
         # glob leaves out names that begin with a dot.
-        if os.path.isdir(pattern):
+        is_folder = os.path.isdir(pattern)
+        if is_folder:
             pattern = os.path.join(glob.escape(pattern), "**")
-        files = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
+        matches = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
+        files = domains.setdefault(name, set())
+        for path in matches:
+            kind, fix = unreadable(path, labelled)
+            if kind is None:
+                files.add(path)
+            elif is_folder:
+                left_out[name][f"{kind} files"] += 1
+            else:
+                raise UserError(f"{word}: {path} is a {kind} file; {fix}")
         if not files:
-            raise UserError(f"{word}: no file matches {pattern!r}; write NAME=GLOB or NAME=FOLDER")
-        domains.setdefault(name, set()).update(files)
-        check_domains(domains)
+            raise UserError(f"{word}: no file of text matches {pattern!r}; name a folder or a glob of files")
+        if not labelled:
+            check_domains(domains)
     return {name: sorted(files) for name, files in domains.items()}
 
 
-def read_documents(domains: dict[str, list[Path]], text_key: str, left_out: Counter) -> Iterator[tuple[str, str]]:
-    """The documents of the files as a stream of (domain, text). UserError if a domain has none."""
-    for name, paths in domains.items():
+def unreadable(path: Path, labelled: bool) -> tuple[str, str] | tuple[None, None]:
+    """The kind of a file that data.py does not read, and what helps; (None, None) if it does."""
+    suffix = uncompressed_suffix(path)
+    if suffix in NOT_TEXT:
+        return suffix, NOT_TEXT[suffix]
+    if suffix == ".json" and not first_line_is_record(path):
+        return ".json", (f"one record per line is expected; for one array:  jq -c '.[]' {path} > "
+                         f"{path.with_suffix('.jsonl')}")
+    if labelled and suffix not in (".json", ".jsonl", ".parquet"):
+        return suffix or "plain", "--domain_key requires records, in .jsonl, .json or .parquet"
+    return None, None
+
+
+def uncompressed_suffix(path: Path) -> str:
+    """The suffix in lower case, without .gz or .zst behind it."""
+    if path.suffix in (".gz", ".zst"):
+        path = path.with_suffix("")
+    return path.suffix.lower()
+
+
+def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
+                   left_out: dict[str, Counter]) -> Iterator[tuple[str, str]]:
+    """The documents of the files as a stream of (domain, text). UserError if a domain has none.
+
+    With a `domain_key` the domain is what each record says there, made safe for the name of a file."""
+    labels = {}  # domain → the label that it was made from
+    for name, paths in files.items():
         found = False
         for path in paths:
-            for text in read_file(path, text_key, left_out):
+            for label, text in read_file(path, text_key, left_out[name], domain_key):
                 found = True
-                yield name, text
+                domain = name
+                if domain_key:
+                    domain = re.sub(r"[^A-Za-z0-9]+", "_", label).strip("_")
+                    if labels.setdefault(domain, label) != label:
+                        raise UserError(f"{path}: the labels {label!r} and {labels[domain]!r} would both be the domain "
+                                        f"{domain}; rename one in the records")
+                yield domain, text
         if not found:
-            raise UserError(f"domain {name}: no document in its {len(paths)} files")
+            raise UserError(f"domain {name}: no document in its {len(paths)} files" if name else
+                            f"--domain_key={domain_key}: no document with that key in the {len(paths)} files")
 
 
-def read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str]:
-    """The documents of a file: JSON records or rows of parquet by their `text_key`, else the whole text.
+def read_file(path: Path, text_key: str, left_out: Counter, domain_key: str = "") -> Iterator[tuple[str, str]]:
+    """The documents of a file as (label, text): records by their keys, else the whole text with the label "".
 
     `left_out` counts, by reason, what is not a document and what was replaced. UserError if the file is damaged."""
+    suffix = uncompressed_suffix(path)
     with user_errors(path, "copy it again"):
-        if path.suffix == ".parquet":
-            texts = _parquet_rows(path, text_key)
-        elif _holds_records(path):
-            texts = _json_records(path, text_key)
+        if suffix == ".parquet":
+            records = _parquet_rows(path, text_key, domain_key)
+        elif suffix in (".json", ".jsonl"):
+            records = _json_records(path)
         else:
-            texts = _text_pieces(path, left_out)
+            records = ({text_key: piece} for piece in _text_pieces(path, left_out))
         # Count what is not a document, and what is not valid Unicode.
-        for text in texts:
+        for record in records:
+            text = value_at(record, text_key)
+            label = value_at(record, domain_key) if domain_key else ""
             if not isinstance(text, str):
                 left_out[f"records without a text under the key {text_key}"] += 1
+            elif domain_key and not (isinstance(label, str) and re.search("[A-Za-z0-9]", label)):
+                left_out[f"records without a domain under the key {domain_key}"] += 1
             elif not text.strip():
                 left_out["empty documents"] += 1
             else:
@@ -471,7 +550,18 @@ def read_file(path: Path, text_key: str, left_out: Counter) -> Iterator[str]:
                 mended, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
                 if n_replaced > 0:
                     left_out["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
-                yield mended
+                yield label, mended
+
+
+def value_at(record, key: str):
+    """What a record holds under a key such as meta.source, the name itself or a path of names; None if nothing."""
+    if isinstance(record, dict) and key in record:
+        return record[key]
+    for name in key.split("."):
+        if not isinstance(record, dict):
+            return None
+        record = record.get(name)
+    return record
 
 
 def _open_text(path: Path):
@@ -484,34 +574,36 @@ def _open_text(path: Path):
     return opener(path, mode="rt", encoding="utf-8", errors="surrogateescape", newline="\n")
 
 
-def _holds_records(path: Path) -> bool:
-    """Whether a file holds one JSON record a line. An uncompressed .json does if its first line is an object."""
-    if path.suffix != ".json":
-        return re.search(r"\.jsonl$|\.jsonl?\.(gz|zst)$", path.name) is not None
-    with _open_text(path) as file:
+def first_line_is_record(path: Path) -> bool:
+    with user_errors(path, "copy it again"), _open_text(path) as file:
         first_line = file.readline(PIECE)
     try:
-        return isinstance(json.loads(first_line), dict)
+        return not first_line.strip() or isinstance(json.loads(first_line), dict)
     except ValueError:
         return False
 
 
-def _json_records(path: Path, text_key: str) -> Iterator[str | None]:
+def _json_records(path: Path) -> Iterator:
     with _open_text(path) as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                with user_errors(f"{path}, line {number}", "expected one JSON record"):
+                with user_errors(f"{path}, line {number}", "expected one JSON record per line"):
                     record = json.loads(line)
-                yield record.get(text_key) if isinstance(record, dict) else None
+                yield record
 
 
-def _parquet_rows(path: Path, text_key: str) -> Iterator[str | None]:
+def _parquet_rows(path: Path, text_key: str, domain_key: str) -> Iterator[dict]:
     file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
     columns = file.schema_arrow.names
-    if text_key not in columns:
-        raise UserError(f"{path}: no column {text_key}; --text_key must be one of {' '.join(columns)}")
-    for rows in file.iter_batches(columns=[text_key], batch_size=1024):
-        yield from rows.column(0).to_pylist()
+    wanted = []
+    for key, option in ((text_key, "--text_key"), (domain_key, "--domain_key")):
+        column = key if key in columns else key.partition(".")[0]
+        if key and column not in columns:
+            raise UserError(f"{path}: no column {column}; {option} must be one of {' '.join(columns)}")
+        if key:
+            wanted.append(column)
+    for rows in file.iter_batches(columns=wanted, batch_size=1024):
+        yield from rows.to_pylist()
 
 
 def _text_pieces(path: Path, left_out: Counter) -> Iterator[str]:
@@ -572,8 +664,8 @@ class BinWriter:
 class DomainBuild:
     """A domain that is being built: its two bins, and those of its documents that may become validation.
 
-    They are the ones with the smallest content hashes, whatever the order in which documents come. Equal documents are
-    held once, so memory is at most the limit in bytes, and a few hundred bytes a document."""
+    They are the ones with the smallest content hashes, so the order in which documents come does not matter. Equal
+    documents are held once, so memory is at most the limit in bytes, and a few hundred bytes a document."""
 
     def __init__(self, name: str, out_dir: Path, dtype: str):
         self.train = BinWriter(out_dir / f"{name}.train.bin", dtype)
@@ -688,14 +780,21 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     entries = {}
     for name, domain in domains.items():
         entries[name] = {"dtype": dtype, "train": domain.train.publish(), "val": domain.val.publish()}
+    return write_meta(out_dir, tokenizer, entries, made_by)
+
+
+def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], made_by: dict | None = None) -> dict:
+    """Copy the tokenizer's files to `folder`, write meta.json there, and return its content.
+
+    `domains`: name → {"dtype", "train", "val"}, each side with the "file", "tokens" and "sha256" of a bin."""
     for path in tokenizer.files:
-        shutil.copyfile(path, out_dir / path.name)
+        shutil.copyfile(path, folder / path.name)
     files = [path.name for path in tokenizer.files]
     tokenizer_entry = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
                        "eot_token": tokenizer.eot_token, "fingerprint": tokenizer.fingerprint, "files": files}
-    meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer_entry, "domains": entries, "made_by": made_by}
-    fsync(out_dir)
-    write_text(out_dir / "meta.json", json.dumps(meta, indent=1))
+    meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer_entry, "domains": domains, "made_by": made_by}
+    fsync(folder)
+    write_text(folder / "meta.json", json.dumps(meta, indent=1))
     return meta
 
 
@@ -739,7 +838,7 @@ def _quickstart_texts(name: str) -> Iterator[str]:
     # By the hashes of their names, so that the first few megabytes are a sample of all files.
     for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
         if not re.search(source["left_out"], name):
-            for text in read_file(folder / name, "text", Counter()):
+            for _, text in read_file(folder / name, "text", Counter()):
                 yield source["extract"](text)
 
 
@@ -765,11 +864,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Text to per-domain token bins.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("sources", nargs="*", metavar="NAME=GLOB", help="a domain and its files, or a folder of them")
+    add("sources", nargs="*", metavar="NAME=GLOB", help="a domain and its files, or a folder of them; with "
+        "--domain_key a GLOB alone")
     add("--out_dir", default="", help="folder to write the bins to")
-    add("--tokenizer", default="bytes", help="bytes, a tiktoken encoding, or a folder or file with a tokenizer.json")
+    add("--tokenizer", default="bytes", help="bytes, a tiktoken encoding, a folder or file with a tokenizer.json, or a "
+        "model's name on the Hugging Face Hub")
     add("--eot", default="", help="token that ends a document; empty: the tokenizer's own")
     add("--text_key", default="text", help="where the text is in a record of .jsonl, .json and .parquet")
+    add("--domain_key", default="", help="where the domain is in a record, such as meta.source; empty: from NAME=GLOB")
     add("--val_fraction", type=float, default=0.05, help="share of a domain's bytes for validation, at most")
     add("--val_bytes", type=int, default=32_000_000, help="validation bytes of a domain, at most")
     add("--verify", default="", metavar="DIR", help="only hash the bins of this folder again")
@@ -792,25 +894,30 @@ def main():
         return
 
     # Check everything before the first document is read.
-    files = expand_sources(arguments.sources)
+    left_out = defaultdict(Counter)  # domain → reason → number
+    files = expand_sources(arguments.sources, bool(arguments.domain_key), left_out)
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eot)
     check_out_dir(Path(arguments.out_dir), tokenizer)
     for key, value in vars(arguments).items():
-        print(f"{key} = {value}", flush=True)
+        print(f"{key} = {value}")
+    print(f"each document ends with {tokenizer.eot_token}, id {tokenizer.eot}", flush=True)
 
     # Build the bins. After an error too, say what was left out: it may be the reason.
-    left_out = Counter()
+    documents = read_documents(files, arguments.text_key, arguments.domain_key, left_out)
     try:
-        meta = build_bins(arguments.out_dir, tokenizer, read_documents(files, arguments.text_key, left_out),
-                          val_fraction=arguments.val_fraction, val_bytes=arguments.val_bytes, made_by=vars(arguments))
+        meta = build_bins(arguments.out_dir, tokenizer, documents, val_fraction=arguments.val_fraction,
+                          val_bytes=arguments.val_bytes, made_by=vars(arguments))
     finally:
-        for reason, count in left_out.items():
-            print(f"note: {count:,} {reason}")
+        for name, reasons in left_out.items():
+            for reason, count in reasons.items():
+                print(f"note: {name}: {count:,} {reason}" if name else f"note: {count:,} {reason}")
 
     # Show what was built.
-    for domain in meta["domains"].values():
-        for entry in (domain["train"], domain["val"]):
-            print(f"{entry['file']:32} {entry['documents']:12,} documents {entry['tokens']:16,} tokens")
+    print(f"{'domain':24}{'documents':>14}{'MB of text':>14}{'train tokens':>18}{'val tokens':>16}")
+    for name, domain in meta["domains"].items():
+        train, val = domain["train"], domain["val"]
+        print(f"{name:24}{train['documents'] + val['documents']:14,}{(train['bytes'] + val['bytes']) / 1e6:14,.1f}"
+              f"{train['tokens']:18,}{val['tokens']:16,}")
     print(f"wrote {arguments.out_dir}")
 
 

@@ -19,7 +19,6 @@ import functools
 import json
 import math
 import os
-import pickle
 import re
 import resource
 import shutil
@@ -80,7 +79,7 @@ class Arm:
     divergence: str | None = "forward"  # or reverse; None: cross-entropy alone
     needs_teacher: bool = True
     added_loss: type | None = None  # a term besides Eq. 3, see TED
-    window_weights: Callable | None = None  # a weight for each window of a batch, see DoReMi's proxy
+    weigh_windows: Callable | None = None  # gives each window of a batch a weight, see DoReMi's proxy
     at_end: Callable | None = None  # called with (config, state) after the last step
 
 
@@ -154,7 +153,7 @@ class Config:
     # What is kept and shown
     save_every: int = free_key(1000, "steps between two checkpoints; 0: the last step only", minimum=0)
     keep: int = free_key(2, "newest checkpoints to keep; 0: all", minimum=0)
-    resume: str = free_key("auto", "never: move the run in out_dir aside and start anew", choices=("auto", "never"))
+    resume: str = free_key("auto", "never: move the run in out_dir aside and start again", choices=("auto", "never"))
     log_every: int = free_key(10, "steps between two lines of progress", minimum=1)
     tensorboard: bool = free_key(False, "log to TensorBoard too, in out_dir")
     wandb: bool = free_key(False, "log to Weights & Biases too")
@@ -284,11 +283,11 @@ class TrainState:
     step: int = 0  # finished updates
     finished: bool = False
     teacher_ppl: dict | None = None  # ℓ_T: name → perplexity, measured once; None for each where there is no teacher
-    rule: dict | None = None  # state of the mixture rule, such as r_t
+    rule_state: dict | None = None  # of the mixture rule, such as r_t
     sampler: dict | None = None  # MixtureSampler.state_dict()
     first_domains: dict | None = None  # measured_domains at t = 0
     domains: dict | None = None  # … and at the last evaluation
-    window_weights: dict | None = None  # state of the arm's window_weights
+    weights_state: dict | None = None  # of the arm's weigh_windows
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -454,8 +453,8 @@ def train(config: Config) -> Path:
                 student_ppl = measure(student)
                 state.domains = measured_domains(student_ppl, state.teacher_ppl, sampler, config.block_size)
                 if steps_since_update == 0:
-                    r, state.rule = RULES[arm.rule](state.rule, list(student_ppl.values()),
-                                                    list(state.teacher_ppl.values()), base, config.alpha)
+                    r, state.rule_state = RULES[arm.rule](state.rule_state, list(student_ppl.values()),
+                                                          list(state.teacher_ppl.values()), base, config.alpha)
                     sampler.probs = r
                     run.log("mixture", state.step, t=t, r=dict(zip(bins.names, r.tolist())), domains=state.domains)
                 if state.step == 0:
@@ -482,9 +481,9 @@ def train(config: Config) -> Path:
             started = time.perf_counter()
             domain_ids, windows = next_windows(sampler, bins, config)
             window_weights = torch.ones(config.batch_size)
-            if arm.window_weights is not None:
-                window_weights, state.window_weights = arm.window_weights(
-                    state.window_weights, student, teacher, windows, domain_ids, sampler, config)
+            if arm.weigh_windows is not None:
+                window_weights, state.weights_state = arm.weigh_windows(
+                    state.weights_state, student, teacher, windows, domain_ids, sampler, config)
 
             # One update of the student
             measured = training_step(state.step, wrapped_student, teacher, optimizer, windows, window_weights,
@@ -515,8 +514,8 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
                       chunk_size: int | None = None, num_tokens=None, token_weights=None, **equation):
     """Eq. 3 from hidden states (…, d) and heads (V, d), without ever holding (tokens, V) logits → (loss, ce, kl).
 
-    Logits are made for `chunk_size` tokens at a time, and `dense_distillation_loss` is differentiated there and then:
-    the forward pass makes the gradients too. The other keywords are those of `dense_distillation_loss`.
+    Logits are made for `chunk_size` tokens at a time, and `dense_distillation_loss` is differentiated on each chunk: the
+    forward pass makes the gradients too. The other keywords are those of `dense_distillation_loss`.
     loss.backward() gives the gradients of student_hidden and student_head, once. teacher_hidden and teacher_head may
     both be None. The default chunk has 2²⁸ logits on CUDA; elsewhere 2²⁶, and at most 512 tokens."""
     hidden = student_hidden.flatten(0, -2)
@@ -527,7 +526,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
         token_weights = torch.ones_like(targets)
     token_weights = token_weights.flatten()
 
-    # A tensor, since torch.compile would compile anew for each new value of a Python number
+    # A tensor, since torch.compile would recompile for each new value of a Python number
     if num_tokens is None:
         num_tokens = (targets != -100).sum().clamp(min=1)
     equation["num_tokens"] = torch.as_tensor(num_tokens, device=hidden.device)
@@ -775,13 +774,13 @@ def autocast(config: Config):
     return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
 
 
-def load_models(config: Config, sizes: dict[str, GPTConfig], resumed: Path | None):
+def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Path | None):
     """The teacher (None if there is none), the student, and the arm's added loss (None for most) on every rank."""
     teacher = None
     if config.teacher:
-        teacher = load_model(config.teacher, config, sizes["teacher"], getattr(torch, config.dtype))
+        teacher = load_model(config.teacher, config, model_configs["teacher"], getattr(torch, config.dtype))
         teacher.requires_grad_(False)
-    student = load_model(str(resumed or config.student), config, sizes["student"], torch.float32)
+    student = load_model(str(resumed or config.student), config, model_configs["student"], torch.float32)
 
     # Before the blocks are compiled: TED's hooks have to be there by then.
     added_loss = None
@@ -795,22 +794,22 @@ def load_models(config: Config, sizes: dict[str, GPTConfig], resumed: Path | Non
     return teacher, student, added_loss
 
 
-def load_model(source: str, config: Config, sizes: GPTConfig, dtype: torch.dtype) -> GPT:
+def load_model(source: str, config: Config, model_config: GPTConfig, dtype: torch.dtype) -> GPT:
     """The model that `source` names, read on rank 0. Other ranks get one on the meta device, for `spread` to fill."""
-    model = on_rank_0(read_model, source, config, sizes, dtype, share=False)
+    model = on_rank_0(read_model, source, config, model_config, dtype, share=False)
     if model is None:
         with torch.device("meta"):
-            model = GPT(sizes).to(dtype)
+            model = GPT(model_config).to(dtype)
     return model
 
 
-def read_model(source: str, config: Config, sizes: GPTConfig, dtype: torch.dtype) -> GPT:
+def read_model(source: str, config: Config, model_config: GPTConfig, dtype: torch.dtype) -> GPT:
     """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
     kind, _, size = source.partition(":")
     if kind == "scratch":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return GPT(sizes)
+            return GPT(model_config)
     if kind == "layers":
         model = GPT.from_pretrained(config.teacher)
         model.keep_layers(int(size))
@@ -880,7 +879,7 @@ class RunFolder(ExitStack):
     def open(self, config: Config) -> tuple[TokenBins, dict[str, GPTConfig], TrainState, Path | None]:
         """Check all that is cheap, lock the folder, and find the checkpoint to continue from.
 
-        Returns the bins, the models' sizes, the training state, and the checkpoint's folder (None: start anew)."""
+        Returns the bins, the models' configurations, the training state, and the checkpoint's folder (None: start)."""
         bins, model_configs = preflight(config)
         record = {"config": asdict(config), "content": experiment_content(config, bins)}
 
@@ -888,11 +887,11 @@ class RunFolder(ExitStack):
         if self.out_dir.exists() and os.listdir(self.out_dir) and not (self.out_dir / "metrics.jsonl").exists():
             raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; name another one")
         if config.resume == "never" and self.out_dir.exists():
-            os.close(lock_folder(self.out_dir))
-            os.replace(self.out_dir, free_name(self.out_dir))
-        self.callback(os.close, lock_folder(self.out_dir))
+            with locked(self.out_dir):
+                os.replace(self.out_dir, free_name(self.out_dir))
+        self.enter_context(locked(self.out_dir))
 
-        # Another experiment's folder is not touched.
+        # Refuse to continue another experiment.
         metrics_path = self.out_dir / "metrics.jsonl"
         metrics_path.touch()
         if metrics_path.stat().st_size > 0 or list_checkpoints(self.out_dir):
@@ -976,16 +975,18 @@ def scalars(line: dict) -> dict[str, float]:
     return {key: value for key, value in numbers.items() if isinstance(value, int | float)}
 
 
-def lock_folder(folder: Path) -> int:
-    """Make the folder if there is none, and lock it for this process. Returns the descriptor that holds the lock."""
+@contextmanager
+def locked(folder: Path):
+    """Make the folder if there is none, and keep all other processes out of it for as long as the context lasts."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError:
+        raise UserError(f"{folder}: another run is using it; wait for it to end, or name another folder") from None
+    finally:
         os.close(descriptor)
-        raise UserError(f"{folder}: another run is at work there; wait for it, or name another folder") from None
-    return descriptor
 
 
 def free_name(path: Path) -> Path:
@@ -1147,10 +1148,10 @@ def read_state(folder: Path) -> TrainState:
 
 def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, student: GPT, optimizer, added_loss):
     """Restore the sampler, the optimizer, and what an added loss keeps. Rank 0 reads; only tensors are unpickled.
-    Raises UserError if they are of other domains or of another model."""
+    Raises UserError if the sampler's state is of other domains."""
     with user_errors(folder / "train_state.json", NOT_AS_SAVED):
         sampler.load_state_dict(state.sampler)
-    saved = on_rank_0(read_optimizer, folder, student, share=False) or {"optimizer": {}, "added_loss": None}
+    saved = on_rank_0(read_optimizer, folder, share=False) or {"optimizer": {}, "added_loss": None}
     if added_loss is not None:
         added_loss.load_state_dict(on_rank_0(saved.get, "added_loss"))
     if state.step > 0:
@@ -1160,17 +1161,9 @@ def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, st
             group["betas"] = tuple(group["betas"])
 
 
-def read_optimizer(folder: Path, student: GPT) -> dict:
-    path = folder / "optimizer.pt"
-    with user_errors(path, NOT_AS_SAVED):
-        try:
-            saved = torch.load(path, weights_only=True)
-        except pickle.UnpicklingError:  # its own message advises to unpickle everything
-            raise ValueError("it holds more than tensors") from None
-        trained = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
-        if saved["optimizer"] is not None and set(saved["optimizer"]["state"]) != trained:
-            raise ValueError("it is of other parameters")
-    return saved
+def read_optimizer(folder: Path) -> dict:
+    with user_errors(folder / "optimizer.pt", NOT_AS_SAVED):
+        return torch.load(folder / "optimizer.pt", weights_only=True)
 
 
 # ------------ Checks before anything slow -----------------------------------------------------------------------------
@@ -1192,19 +1185,19 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
         problems.append(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
 
     # The models against the bins
-    models = {}
+    model_configs = {}
     for role in ("teacher", "student"):
         source = getattr(config, role)
         if source:
-            model = attempt(problems, model_sizes, source, bins, models.get("teacher"))
-            if model is not None:
-                models[role] = model
-                attempt(problems, check_model, role, source, model, bins)
+            model_config = attempt(problems, read_model_config, source, bins, model_configs.get("teacher"))
+            if model_config is not None:
+                model_configs[role] = model_config
+                attempt(problems, check_model, role, source, model_config, bins)
     if config.dry_run:
-        print_cost(config, bins, models)
+        print_cost(config, bins, model_configs)
     if problems:
         raise UserError("\n".join(problems))
-    return bins, models
+    return bins, model_configs
 
 
 def attempt(problems: list[str], function: Callable, *args):
@@ -1246,8 +1239,8 @@ def parse_mixture(text: str) -> dict[str, float]:
     return weights
 
 
-def model_sizes(source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
-    """The sizes of the model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
+def read_model_config(source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
+    """The GPTConfig of the model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
     kind, _, size = source.partition(":")
     if kind == "scratch":
         layers, width = size.split("x")
@@ -1261,14 +1254,15 @@ def model_sizes(source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTC
     return read_config(Path(source))
 
 
-def check_model(role: str, folder: str, model: GPTConfig, bins: TokenBins):
+def check_model(role: str, folder: str, model_config: GPTConfig, bins: TokenBins):
     """Raises UserError unless the model can read the bins' windows, and has the tokenizer of the bins."""
-    make_anew = f"make the bins anew with data.py --tokenizer={folder}"
-    if model.vocab_size < bins.vocab_size:
-        raise UserError(f"--{role}={folder}: has {model.vocab_size} ids, but the tokenizer of the bins has "
-                        f"{bins.vocab_size}; {make_anew}")
-    if model.context < bins.block_size:
-        raise UserError(f"--block_size={bins.block_size}: the {role} {folder} reads at most {model.context} tokens")
+    fix = f"make the bins again with data.py --tokenizer={folder}"
+    if model_config.vocab_size < bins.vocab_size:
+        raise UserError(f"--{role}={folder}: has {model_config.vocab_size} ids, but the tokenizer of the bins has "
+                        f"{bins.vocab_size}; {fix}")
+    if model_config.context < bins.block_size:
+        raise UserError(f"--block_size={bins.block_size}: the {role} {folder} reads at most {model_config.context} "
+                        "tokens")
     if not os.path.isdir(folder):  # scratch:LxD and layers:N
         return
     try:
@@ -1280,7 +1274,7 @@ def check_model(role: str, folder: str, model: GPTConfig, bins: TokenBins):
     elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:
         if not same_tokenizer(saved_tokenizer(bins.dir, bins.tokenizer), tokenizer):
             raise UserError(f"--{role}={folder}: its tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids) is not "
-                            f"that of the bins, {bins.tokenizer['name']} ({bins.vocab_size} ids); {make_anew}")
+                            f"that of the bins, {bins.tokenizer['name']} ({bins.vocab_size} ids); {fix}")
 
 
 def contradictions(config: Config) -> list[str]:
@@ -1383,15 +1377,15 @@ def step_flops(student: GPT, teacher: GPT | None, config: Config) -> int:
     return flops * config.batch_size * config.block_size
 
 
-def print_cost(config: Config, bins: TokenBins, models: dict[str, GPTConfig]):
+def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConfig]):
     """Print what a run would take, from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says."""
     # Each model: its size, and its bytes on a device
     world = int(os.environ.get("WORLD_SIZE", 1))
     sharded = world > 1 and config.parallel != "ddp" and ARMS[config.method].added_loss is None
     gpts = {}
-    for role, sizes in models.items():
+    for role, model_config in model_configs.items():
         with torch.device("meta"):
-            gpts[role] = GPT(sizes)
+            gpts[role] = GPT(model_config)
         n = count_parameters(model=gpts[role])["model"]
 
         # Bytes per device: the teacher's weights in the dtype of the products, the student's in float32 with gradients
@@ -1403,8 +1397,8 @@ def print_cost(config: Config, bins: TokenBins, models: dict[str, GPTConfig]):
         else:
             parts = {"weights": 4 * per_device, "gradients": 4 * per_device, "optimizer": 8 * per_device}
         described = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
-        print(f"{role}: {sizes.model_type}, {sizes.num_hidden_layers} layers × {sizes.hidden_size}, {n:,} parameters; "
-              f"on each of {world} devices {described}")
+        print(f"{role}: {model_config.model_type}, {model_config.num_hidden_layers} layers × "
+              f"{model_config.hidden_size}, {n:,} parameters; on each of {world} devices {described}")
 
     # A step
     if "student" in gpts:
@@ -1607,9 +1601,9 @@ def doremi_window_weights(state: dict | None, proxy: GPT, reference: GPT, window
 
 def write_doremi_mixture(config: Config, state: TrainState):
     """Write the mean of α over the proxy's steps to mixture.txt, as --mixture takes it."""
-    if state.window_weights is None:
+    if state.weights_state is None:
         return
-    total = np.array(state.window_weights["total"])
+    total = np.array(state.weights_state["total"])
     shares = total / total.sum()
     mixture = ",".join(f"{name}={share!r}" for name, share in zip(state.domains, shares.tolist()))
     path = Path(config.out_dir) / "mixture.txt"
@@ -1618,7 +1612,7 @@ def write_doremi_mixture(config: Config, state: TrainState):
 
 
 ARMS["doremi_proxy"] = Arm("DoReMi's proxy; its teacher is the reference, a finished cpt", rule="natural",
-                           divergence=None, window_weights=doremi_window_weights, at_end=write_doremi_mixture)
+                           divergence=None, weigh_windows=doremi_window_weights, at_end=write_doremi_mixture)
 
 
 # ------------ Report --------------------------------------------------------------------------------------------------
@@ -1740,10 +1734,9 @@ def quickstart(config: Config) -> Config:
 def make_quickstart_bins(config: Config):
     data_dir = Path(config.data_dir)
     if not (data_dir / "meta.json").is_file():
-        lock = lock_folder(data_dir)
         print(f"Collecting text into {data_dir} …", flush=True)
-        build_bins(data_dir, load_tokenizer("bytes"), quickstart_documents(QUICKSTART_BYTES), val_fraction=0.1)
-        os.close(lock)
+        with locked(data_dir):
+            build_bins(data_dir, load_tokenizer("bytes"), quickstart_documents(QUICKSTART_BYTES), val_fraction=0.1)
     names = read_meta(data_dir)["domains"].keys()
     if names != QUICKSTART_BYTES.keys() and not (config.teacher and config.student):
         raise UserError(f"--data_dir={data_dir}: holds {' '.join(names)}, not the quickstart's text; name --teacher "

@@ -622,7 +622,7 @@ def stored_tensors(folder):
 
 
 def read_tensor(path, key):
-    # The file is opened anew each time: the pages that were read through it stay in memory until it is closed
+    # The file is opened again each time: the pages that were read through it stay in memory until it is closed
     with safe_open(path, framework="pt") as file:
         return file.get_tensor(key)
 

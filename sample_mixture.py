@@ -192,7 +192,7 @@ class MixtureSampler:
     def windows(self, domain_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
         """The windows at `positions` (0 first) of the domains' endless walks, (B,) int64.
 
-        A walk visits every window of its domain once per epoch, in an order drawn anew each epoch."""
+        A walk visits every window of its domain once per epoch, in a new order for each epoch."""
         n = self.n_windows[domain_ids]
         epoch = positions // n
         keys = random_hash(self.seed, WALK, self.domain_keys[domain_ids], epoch)

@@ -62,7 +62,7 @@ def words(keys: dict) -> list[str]:
 class Watch:
     """What is seen of a run from inside, and what happens to it.
 
-    It stands in each row of ARMS as `window_weights`, which a step calls with its models and windows. `event` is
+    It stands in each row of ARMS as `weigh_windows`, which a step calls with its models and windows. `event` is
     {what, at: the number of the update, rank: on which (default: on all), …}."""
 
     def __init__(self, event: dict, rank: int, folder: Path):
@@ -75,7 +75,7 @@ class Watch:
 
     def install(self):
         for name, arm in distill.ARMS.items():
-            distill.ARMS[name] = replace(arm, window_weights=partial(self.in_each_step, arm.window_weights))
+            distill.ARMS[name] = replace(arm, weigh_windows=partial(self.in_each_step, arm.weigh_windows))
 
     def in_each_step(self, original, state, student, teacher, windows, domain_ids, sampler, config):
         if not self.models:
@@ -587,7 +587,7 @@ def test_a_second_run_on_the_same_folder_is_refused_and_the_first_unharmed(
     for second in ({}, {"resume": "never"}, {"resume": "never", "lr": 1e-3}):
         statuses, _, err = launch(processes, tmp_path / "second", {**keys, **second})
         assert statuses == [2]
-        assert err.startswith(f"error: {run}: another run is at work there; ") and err.count("\n") == 1
+        assert err.startswith(f"error: {run}: another run is using it; ") and err.count("\n") == 1
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for pid in pids:
         os.kill(pid, signal.SIGUSR2)

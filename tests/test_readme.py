@@ -82,7 +82,7 @@ def test_nanogpts_bins_open_with_the_meta_json_that_is_made_for_them(tmp_path, d
         shutil.copyfile(data_dir / f"letters.{side}.bin", tmp_path / f"{side}.bin")
     code, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(code, namespace := {})
-    namespace["make_meta"](tmp_path, "bytes")
+    namespace["adopt"](tmp_path, "bytes")
     theirs = TokenBins(tmp_path, 16)
     ours = TokenBins(data_dir, 16, ["letters"])
     assert theirs.n_windows == {"web": ours.n_windows["letters"]}
