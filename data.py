@@ -23,6 +23,7 @@ import pydoc_data.topics
 import re
 import shutil
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -74,19 +75,42 @@ def import_optional(module: str, needed_for: str):
         return importlib.import_module(module)
 
 
+HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # a model's name on the Hugging Face Hub: OWNER/MODEL
+
+
 def hub_folder(source: str | Path, key: str, files: Iterable[str]) -> Path | None:
     """The folder that holds `files` (patterns) of the model `source` of the Hugging Face Hub; None if it is no name.
 
     A name is OWNER/MODEL, unless there is a folder or file of that name. What huggingface_hub's cache lacks is
     downloaded. UserError if that cannot be done."""
-    if os.path.exists(source) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+    if os.path.exists(source) or not re.fullmatch(HUB_NAME, str(source)):
         return None
     where = f"{key}={source}: no such folder, and not to be had from the Hugging Face Hub"
-    fix = (f"name a folder, or pip install huggingface_hub; where there is a network:  hf download {source} --local-dir "
-           f"models/{Path(source).name}")
+    fix = ("name a folder, or pip install huggingface_hub; where there is a network:  "
+           f"hf download {source} --local-dir models/{Path(source).name}")
     with user_errors(where, fix):
         import huggingface_hub
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
+
+
+@contextmanager
+def alive(what: str, every: float = 30.0):
+    """Say `what` takes long, every so many seconds for as long as the context lasts. A decorator, too."""
+    ended = threading.Event()
+
+    def say():
+        seconds = every
+        while not ended.wait(every):
+            print(f"still {what}, {seconds:.0f} s", flush=True)
+            seconds += every
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def digest(*parts) -> str:
@@ -244,6 +268,8 @@ TOKENIZER_META = "tokenizer_meta.json"  # in a model's folder: the tokenizer's e
 # The files of a tokenizer. They are copied to the bins, and from there to the student.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
+# What is downloaded of a model on the Hub.
+MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
 # What same_tokenizer encodes: words, numbers, punctuation, whitespace, several scripts, look-alikes of special tokens.
 PROBE_TEXT = """The quick brown fox can't jump; it's 1234567.89 metres (≈ 1 km) away!
 \tdef naïve(abc, xyz=None):  # abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ
@@ -279,8 +305,8 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
         return _huggingface_tokenizer(path / "tokenizer.json", eot)
     if path.name == "tokenizer.json":
         return _huggingface_tokenizer(path, eot)
-    raise UserError(f"--tokenizer={source}: expected a folder or file with a tokenizer.json, a name on the Hugging Face "
-                    f"Hub such as Qwen/Qwen1.5-14B, or one of {' '.join(names)}")
+    raise UserError(f"--tokenizer={source}: expected a folder or file with a tokenizer.json, a name on the Hugging "
+                    f"Face Hub such as Qwen/Qwen1.5-14B, or one of {' '.join(names)}")
 
 
 def _tiktoken_tokenizer(name: str, eot: str) -> Tokenizer:
@@ -316,7 +342,8 @@ def _tiktoken_tokenizer(name: str, eot: str) -> Tokenizer:
 
 def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
     tokenizers = import_optional("tokenizers", f"--tokenizer={path}")
-    with user_errors(f"--tokenizer={path}", "save_pretrained of transformers writes it and tokenizer_config.json"):
+    convert = f"AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained({str(path.parent)!r})"
+    with user_errors(f"--tokenizer={path}", f"transformers' {convert} writes it where there is another kind"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
         # The token that ends a document is the one that the configuration beside it names, or `eot`.
         config = path.with_name("tokenizer_config.json")
@@ -411,10 +438,30 @@ def save_tokenizer(folder: Path, bins: TokenBins):
                   "clean_up_tokenization_spaces": False}
         write_text(folder / "tokenizer.json", json.dumps(bytes_settings()))
         write_text(folder / "tokenizer_config.json", json.dumps(config))
-    # The end of a text, for generation, and which tokenizer this is, for model_tokenizer.
-    generation = {"eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
-    write_text(folder / "generation_config.json", json.dumps(generation))
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
+
+    # Generation starts and ends with the same ids by config.json, generation_config.json and the tokenizer.
+    ids = special_ids(folder, entry)
+    write_text(folder / "generation_config.json", json.dumps(ids))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_text(folder / "config.json", json.dumps({**config, **ids}, indent=2, sort_keys=True))
+
+
+def special_ids(folder: Path, entry: dict) -> dict[str, int | None]:
+    """bos_token_id, eos_token_id and pad_token_id of the tokenizer in a model's folder. Documents end with eos."""
+    ids = {"bos_token_id": None, "eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
+    if not (folder / "tokenizer_config.json").is_file():
+        return ids
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    id_of = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for role in ("bos", "pad"):
+        token = config.get(f"{role}_token")
+        if isinstance(token, dict):
+            token = token["content"]
+        if token in id_of:
+            ids[f"{role}_token_id"] = id_of[token]
+    return ids
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
@@ -786,7 +833,8 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
 def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], made_by: dict | None = None) -> dict:
     """Copy the tokenizer's files to `folder`, write meta.json there, and return its content.
 
-    `domains`: name → {"dtype", "train", "val"}, each side with the "file", "tokens" and "sha256" of a bin."""
+    `domains`: name → {"dtype": "uint16" or "uint32", "train": side, "val": side}, each side {"file", "tokens",
+    "sha256"}. This opens nanoGPT's train.bin and val.bin, too, as one domain."""
     for path in tokenizer.files:
         shutil.copyfile(path, folder / path.name)
     files = [path.name for path in tokenizer.files]

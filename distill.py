@@ -19,6 +19,7 @@ import functools
 import json
 import math
 import os
+import pickle
 import re
 import resource
 import shutil
@@ -47,9 +48,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (TokenBins, UserError, build_bins, digest, file_sha256, fsync, import_optional, load_tokenizer,
-                  model_tokenizer, quickstart_documents, read_meta, run_program, same_tokenizer, save_tokenizer,
-                  saved_tokenizer, user_errors, write_text)
+from data import (HUB_NAME, MODEL_FILES, TOKENIZER_FILES, TokenBins, UserError, alive, build_bins, digest, file_sha256,
+                  fsync, hub_folder, import_optional, load_tokenizer, model_tokenizer, quickstart_documents, read_meta,
+                  run_program, same_tokenizer, save_tokenizer, saved_tokenizer, user_errors, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import RULES, MixtureSampler, read_metrics
 
@@ -109,10 +110,11 @@ def free_key(default, help: str, **limits):
 class Config:
     """The keys of `python distill.py`. Where the paper gives a value, it is the default."""
     # What a run is made of
-    preset: str = free_key("", "set of defaults (default: quickstart, unless teacher or student names a folder)",
+    config: str = free_key("", "config.json of a run to repeat; keys given besides it win")
+    preset: str = free_key("", "set of defaults (default: quickstart, unless teacher or student names a model)",
                            choices=PRESETS)
-    teacher: str = free_key("", "folder of the teacher, in Hugging Face's format")
-    student: str = free_key("", "folder of the student; scratch:LxD: L new layers, D wide; layers:N: N evenly spaced "
+    teacher: str = free_key("", "folder of the teacher in Hugging Face's format, or its name on the Hub: OWNER/MODEL")
+    student: str = free_key("", "the same of the student; scratch:LxD: L new layers, D wide; layers:N: N evenly spaced "
                                 "layers of the teacher")
     data_dir: str = free_key("", "folder of the bins, made by data.py (default: data/PRESET)")
     out_dir: str = free_key("", "folder of the run (default: out/PRESET-METHOD-SEED)")
@@ -216,6 +218,7 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
 # ------------ ℓ_S and ℓ_T, and what is measured per domain ------------------------------------------------------------
 
 
+@alive("measuring perplexities")
 @torch.no_grad()
 def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, micro_batch_size: int,
                  autocast=nullcontext()) -> dict[str, float]:
@@ -442,8 +445,9 @@ def train(config: Config) -> Path:
             wrapped_student = DistributedDataParallel(student)
 
         run.catch_signals()
-        loop_started = time.perf_counter()
         first_step = state.step
+        loop_started = time.perf_counter()
+        last_line = loop_started
         while True:
             # Every K steps, and at the end: measure ℓ_S, update r, log. A checkpoint was written after that.
             t, steps_since_update = divmod(state.step, config.interval)
@@ -497,8 +501,9 @@ def train(config: Config) -> Path:
             measured["tokens_per_s"] = tokens_per_step / (now - started)
             measured["eta_s"] = (now - loop_started) / (state.step - first_step) * (config.max_steps - state.step)
             run.log("train", state.step, **measured)
-            if state.step % config.log_every == 0 or state.step == config.max_steps:
+            if line_is_due(state.step, first_step, now - last_line, now - started, config):
                 print_progress(state.step, measured, student, teacher, config)
+                last_line = now
 
 
 # ======================================================================================================================
@@ -514,8 +519,8 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
                       chunk_size: int | None = None, num_tokens=None, token_weights=None, **equation):
     """Eq. 3 from hidden states (…, d) and heads (V, d), without ever holding (tokens, V) logits → (loss, ce, kl).
 
-    Logits are made for `chunk_size` tokens at a time, and `dense_distillation_loss` is differentiated on each chunk: the
-    forward pass makes the gradients too. The other keywords are those of `dense_distillation_loss`.
+    Logits are made for `chunk_size` tokens at a time, and `dense_distillation_loss` is differentiated on each chunk, so
+    that the forward pass makes the gradients too. The other keywords are those of `dense_distillation_loss`.
     loss.backward() gives the gradients of student_hidden and student_head, once. teacher_hidden and teacher_head may
     both be None. The default chunk has 2²⁸ logits on CUDA; elsewhere 2²⁶, and at most 512 tokens."""
     hidden = student_hidden.flatten(0, -2)
@@ -774,6 +779,18 @@ def autocast(config: Config):
     return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
 
 
+def find_models(config: Config) -> Config:
+    """`config` with the folder of each model that is named as on the Hugging Face Hub. Rank 0 alone calls it."""
+    files = MODEL_FILES
+    if config.dry_run:  # weights are not needed
+        files = ("config.json", *TOKENIZER_FILES)
+    for role in ("teacher", "student"):
+        folder = hub_folder(getattr(config, role), f"--{role}", files)
+        if folder is not None:
+            config = replace(config, **{role: str(folder)})
+    return config
+
+
 def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Path | None):
     """The teacher (None if there is none), the student, and the arm's added loss (None for most) on every rank."""
     teacher = None
@@ -803,6 +820,7 @@ def load_model(source: str, config: Config, model_config: GPTConfig, dtype: torc
     return model
 
 
+@alive("reading a model")
 def read_model(source: str, config: Config, model_config: GPTConfig, dtype: torch.dtype) -> GPT:
     """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
     kind, _, size = source.partition(":")
@@ -999,6 +1017,7 @@ def free_name(path: Path) -> Path:
     return free
 
 
+@alive("hashing the models")
 def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
     """What identifies the bins and models of an experiment, wherever they lie: hashes of their content."""
     content = {"data_dir": bins.content()}
@@ -1025,7 +1044,10 @@ def check_same_experiment(out_dir: Path, record: dict):
         value = record["config"][entry.name]
         old_value = old_config[entry.name]
         if value != old_value and not entry.metadata["may_change"]:
-            problems.append(f"--{entry.name}={value}: the run in {out_dir} has {entry.name}={old_value}")
+            problem = f"--{entry.name}={value}: the run in {out_dir} has {entry.name}={old_value}"
+            if entry.name == "max_steps":  # which sets the learning rate of all steps
+                problem += "; to train longer, begin a new run with its last checkpoint as --student"
+            problems.append(problem)
     for name, content in record["content"].items():
         if content != old_content.get(name):
             problems.append(f"--{name}={record['config'][name]}: another content than the run in {out_dir} has with "
@@ -1062,6 +1084,7 @@ def stop_by_signal(number: int, folder: Path):
 # is whole, or not there.
 
 
+@alive("saving a checkpoint")
 def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizer, added_loss, bins: TokenBins):
     """Write a checkpoint. All ranks call it; rank 0 writes. Raises UserError if it cannot be written."""
     # Gather whole tensors. An optimizer that has made no update yet has no state, and would make one up if asked.
@@ -1103,6 +1126,7 @@ def list_checkpoints(out_dir: Path) -> list[Path]:
     return sorted(folders)
 
 
+@alive("checking the checkpoints")
 def newest_checkpoint(out_dir: Path) -> Path | None:
     """The newest whole checkpoint. Damaged ones are named and renamed corrupt_step_…."""
     # What a run that was killed in a save has left
@@ -1163,7 +1187,10 @@ def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, st
 
 def read_optimizer(folder: Path) -> dict:
     with user_errors(folder / "optimizer.pt", NOT_AS_SAVED):
-        return torch.load(folder / "optimizer.pt", weights_only=True)
+        try:
+            return torch.load(folder / "optimizer.pt", weights_only=True)
+        except pickle.UnpicklingError:  # its own message advises to unpickle everything
+            raise ValueError("it holds more than tensors") from None
 
 
 # ------------ Checks before anything slow -----------------------------------------------------------------------------
@@ -1270,7 +1297,7 @@ def check_model(role: str, folder: str, model_config: GPTConfig, bins: TokenBins
     except UserError as error:
         raise UserError(f"--{role}={folder}: {error}") from None
     if tokenizer is None:
-        print(f"WARNING: --{role}={folder} has no tokenizer files; it is taken, since it has enough ids for the bins")
+        print(f"WARNING: --{role}={folder} has no tokenizer.json; it is taken, since it has enough ids for the bins")
     elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:
         if not same_tokenizer(saved_tokenizer(bins.dir, bins.tokenizer), tokenizer):
             raise UserError(f"--{role}={folder}: its tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids) is not "
@@ -1293,8 +1320,12 @@ def contradictions(config: Config) -> list[str]:
     if student_is_made and not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*", config.student):
         problems.append(f"--student={config.student}: write scratch:LxD with D even, as in scratch:4x128, or layers:N")
     for role, source in (("teacher", config.teacher), ("student", config.student)):
-        if source and not (role == "student" and student_is_made) and not os.path.isdir(source):
-            problems.append(f"--{role}={source}: no such folder")
+        if not source or os.path.isdir(source) or (role == "student" and student_is_made):
+            continue
+        if re.fullmatch(r"\d+x\d+", source):
+            problems.append(f"--{role}={source}: no such folder; a new student is --student=scratch:{source}")
+        elif not re.fullmatch(HUB_NAME, source):
+            problems.append(f"--{role}={source}: no such folder, and no name on the Hugging Face Hub, OWNER/MODEL")
     if not config.preset:
         problems.append(f"--preset: name one, since it sets what a step is: {describe_presets()}")
     if not config.student and not makes_models:
@@ -1319,6 +1350,9 @@ def contradictions(config: Config) -> list[str]:
     attempt(problems, parse_mixture, config.mixture)
     if config.mixture and arm.rule == "equal":
         problems.append(f"--mixture={config.mixture}: --method={config.method} draws all domains alike")
+    if 0 < config.max_steps <= config.warmup_steps:
+        problems.append(f"--warmup_steps={config.warmup_steps}: the whole run would be warm-up, since "
+                        f"--max_steps={config.max_steps}; a tenth of the steps is common")
     if config.min_lr > config.lr:
         problems.append(f"--min_lr={config.min_lr}: must not be above --lr={config.lr}")
 
@@ -1396,7 +1430,7 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
             parts = {"weights": width * per_device}
         else:
             parts = {"weights": 4 * per_device, "gradients": 4 * per_device, "optimizer": 8 * per_device}
-        described = ", ".join(f"{name} {size / 2**20:,.1f} MiB" for name, size in parts.items())
+        described = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
         print(f"{role}: {model_config.model_type}, {model_config.num_hidden_layers} layers × "
               f"{model_config.hidden_size}, {n:,} parameters; on each of {world} devices {described}")
 
@@ -1413,6 +1447,12 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
               f"{drawn / len(bins.names) / n:.2f} if all domains are drawn alike")
 
 
+def format_bytes(n: float) -> str:
+    if n < 2**30:
+        return f"{n / 2**20:,.1f} MiB"
+    return f"{n / 2**30:,.1f} GiB"
+
+
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense, bfloat16
 
 
@@ -1420,13 +1460,22 @@ def usage(student: GPT, teacher: GPT | None, tokens_per_s: float, config: Config
     """Peak memory of this process, and the share of the GPUs' peak FLOPs that is used (MFU) where it is known."""
     if not config.device.startswith("cuda"):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return f"{peak / (2**30 if sys.platform == 'darwin' else 2**20):.1f} GiB"  # macOS counts bytes, Linux KiB
-    text = f"{torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB"
+        if sys.platform != "darwin":
+            peak *= 1024  # Linux counts KiB, macOS bytes
+        return format_bytes(peak)
+    text = format_bytes(torch.cuda.max_memory_allocated(config.device))
     for name, peak_flops in PEAK_FLOPS.items():
         if name in torch.cuda.get_device_name(config.device):
             flops_per_s = step_flops(student, teacher, config) * tokens_per_s / (config.batch_size * config.block_size)
             text += f"  MFU {flops_per_s / (peak_flops * world_size()):.0%}"
     return text
+
+
+def line_is_due(step: int, first_step: int, since_line: float, step_time: float, config: Config) -> bool:
+    """Whether progress is printed after this step: the first one and the last, every log_every, and, where steps are
+    slow, before 30 seconds have passed since the line before. Times in seconds."""
+    is_end = step in (first_step + 1, config.max_steps)
+    return is_end or step % config.log_every == 0 or since_line + step_time > 30
 
 
 def print_progress(step: int, measured: dict, student: GPT, teacher: GPT | None, config: Config):
@@ -1471,6 +1520,7 @@ class TED:
     def keep_output(self, role: str, pair: int, layer, inputs, output):
         self.outputs[role, pair] = output
 
+    @alive("training TED's filters")
     def pretrain(self, student: GPT, teacher: GPT, bins: TokenBins, base: np.ndarray, config: Config):
         """Stage 1, on batches of the base proportions. The run itself begins with the same batches."""
         sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
@@ -1728,6 +1778,8 @@ def quickstart(config: Config) -> Config:
             raise UserError(f"{error}\n--data_dir={config.data_dir}: that was about the quickstart's {role}; keep the "
                             f"--pretrain_steps that it was made with, or delete {run.out_dir}") from None
         config = replace(config, **{role: str(folder)})
+    print(f"\nTheir folders, to be named with --preset=quickstart:  --teacher={config.teacher}  "
+          f"--student={config.student}\n", flush=True)
     return config
 
 
@@ -1760,9 +1812,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
                             help=help_of(name).replace("%", "%%"))
     texts, unknown = parser.parse_known_args(argv)
 
-    # Convert the values, and look for words that are no keys.
+    # Convert the values, on top of those of --config, and look for words that are no keys.
     problems = []
     given = {}
+    if getattr(texts, "config", None):
+        given = attempt(problems, read_run_config, texts.config) or {}
     for name, text in vars(texts).items():
         value = attempt(problems, convert, name, text)
         if value is not None:
@@ -1770,7 +1824,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
     for word in unknown:
         name = word.lstrip("-").partition("=")[0]
         similar = difflib.get_close_matches(name, keys, n=1)
-        advice = f"did you mean --{similar[0]}?" if similar else "write --key=value; --help lists the keys"
+        advice = "write --key=value; --help lists the keys"
+        if name in OTHER_NAMES:
+            advice = f"here it is --{OTHER_NAMES[name]}"
+        elif similar:
+            advice = f"did you mean --{similar[0]}?"
         problems.append(f"{word}: unknown key; {advice}")
 
     # Then what contradicts what
@@ -1781,6 +1839,44 @@ def parse_config(argv: list[str] | None = None) -> Config:
             time.sleep(1)
         raise UserError("\n".join(problems))
     return config
+
+
+# Words of other programs for our keys
+OTHER_NAMES = {
+    **dict.fromkeys(("learning_rate", "max_lr"), "lr"),
+    **dict.fromkeys(("num_epochs", "num_train_epochs", "epochs", "max_iters", "num_steps"), "max_steps"),
+    **dict.fromkeys(("model", "model_name_or_path", "student_model"), "student"),
+    **dict.fromkeys(("teacher_model", "teacher_model_name_or_path"), "teacher"),
+    **dict.fromkeys(("bf16", "fp16", "precision", "torch_dtype"), "dtype=bfloat16"),
+    "gradient_accumulation_steps": "micro_batch_size: windows per forward pass; accumulation follows from it",
+    **dict.fromkeys(("per_device_train_batch_size", "device_batch_size"), "micro_batch_size"),
+    **dict.fromkeys(("train_batch_size", "total_batch_size", "global_batch_size"), "batch_size"),
+    **dict.fromkeys(("max_seq_length", "max_length", "seq_len", "sequence_length", "context_length"), "block_size"),
+    **dict.fromkeys(("output_dir", "save_dir"), "out_dir"),
+    **dict.fromkeys(("dataset", "data", "data_path", "train_file"), "data_dir"),
+    **dict.fromkeys(("warmup_ratio", "warmup_iters", "num_warmup_steps"), "warmup_steps"),
+    **dict.fromkeys(("eval_interval", "eval_steps", "eval_every"), "interval"),
+    **dict.fromkeys(("save_steps", "save_interval"), "save_every"),
+    **dict.fromkeys(("logging_steps", "log_interval"), "log_every"),
+    **dict.fromkeys(("max_grad_norm", "clip_grad", "gradient_clipping"), "grad_clip"),
+    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "checkpoint_activations"),
+    **dict.fromkeys(("kl_weight", "kd_weight", "kd_ratio", "lambda"), "gamma"),
+    "resume_from_checkpoint": "out_dir: the same command continues the run there",
+}
+
+
+def read_run_config(path: str) -> dict:
+    """The keys to repeat a run by, from its config.json: all but those of a place, a machine or an occasion."""
+    with user_errors(f"--config={path}", "name the config.json in the out_dir of a run"):
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "config" not in saved:
+            raise ValueError("not a run's configuration" + (", but a model's" if "model_type" in saved else ""))
+        given = {}
+        for name, value in saved["config"].items():
+            if name not in ("config", "out_dir", "resume", "device", "parallel", "compile", "dry_run"):
+                if value != Config.__dataclass_fields__[name].default:
+                    given[name] = convert(name, str(value))
+    return given
 
 
 def help_of(name: str) -> str:
@@ -1803,6 +1899,10 @@ def convert(name: str, text: str | None):
     choices = entry.metadata["choices"]
     if text is None:
         raise UserError(f"--{name}: requires a value")
+    if name == "dtype":
+        text = {"bf16": "bfloat16", "fp32": "float32"}.get(text, text)
+        if text in ("fp16", "float16"):
+            raise UserError(f"--dtype={text}: requires loss scaling, which is not done here; take bfloat16 or float32")
     if choices and text not in choices:
         raise UserError(f"--{name}={text}: must be one of {' '.join(choices)}")
     if entry.type is bool:
@@ -1829,8 +1929,9 @@ def resolve_config(given: dict) -> Config:
     preset = given.get("preset", "")
     if not preset:
         student = given.get("student", "")
-        names_folder = given.get("teacher") or student and not student.startswith(("scratch:", "layers:"))
-        if not names_folder:
+        student_is_made = student.startswith(("scratch:", "layers:"))
+        names_model = given.get("teacher") or (student and not student_is_made)
+        if not names_model:
             preset = "quickstart"
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     if not config.data_dir and preset:
@@ -1843,7 +1944,7 @@ def resolve_config(given: dict) -> Config:
 def main():
     config = parse_config()
     with process_group(config):
-        config = resolve_auto(config)
+        config = resolve_auto(on_rank_0(find_models, config))
         for name, value in asdict(config).items():
             print(f"{name} = {value}")
         print(flush=True)

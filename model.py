@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial, reduce
@@ -386,8 +387,8 @@ class GPT(nn.Module):
         if state is None:
             state = self.state_dict()
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_weights(Path(folder), self.config, state)
         write_config(Path(folder), self.config, state["embed_tokens.weight"].dtype)
+        write_weights(Path(folder), self.config, state)
 
 
 # ------------ Folders: config.json ------------------------------------------------------------------------------------
@@ -401,7 +402,7 @@ CONFIG_KEYS = {
              "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
 }
 # Keys that would make it another network, with the values that are supported; None also where the key is absent
-SUPPORTED = {"quantization_config": (None,), "scale_attn_weights": (None, True), "add_cross_attention": (None, False),
+SUPPORTED = {"scale_attn_weights": (None, True), "add_cross_attention": (None, False),
              "scale_attn_by_inverse_layer_idx": (None, False), "partial_rotary_factor": (None, 1.0)}
 
 
@@ -410,6 +411,9 @@ def read_config(folder: Path) -> GPTConfig:
     path = folder / "config.json"
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: the folder of a run; name one of the step_ folders in it")
+    if (folder / "adapter_config.json").is_file() and not path.is_file():
+        raise UserError(f"{folder}: a PEFT adapter, not a model; merge it first: PEFT's merge_and_unload(), then "
+                        "save_pretrained()")
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; a model folder in Hugging Face's format is expected")
     with user_errors(path, "the config.json of a supported model is expected"):
@@ -451,6 +455,9 @@ def config_from_dict(settings):
         values["sliding_window"] = None
 
     # What this network cannot do
+    if given.get("quantization_config"):
+        method = given["quantization_config"].get("quant_method", "unknown")
+        raise UserError(f"quantization_config: a quantised model ({method}); take the model that it was made from")
     check_supported("rope type", rope_type, ("default", "llama3"))
     check_supported(keys.get("hidden_act", "hidden_act"), values.get("hidden_act", "silu"), ACTIVATIONS)
     for key, supported in SUPPORTED.items():
@@ -537,6 +544,7 @@ def write_weights(folder, config, state):
         tensors[checkpoint_name(name, config)] = maybe_transpose(name, tensor.cpu(), config).contiguous()
     temporary = folder / "model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", temporary)  # safetensors lets only the owner read
     temporary.replace(folder / "model.safetensors")
 
 
@@ -602,8 +610,13 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         path = folder / name
         if Path(name).name != name or not path.is_file():
+            found = " ".join(sorted(path.name for path in folder.glob("*.bin")))
+            fix = "copy it again"
+            if found:
+                fix = (f"pickles such as {found} are never opened; transformers' AutoModelForCausalLM.from_pretrained(…)"
+                       ".save_pretrained(…) converts them")
             raise UserError(f"{path}: not a file of the model folder; expected model.safetensors, or the shards that "
-                            f"{index.name} names; transformers' save_pretrained converts other formats")
+                            f"{index.name} names; {fix}")
     return [folder / name for name in names]
 
 
@@ -644,14 +657,14 @@ def resolve_device(name: str) -> torch.device:
 
 
 def main():
-    from data import load_tokenizer, model_tokenizer
+    from data import MODEL_FILES, hub_folder, load_tokenizer, model_tokenizer
 
     parser = argparse.ArgumentParser(description="Generate text with the model of a folder.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="model folder")
+    add("--model", required=True, help="model folder, or the model's name on the Hugging Face Hub")
     add("--prompt", required=True, help="text to continue")
-    add("--tokenizer", help="bytes, a tiktoken encoding or a tokenizer.json, if not in the folder")
+    add("--tokenizer", help="bytes, a tiktoken encoding, a tokenizer.json or a name on the Hub, if not in the folder")
     add("--eot", default="", help="token that ends a text, if not the tokenizer's own")
     add("--max_new_tokens", type=int, default=200, help="maximum number of new tokens")
     add("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")
@@ -667,7 +680,7 @@ def main():
             parser.error(f"--{key}={value}: must be a finite number, at least {least}")
     if not args.prompt:
         parser.error("--prompt: must be a text to continue")
-    folder = Path(args.model)
+    folder = hub_folder(args.model, "--model", MODEL_FILES) or Path(args.model)
     if not folder.is_dir():
         parser.error(f"--model={folder}: must be a model folder")
     device = resolve_device(args.device)

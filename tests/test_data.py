@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -21,9 +21,9 @@ import pytest
 import tiktoken
 
 import data
-from data import (TokenBins, UserError, build_bins, bytes_settings, expand_sources, import_optional, load_tokenizer,
-                  model_tokenizer, quickstart_documents, read_documents, read_file, read_meta, run_program,
-                  same_tokenizer, save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify)
+from data import (TokenBins, UserError, build_bins, bytes_settings, expand_sources, file_sha256, import_optional,
+                  load_tokenizer, model_tokenizer, quickstart_documents, read_documents, read_file, read_meta, run_program,
+                  same_tokenizer, save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify, write_meta)
 
 ARTICLES = [f"Article {i}: " + f"{i * i} words é <|endoftext|> " * (i % 23) for i in range(400)]
 
@@ -97,13 +97,13 @@ RECORDS = "".join(json.dumps({"text": text, "body": text.upper()}) + "\n" for te
 
 
 def test_the_program_writes_bins_and_says_what_it_left_out(program, tmp_path):
-    files = {"a.txt": b"one", "b.txt": b"two", "c.txt": b"bad \xff", "d.txt": b"", "e.bin": b"\0"}
+    files = {"a.txt": b"one", "b.txt": b"two", "c.txt": b"bad \xff", "d.txt": b"", "e.dat": b"\0"}
     for name, raw in files.items():
         (tmp_path / name).write_bytes(raw)
     (tmp_path / "r.jsonl").write_text(RECORDS + '{"no": 1}\n{"no": 2}\n')
     bins = tmp_path / "bins"
     status, stdout, stderr = program(f"mine={tmp_path}/*.txt", f"--out_dir={bins}", "--text_key=other",
-                                     "--text_key=body", f"mine={tmp_path}/e.bin", "--val_fraction", "0.4",
+                                     "--text_key=body", f"mine={tmp_path}/e.dat", "--val_fraction", "0.4",
                                      f"records={tmp_path}/r.jsonl")
     assert (status, stderr) == (0, "")
     meta = json.loads((bins / "meta.json").read_text())
@@ -112,9 +112,11 @@ def test_the_program_writes_bins_and_says_what_it_left_out(program, tmp_path):
     assert "\nval_fraction = 0.4\n" in stdout
     assert meta["domains"]["mine"]["train"]["documents"] + meta["domains"]["mine"]["val"]["documents"] == 3
     notes = [line for line in stdout.splitlines() if line.startswith("note: ")]
-    for count, reason in ((1, "not UTF-8"), (1, "empty"), (1, "binary"), (2, "under the key body")):
-        assert len([note for note in notes if note.startswith(f"note: {count} ") and reason in note]) == 1
+    for domain, count, reason in (("mine", 1, "not UTF-8"), ("mine", 1, "empty"), ("mine", 1, "binary"),
+                                  ("records", 2, "under the key body")):
+        assert len([note for note in notes if note.startswith(f"note: {domain}: {count} ") and reason in note]) == 1
     assert len(notes) == 4
+    assert "\neach document ends with <|endoftext|>, id 256\n" in stdout
 
 
 def test_help_lists_every_key_with_its_default_and_meaning(program):
@@ -137,8 +139,9 @@ def test_help_lists_every_key_with_its_default_and_meaning(program):
     (["--out_dir=x", "a=a.txt", "--val_bytes=1.5"], ["--val_bytes", "'1.5'"]),
     (["--out_dir=x", "a=a.txt", "--tok=bytes"], ["--tok=bytes"]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=no_such"], ["--tokenizer=no_such", "bytes"]),
+    (["--out_dir=x", "a=a.txt", "--tokenizer=old"], ["old/tokenizer.json", "AutoTokenizer.from_pretrained('old')"]),
     (["--out_dir=x", "a=a.txt", "--eot=</s>"], ["--eot=</s>", "<|endoftext|>"]),
-    (["--out_dir=x", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file matches"]),
+    (["--out_dir=x", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file of text"]),
     (["--out_dir=x", "word"], ["word", "NAME=GLOB"]),
     (["--out_dir=x", "../a=a.txt"], ["'../a'", "letters"]),
     (["--out_dir=a.txt", "a=a.txt"], ["--out_dir=a.txt", "is a file"]),
@@ -148,11 +151,13 @@ def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
         program, made, copied, monkeypatch, arguments, named):
     monkeypatch.chdir(copied.parent)
     Path("a.txt").write_text("some text")
+    Path("old").mkdir()
+    Path("old", "tokenizer.model").write_bytes(b"of sentencepiece")
     status, stdout, stderr = program(*arguments)
     [message] = [line for line in stderr.splitlines() if "error: " in line]
     assert (status, stdout) == (2, "") and stderr.rstrip().endswith(message)
     assert all(word in message for word in named)
-    assert sorted(os.listdir()) == ["a.txt", "bins"] and contents(copied) == contents(made)
+    assert sorted(os.listdir()) == ["a.txt", "bins", "old"] and contents(copied) == contents(made)
 
 
 @pytest.mark.parametrize("error, rank, status, message", [
@@ -361,10 +366,12 @@ def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings,
     meta = build(tmp_path / "bins", ARTICLES, load_tokenizer(source))
     model = tmp_path / "model"
     model.mkdir()
+    (model / "config.json").write_text('{"model_type": "llama"}')
     assert model_tokenizer(model) is None
     save_tokenizer(model, TokenBins(tmp_path / "bins", 8))
     assert model_tokenizer(model).fingerprint == meta["tokenizer"]["fingerprint"]
-    assert json.loads((model / "generation_config.json").read_text())["eos_token_id"] == meta["tokenizer"]["eot"]
+    for name in ("generation_config.json", "config.json"):
+        assert json.loads((model / name).read_text())["eos_token_id"] == meta["tokenizer"]["eot"]
     # Without what only this project writes, the folder still holds the same tokenizer.
     (model / "tokenizer_meta.json").unlink()
     assert same_tokenizer(model_tokenizer(model), saved_tokenizer(tmp_path / "bins", meta["tokenizer"]))
@@ -372,11 +379,25 @@ def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings,
         assert (model / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
+def test_nanogpts_bins_open_once_they_are_described(tmp_path, made):
+    entries = {"dtype": "uint16"}
+    for side in ("train", "val"):
+        path = Path(shutil.copyfile(made / f"code.{side}.bin", tmp_path / f"{side}.bin"))
+        entries[side] = {"file": path.name, "tokens": path.stat().st_size // 2, "sha256": file_sha256(path)}
+    write_meta(tmp_path, load_tokenizer("bytes"), {"web": entries})
+    theirs = TokenBins(tmp_path, 16)
+    ours = TokenBins(made, 16, ["code"])
+    assert theirs.n_windows == {"web": ours.n_windows["code"]}
+    assert (theirs.val_windows("web", 3) == ours.val_windows("code", 3)).all()
+    assert theirs.tokenizer["fingerprint"] == ours.tokenizer["fingerprint"]
+    verify(tmp_path)
+
+
 # ----------------------------------------------- Documents ------------------------------------------------------------
 
 def documents(path: Path, text_key: str = "text") -> tuple[list[str], Counter]:
     left_out = Counter()
-    return list(read_file(path, text_key, left_out)), left_out
+    return [text for _, text in read_file(path, text_key, left_out)], left_out
 
 
 def compressed(name: str, raw: bytes) -> bytes:
@@ -413,7 +434,7 @@ def test_a_compressed_text_file_is_read_as_text(tmp_path):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("a.py", "naïve\r\n漢字"), ("a.json", '{\n  "text": "x"\n}\n'), ("a.json", "[1]\n[2]\n"), ("no_suffix", "x")])
+    ("a.py", "naïve\r\n漢字"), ("a.md", '{\n  "text": "x"\n}\n'), ("no_suffix", "x")])
 def test_any_other_file_is_one_document_as_it_stands(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
     assert documents(tmp_path / name) == ([text], Counter())
@@ -461,7 +482,8 @@ def test_sources_are_files_folders_and_globs(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
     found = expand_sources([f"file={tmp_path}/a.txt", f"folder={tmp_path}", f"glob={tmp_path}/*.txt",
-                            f"deep={tmp_path}/**/*.txt", f"two={tmp_path}/*.txt", f"two={tmp_path}/sub/*.md"])
+                            f"deep={tmp_path}/**/*.txt", f"two={tmp_path}/*.txt", f"two={tmp_path}/sub/*.md"],
+                           labelled=False, left_out=defaultdict(Counter))
     assert {name: [path.relative_to(tmp_path).as_posix() for path in paths] for name, paths in found.items()} == {
         "file": ["a.txt"], "folder": ["a.txt", "b.txt", "sub/d.md", "sub/deep/c.txt"], "glob": ["a.txt", "b.txt"],
         "deep": ["a.txt", "b.txt", "sub/deep/c.txt"], "two": ["a.txt", "b.txt", "sub/d.md"]}
@@ -471,9 +493,78 @@ def test_the_documents_of_all_domains_are_one_stream_and_an_empty_domain_is_refu
     (tmp_path / "a.jsonl").write_text(RECORDS)
     (tmp_path / "b.txt").write_text(" ")
     one, empty = [tmp_path / "a.jsonl"], [tmp_path / "b.txt"]
-    assert list(read_documents({"x": one, "y": empty + one}, "text", Counter())) == [
+    left_out = defaultdict(Counter)
+    assert list(read_documents({"x": one, "y": empty + one}, "text", "", left_out)) == [
         ("x", "one é"), ("x", "two\nlines\0"), ("y", "one é"), ("y", "two\nlines\0")]
-    assert "domain y" in refused(list, read_documents({"x": one, "y": empty}, "text", Counter()))
+    assert "domain y" in refused(list, read_documents({"x": one, "y": empty}, "text", "", left_out))
+
+
+NO_TEXT = {"a.csv": b"a,b", "a.tsv": b"a", "a.PDF": b"%PDF", "a.tar.gz": b"", "a.zip": b"PK", "a.safetensors": b"",
+           "a.json": b'[{"text": "x"},\n {"text": "y"}]', "b.json": b'{\n "text": "x"\n}'}
+
+
+@pytest.mark.parametrize("name", NO_TEXT)
+def test_a_file_that_is_no_text_is_refused_where_a_glob_names_it_and_left_out_of_a_folder(program, tmp_path, name):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_bytes(NO_TEXT[name])
+    status, _, stderr = program(f"mine={folder}/*", f"--out_dir={tmp_path}/bins")
+    assert status == 2 and stderr.count("\n") == 1 and name in stderr
+    assert "jq -c" in stderr if name.endswith(".json") else ";" in stderr
+    # A folder that holds nothing else is an error too, one with some text is not.
+    status, _, stderr = program(f"mine={folder}", f"--out_dir={tmp_path}/bins")
+    assert status == 2 and "no file of text" in stderr
+    for i in range(3):
+        (folder / f"{i}.txt").write_text(f"text {i}")
+    status, stdout, _ = program(f"mine={folder}", f"--out_dir={tmp_path}/bins")
+    kind = ".tar" if name == "a.tar.gz" else name[1:].lower()
+    assert status == 0 and f"note: mine: 1 {kind} files\n" in stdout
+
+
+# ----------------------------------------------- Labelled records -----------------------------------------------------
+
+def labelled(i: int, label) -> dict:
+    return {"text": f"text number {i}", "meta": {"set": label}}
+
+
+LABELLED = [labelled(i, ("RedPajamaC4", "Pile/CC (x)")[i % 2]) for i in range(20)]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.zst", "a.parquet"])
+def test_the_domain_may_be_what_each_record_says(program, tmp_path, name):
+    records = [*LABELLED, {"text": "no label"}, labelled(1, None), labelled(2, "—"), {"meta": {"set": "RedPajamaC4"}}]
+    if name.endswith("parquet"):
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / name)
+    else:
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / name).write_bytes(compressed(name, lines.encode()))
+    status, stdout, stderr = program(f"{tmp_path}/a.*", "--domain_key=meta.set", f"--out_dir={tmp_path}/bins")
+    assert (status, stderr) == (0, "")
+    meta = json.loads((tmp_path / "bins" / "meta.json").read_text())
+    assert sorted(meta["domains"]) == ["Pile_CC_x", "RedPajamaC4"]
+    for domain, parity in (("RedPajamaC4", 0), ("Pile_CC_x", 1)):
+        texts = [text for side in ("train", "val") for text in bin_texts(tmp_path / "bins" / f"{domain}.{side}.bin")]
+        assert sorted(texts) == sorted(record["text"] for record in LABELLED[parity::2])
+    assert "note: 3 records without a domain under the key meta.set\n" in stdout
+    assert "note: 1 records without a text under the key text\n" in stdout
+
+
+@pytest.mark.parametrize("records, named", [
+    ([labelled(1, "a b"), labelled(2, "a-b")], "'a-b'"),
+    ([{"text": "no label"}], "--domain_key=meta.set: no document"),
+    ([labelled(i, f"d{i % 257}") for i in range(600)], "at most 256"),
+])
+def test_labels_that_make_no_domains_are_refused(program, tmp_path, records, named):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    status, _, stderr = program(f"{tmp_path}/a.jsonl", "--domain_key=meta.set", f"--out_dir={tmp_path}/bins")
+    assert status == 2 and stderr.count("\n") == 1 and named in stderr
+
+
+def test_text_files_have_no_labels(program, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    status, _, stderr = program(f"{tmp_path}/a.txt", "--domain_key=meta.set", f"--out_dir={tmp_path}/bins")
+    assert status == 2 and "--domain_key requires records" in stderr
 
 
 # ----------------------------------------------- The validation split -------------------------------------------------

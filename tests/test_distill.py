@@ -30,11 +30,13 @@ import torch.nn.functional as F
 from conftest import read_lines
 from safetensors.torch import load_file, save_file
 
+import data
 import distill
+import model as model_program
 import sample_mixture
 from data import TokenBins, UserError, build_bins, bytes_settings, file_sha256, load_tokenizer
-from distill import (ARMS, PRESETS, TED, Arm, Config, contradictions, dense_distillation_loss, parse_config,
-                     resolve_auto, resolve_config, train)
+from distill import (ARMS, OTHER_NAMES, PRESETS, TED, Arm, Config, contradictions, dense_distillation_loss, line_is_due,
+                     parse_config, resolve_auto, resolve_config, train)
 from model import GPT, GPTConfig
 from sample_mixture import RULES, MixtureSampler, discrepancy_factor
 
@@ -127,7 +129,8 @@ def config(tiny, tmp_path, sinks):
     """A function that makes a tiny run's configuration, in tmp_path/run unless named."""
     def make(**given):
         config = resolve_config({**tiny, "out_dir": str(tmp_path / "run"), "wandb": True, **given})
-        assert contradictions(config) == []
+        problems = contradictions(config)
+        assert all(problem.startswith("--warmup_steps") for problem in problems)  # of a few steps all may be warm-up
         return config
     return make
 
@@ -473,7 +476,7 @@ def test_max_steps_0_only_evaluates_by_any_method(program, tmp_path, method):
 
 
 def test_cpt_goes_without_a_teacher(program, tmp_path):
-    status, out, err = program("--method=cpt", "--teacher=", "--max_steps=2")
+    status, out, err = program("--method=cpt", "--teacher=", "--max_steps=2", "--warmup_steps=0")
     assert (status, err) == (0, "") and "worst ratio" not in out and "WARNING" not in out
     for line in read_lines(tmp_path / "run", "mixture"):
         assert all(domain["teacher_ppl"] is domain["ratio"] is None for domain in line["domains"].values())
@@ -743,6 +746,47 @@ def test_a_checkpoint_opens_in_transformers_with_equal_logits(straight):
     idx = torch.arange(48).view(3, 16)
     with torch.no_grad():
         torch.testing.assert_close(GPT.from_pretrained(folder)(idx), other(idx).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_ends_of_text_agree_in_all_files_of_a_checkpoint(config, straight, teacher, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = straight() / "step_00000008"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for settings in (transformers.AutoConfig.from_pretrained(folder),
+                     transformers.GenerationConfig.from_pretrained(folder)):
+        assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == (256, 256, None)
+    assert tokenizer.eos_token_id == 256 and tokenizer.bos_token_id is None
+
+    # With a tokenizer of the user's, whose beginning and padding are tokens of their own, and a model that says else
+    def give_own_tokenizer(folder: Path):
+        settings = bytes_settings()
+        end = settings["added_tokens"][0]
+        settings["added_tokens"] += [{**end, "id": 257, "content": "<s>"}, {**end, "id": 258, "content": "<pad>"}]
+        names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>",
+                 "pad_token": {"content": "<pad>"}}
+        for name in ("tokenizer_meta.json", "tokenizer.json", "tokenizer_config.json"):
+            (folder / name).unlink()
+        put("tokenizer.json", json.dumps(settings).encode())(folder)
+        put("tokenizer_config.json", json.dumps(names).encode())(folder)
+
+    source = tmp_path / "source"
+    new_student(rows=259).save_pretrained(source)
+    edit("config.json", eos_token_id=7, bos_token_id=8)(source)
+    for name in ("tokenizer_meta.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(teacher / name, source)
+    give_own_tokenizer(source)
+    build_bins(tmp_path / "bins", load_tokenizer(source), [("x", f"text {i} " * 99) for i in range(9)], val_fraction=0.3)
+    folder = train(config(data_dir=str(tmp_path / "bins"), teacher="", method="cpt", student=str(source), max_steps=0))
+    for settings in (transformers.AutoConfig.from_pretrained(folder),
+                     transformers.GenerationConfig.from_pretrained(folder)):
+        assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == (256, 258, 257)
+
+
+def test_the_files_of_a_checkpoint_may_be_read_by_whom_the_umask_lets(config, tmp_path):
+    before = os.umask(0o027)
+    folder = train(config(max_steps=0))
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
 
 
 def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
@@ -1048,7 +1092,6 @@ FOREIGN_CHECKPOINTS = {  # with a manifest that fits: not damaged, but not as a 
     "optimizer hostile": (lambda folder: torch.save({"optimizer": Hostile()}, folder / "optimizer.pt"), "optimizer.pt"),
     "optimizer a bare pickle": (lambda folder: put("optimizer.pt", pickle.dumps(Hostile(), 2))(folder), "optimizer.pt"),
     "optimizer empty": (put("optimizer.pt", b""), "optimizer.pt"),
-    "weights of another size": (lambda folder: new_student(3).save_pretrained(folder), ""),
     "weights not safetensors": (put("model.safetensors", b"weights"), "model.safetensors"),
     "config of no model": (put("config.json", b"[]"), "config.json"),
 }
@@ -1082,7 +1125,13 @@ def test_what_no_run_wrote_is_one_message_runs_no_code_and_loses_nothing(program
       "--min_lr=1.0: must not be above --lr=0.001"]),
     (["--method=dkd", "--preset=small", "--dtype=float16", "lr=3", "-v"],
      ["--method=dkd: must be one of ddk ", "--preset=small: must be one of quickstart paper ",
-      "--dtype=float16: must be one of auto ", "lr=3: unknown key; ", "-v: unknown key; write --key=value"])])
+      "--dtype=float16: requires loss scaling, .* bfloat16 or float32", "lr=3: unknown key; ",
+      "-v: unknown key; write --key=value"]),
+    (["--num_epochs=3", "--gradient_accumulation_steps=4", "--bf16", "--model=gpt2", "--dtype=half",
+      "--warmup_steps=300"],
+     ["--num_epochs=3: unknown key; here it is --max_steps", "--gradient_accumulation_steps=4: .* --micro_batch_size",
+      "--bf16: unknown key; here it is --dtype=bfloat16", "--model=gpt2: unknown key; here it is --student",
+      "--dtype=half: must be one of auto ", "--warmup_steps=300: .*--max_steps=300"])])
 def test_mistakes_on_the_command_line_are_named_all_at_once(run_main, arguments, messages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = run_main(distill, *arguments)
@@ -1096,6 +1145,46 @@ def test_of_a_key_given_twice_the_last_counts_and_a_space_does_for_the_equals_si
     config = parse_config(["--seed=1", "--seed", "2", "--wandb", "--wandb=false", "--shard_teacher", "false"])
     assert (config.seed, config.wandb, config.shard_teacher) == (2, False, False)
     assert config.out_dir == "out/quickstart-ddk-2" and config.data_dir == "data/quickstart"
+    assert [parse_config([f"--dtype={word}"]).dtype for word in ("bf16", "fp32")] == ["bfloat16", "float32"]
+
+
+def test_other_programs_words_lead_to_keys_that_exist():
+    for advice in OTHER_NAMES.values():
+        assert re.split("[=:]", advice)[0] in KEYS
+    assert not OTHER_NAMES.keys() & KEYS.keys()
+
+
+def test_a_run_is_repeated_by_its_config_json(run_main, straight, sinks, teacher, tmp_path):
+    again = tmp_path / "again"
+    status, _, err = run_main(distill, f"--config={straight()}/config.json", f"--out_dir={again}", "--device=cpu")
+    assert (status, err) == (0, "")
+    assert read_lines(again)[1:] == read_lines(straight())[1:]
+    # Keys of the command line win, and what belongs to a place is not repeated.
+    config = parse_config([f"--config={straight()}/config.json", "--seed=3"])
+    saved = json.loads((straight() / "config.json").read_text())["config"]
+    left = ("out_dir", "resume", "device", "parallel", "compile", "dry_run", "config", "seed")
+    for name, entry in KEYS.items():
+        assert name in left or getattr(config, name) == saved[name]
+    assert (config.seed, config.out_dir, config.device) == (3, "out/paper-ddk-3", "auto")
+    # A model's config.json is another thing.
+    status, _, err = run_main(distill, f"--config={teacher}/config.json")
+    assert status == 2 and f"--config={teacher}/config.json: " in err and "a model's" in err
+
+
+def test_progress_is_shown_after_the_first_step_and_the_last_every_log_every_and_within_30_seconds():
+    config = resolve_config({"log_every": 10, "max_steps": 95})
+    slow = dict(since_line=21.0, step_time=10.0)
+    fast = dict(since_line=21.0, step_time=8.0)
+    assert [step for step in range(1, 96) if line_is_due(step, 0, **fast, config=config)] == [1, *range(10, 91, 10), 95]
+    assert [step for step in range(43, 50) if line_is_due(step, 42, **fast, config=config)] == [43]
+    assert all(line_is_due(step, 0, **slow, config=config) for step in range(1, 96))
+
+
+def test_the_first_step_says_how_long_the_run_will_take(program):
+    _, out, _ = program("--log_every=100")
+    shown = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in shown] == ["1/8", "8/8"]
+    assert all(re.search(r"[\d,]+ tokens/s  [\d.]+ [MG]iB  ETA \d+:\d\d$", line) for line in shown)
 
 
 def test_help_lists_every_key_with_its_default(run_main):
@@ -1133,7 +1222,8 @@ def test_the_papers_presets_have_its_values_and_its_pairs(preset, teacher, stude
 def test_the_quickstart_is_the_default_where_no_folder_is_named(given):
     config = resolve_config(given)
     assert config.preset == "quickstart" and contradictions(config) == []
-    assert config.interval == 25 and config.batch_size % 8 == 0  # torchrun --nproc_per_node=8 works as it is
+    assert config.interval == 25 and config.warmup_steps < config.max_steps
+    assert config.batch_size % 8 == 0  # torchrun --nproc_per_node=8 works as it is
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
@@ -1166,6 +1256,9 @@ MIXTURES = ["a", "letters=x", "letters=-1", "letters=0", "letters=inf", "letters
     *(([f"--student={word}"], {}, [f"--student={word}: write scratch:LxD with D even"]) for word in STUDENTS),
     (["--teacher=nowhere", "--student=nowhere"], {},
      ["--teacher=nowhere: no such folder", "--student=nowhere: no such folder"]),
+    (["--student=2x64"], {}, ["--student=2x64: no such folder; a new student is --student=scratch:2x64"]),
+    *(([f"--max_steps={n}", "--warmup_steps=8", *dry], {}, [f"--warmup_steps=8: .* --max_steps={n}"])
+      for n in (1, 8) for dry in ([], ["--dry_run"])),
     (["--student="], {}, ["--student: name its folder, scratch:LxD or layers:N"]),
     (["--student=layers:2", "--teacher=", "--method=cpt"], {}, ["--student=layers:2: layers of which --teacher?"]),
     *((["--teacher=", f"--method={method}"], {}, [f"--teacher: --method={method} requires one"])
@@ -1252,7 +1345,7 @@ SHORT = edit("config.json", max_position_embeddings=8)
 SLIDING = edit("config.json", model_type="mistral", sliding_window=8)
 SMALL_AND_SHORT = edit("config.json", vocab_size=200, max_position_embeddings=8)
 TOO_SHORT = "--block_size=16: the {} {{other}} reads at most 8 tokens"
-MAKE_ANEW = "make the bins anew with data.py --tokenizer={other}"
+MAKE_ANEW = "make the bins again with data.py --tokenizer={other}"
 
 
 @pytest.mark.parametrize("change, arguments, messages", [
@@ -1290,14 +1383,71 @@ def test_what_does_not_fit_is_refused_with_the_fix_before_a_weight_is_read(progr
 def test_a_folder_without_tokenizer_files_is_taken_with_a_warning(program, teacher, tmp_path):
     other = copy_of(teacher, tmp_path / "other", lambda folder: [path.unlink() for path in folder.glob("tokenizer*")])
     status, out, err = program(f"--teacher={other}", "--max_steps=0")
-    assert (status, err) == (0, "") and f"WARNING: --teacher={other} has no tokenizer files" in out
+    assert (status, err) == (0, "") and f"WARNING: --teacher={other} has no tokenizer.json" in out
+
+
+def hub_cache(folder: Path, cache: Path, name: str):
+    """Put a model's folder into a cache of huggingface_hub."""
+    repository = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(folder, repository / "snapshots" / "0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path, teacher):
+    """huggingface_hub without a network, its cache with the model you/teacher."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    hub_cache(teacher, tmp_path / "hub", "you/teacher")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    download = partial(huggingface_hub.snapshot_download, cache_dir=tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+
+
+def test_models_may_be_named_as_on_the_hub(program, hub, straight, tmp_path):
+    status, _, err = program("--teacher=you/teacher", "--keep=0", "--save_every=1")
+    assert (status, err) == (0, "")
+    assert_same_run(tmp_path / "run", straight())
+    # The content is what counts: the folder itself is the same experiment.
+    status, out, err = program("--keep=0", "--save_every=1")
+    assert (status, err) == (0, "") and "this run is finished" in out
+
+
+def test_the_bins_may_have_the_tokenizer_of_a_model_on_the_hub(run_main, hub, tmp_path):
+    text = ["one", "two"]
+    for i in range(2):
+        (tmp_path / f"{i}.txt").write_text(text[i])
+    status, _, err = run_main(data, f"--out_dir={tmp_path / 'bins'}", "--tokenizer=you/teacher", f"x={tmp_path}/*.txt")
+    assert (status, err) == (0, "")
+    assert (tmp_path / "bins" / "tokenizer.json").is_file()
+
+
+def test_a_model_on_the_hub_writes_text(run_main, hub):
+    status, out, err = run_main(model_program, "--model=you/teacher", "--prompt=abc", "--max_new_tokens=3", "--device=cpu")
+    assert (status, err) == (0, "") and out.startswith("abc")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_name_that_the_hub_does_not_give_is_one_message_with_the_command(program, hub, tmp_path, monkeypatch,
+                                                                           installed):
+    if not installed:
+        monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    status, _, err = program("--teacher=you/other")
+    assert status == 2 and err.startswith("error: --teacher=you/other: no such folder") and err.count("error: ") == 1
+    assert "hf download you/other --local-dir models/other" in err and not (tmp_path / "run").exists()
+
+
+def test_a_name_on_the_hub_counts_as_a_folder_does_for_presets(run_main, tiny):
+    others = {key: value for key, value in tiny.items() if key not in ("preset", "teacher", "student")}
+    status, _, err = run_main(distill, *words({**others, "teacher": "you/teacher"}))
+    assert status == 2 and "error: --preset: name one" in err
 
 
 def test_a_tokenizer_whose_package_is_missing_is_not_called_another_one(program, teacher, tmp_path, monkeypatch):
     other = copy_of(teacher, tmp_path / "other", SAME)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     status, _, err = program(f"--teacher={other}", "--student=layers:9")
-    assert status == 2 and "pip install tokenizers" in err and "make the bins anew" not in err
+    assert status == 2 and "pip install tokenizers" in err and "make the bins again" not in err
     assert "--student=layers:9: the teacher has" in err
 
 
@@ -1355,7 +1505,8 @@ def test_a_dry_run_tells_what_a_run_takes_reads_no_weights_and_writes_nothing(
         here = parameters / (world if role in sharded else 1)
         parts = {"weights": width} if role == "teacher" else {"weights": 4, "gradients": 4, "optimizer": 8}
         for part, n_bytes in parts.items():
-            assert number(role, f"{part} N MiB") == pytest.approx(n_bytes * here / 2**20, abs=0.06)
+            unit, size = ("GiB", 2**30) if n_bytes * here >= 2**30 else ("MiB", 2**20)
+            assert number(role, f"{part} N {unit}") == pytest.approx(n_bytes * here / size, abs=0.06)
         assert f"on each of {world} devices" in shown[role]
         # Two FLOPs a weight of a matrix and token forward (the embedding is a look-up), twice that backward
         flops += passes * 2 * (layers * matrices + V * d)
