@@ -56,16 +56,27 @@ def run_program(main: Callable):
     """Run `main` as a program: a UserError is one message and status 2, Ctrl-C is status 130, without a traceback."""
     try:
         main()
-    except BrokenPipeError:  # whoever reads the output, such as head, has closed it
-        os._exit(128 + 13)  # the status of a program that SIGPIPE ends
-    except (UserError, OSError) as error:
+    except BrokenPipeError as error:
+        os._exit(status_of(error))  # exiting as usual would write to what is closed
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        sys.exit(status_of(error))
+
+
+def status_of(error: BaseException) -> int:
+    """The exit status of a program that `error` ends; its message is printed if the user can mend it."""
+    if isinstance(error, SystemExit):
+        return error.code or 0
+    if isinstance(error, BrokenPipeError):  # whoever reads the output, such as head, has closed it
+        return 128 + 13  # as SIGPIPE gives
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, UserError | OSError):
         rank = os.environ.get("RANK", "0")
         prefix = "error" if rank == "0" else f"rank {rank}: error"
         for line in str(error).splitlines():
             print(f"{prefix}: {line}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return 2
+    return 1
 
 
 def import_optional(module: str, needed_for: str):

@@ -27,9 +27,10 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -50,7 +51,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import (HUB_NAME, MODEL_FILES, TOKENIZER_FILES, TokenBins, UserError, alive, build_bins, digest, file_sha256,
                   fsync, hub_folder, import_optional, load_tokenizer, model_tokenizer, quickstart_documents, read_meta,
-                  run_program, same_tokenizer, save_tokenizer, saved_tokenizer, user_errors, write_text)
+                  run_program, same_tokenizer, save_tokenizer, saved_tokenizer, status_of, user_errors, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import RULES, MixtureSampler, read_metrics
 
@@ -143,12 +144,13 @@ class Config:
 
     # How it is computed
     micro_batch_size: int = free_key(0, "windows per forward pass; 0: all of a rank's windows", minimum=0)
+    teacher_micro_batch_size: int = free_key(0, "the same of the teacher, a multiple of it; 0: equal", minimum=0)
     dtype: str = key("auto", "of the matrix products; auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
     compile: str = free_key("auto", "torch.compile; auto: on cuda", choices=("auto", "true", "false"))
     device: str = free_key("auto", "auto: cuda, then mps, then cpu")
-    parallel: str = free_key("auto", "under torchrun; auto: fsdp (FSDP2) on GPUs, ddp on CPUs",
-                             choices=("auto", "none", "ddp", "fsdp"))
-    shard_teacher: bool = free_key(True, "with fsdp, shard the teacher too; false: whole on every device")
+    parallel: str = free_key("auto", "under torchrun; auto: fsdp (FSDP2) on GPUs, ddp on CPUs; hsdp: sharded within a "
+                                     "node, replicated across nodes", choices=("auto", "none", "ddp", "fsdp", "hsdp"))
+    shard_teacher: bool = free_key(True, "with fsdp and hsdp, shard the teacher too; false: whole on every device")
     checkpoint_activations: bool = free_key(False, "recompute activations in the backward pass, to save memory")
     timeout: float = free_key(30, "minutes that a rank waits for the others", minimum=0.1)
 
@@ -326,29 +328,29 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
     window_weights: of the whole batch, (batch_size,); 1 for all but DoReMi's proxy. added_loss: see TED, or None.
     Raises UserError, before the update, if the loss or the gradient is not finite."""
     arm = ARMS[config.method]
-    is_ddp = isinstance(student, DistributedDataParallel)
     num_tokens = (window_weights.sum() * config.block_size).to(windows.device)
     my_weights = window_weights[rank_slice(config)].to(windows.device)
 
     # Forward and backward passes, one micro-batch at a time. The gradients add up.
     totals = torch.zeros(3, device=windows.device)
-    micro_batches = windows.split(config.micro_batch_size)
-    weights_of_each = my_weights.split(config.micro_batch_size)
-    for i, micro_batch in enumerate(micro_batches):
-        inputs = micro_batch[:, :-1]
-        targets = micro_batch[:, 1:]
-        token_weights = weights_of_each[i][:, None].expand_as(targets)
+    teacher_hidden = None
+    teacher_head = None
+    for start in range(0, len(windows), config.micro_batch_size):
+        rows = slice(start, start + config.micro_batch_size)
+        inputs = windows[rows, :-1]
+        targets = windows[rows, 1:]
+        token_weights = my_weights[rows, None].expand_as(targets)
 
-        # DDP reduces gradients in the last backward pass only. FSDP reduces each, so as to hold shards alone.
-        if is_ddp:
-            student.require_backward_grad_sync = i == len(micro_batches) - 1
-
-        # The teacher's hidden states and head; logits are made inside the loss.
-        teacher_hidden = None
-        teacher_head = None
+        # The teacher's hidden states and head, for one micro-batch or several; logits are made inside the loss.
+        place = start % config.teacher_micro_batch_size
         if arm.divergence is not None:
-            with torch.no_grad(), autocast(config):
-                teacher_hidden, teacher_head = teacher(inputs, loss_fn=hidden_and_head)
+            if place == 0:
+                teacher_rows = windows[start:start + config.teacher_micro_batch_size, :-1]
+                with torch.no_grad(), autocast(config):
+                    all_hidden, teacher_head = teacher(teacher_rows, loss_fn=hidden_and_head)
+            teacher_hidden = all_hidden[place:place + config.micro_batch_size]
+
+        reduce_in_last_pass_only(student, rows.stop >= len(windows), config)
 
         def loss_fn(hidden, head):
             loss, ce, kl = distillation_loss(
@@ -364,6 +366,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
         # DDP and FSDP average gradients over ranks, but Eq. 3's mean is over all tokens.
         (loss * world_size()).backward()
         totals += torch.stack((loss, ce, kl)).detach()
+    forget_passes(teacher)
 
     # Clip the gradient
     parameters = list(student.parameters())
@@ -442,7 +445,7 @@ def train(config: Config) -> Path:
                     versions=environment(), parameters=count_parameters(teacher=teacher, student=student))
         wrapped_student = student
         if config.parallel == "ddp":
-            wrapped_student = DistributedDataParallel(student)
+            wrapped_student = DistributedDataParallel(student, gradient_as_bucket_view=True)
 
         run.catch_signals()
         first_step = state.step
@@ -577,10 +580,10 @@ class ChunkedLoss(torch.autograd.Function):
                 teacher_head = teacher_head.to(dtype)
 
         # One buffer of logits for all chunks
-        student_logits = hidden.new_empty(chunk_size, len(head))
+        student_logits = aligned_empty(hidden, chunk_size, len(head))
         teacher_logits = None
         if teacher_hidden is not None:
-            teacher_logits = teacher_hidden.new_empty(chunk_size, len(teacher_head))
+            teacher_logits = aligned_empty(teacher_hidden, chunk_size, len(teacher_head))
 
         # Compiling takes seconds: too long where there is little to compute.
         eq3 = eq3_of_chunk
@@ -615,6 +618,11 @@ class ChunkedLoss(torch.autograd.Function):
         return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None, None, None
 
 
+def aligned_empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """(rows, columns) with room for a multiple of 64 columns, which the matrix products of GPUs require to be fast."""
+    return like.new_empty(rows, math.ceil(columns / 64) * 64)[:, :columns]
+
+
 def eq3_of_chunk(student_logits, teacher_logits, targets, token_weights, equation: dict, wants_gradient: bool):
     """Eq. 3 of one chunk → (3,): loss, ce, kl. The gradient with respect to student_logits is written over them."""
     def loss_and_parts(logits):
@@ -643,9 +651,23 @@ def compile_eq3():
             except torch._dynamo.exc.TorchDynamoException as error:
                 works = False
                 warnings.warn(f"torch.compile does not work here; the loss is slower without: {str(error)[:300]}")
-        return eq3_of_chunk(*args)
+        return eq3_in_slices(*args)
 
     return eq3
+
+
+def eq3_in_slices(student_logits, teacher_logits, targets, token_weights, equation: dict, wants_gradient: bool):
+    """eq3_of_chunk on a sixteenth of the tokens at a time: not fused, it holds a dozen copies of the logits."""
+    totals = 0
+    n = math.ceil(len(targets) / 16)
+    for start in range(0, len(targets), n):
+        rows = slice(start, start + n)
+        teacher_rows = None
+        if teacher_logits is not None:
+            teacher_rows = teacher_logits[rows]
+        totals = totals + eq3_of_chunk(student_logits[rows], teacher_rows, targets[rows], token_weights[rows], equation,
+                                       wants_gradient)
+    return totals
 
 
 # ------------ Many processes ------------------------------------------------------------------------------------------
@@ -720,33 +742,36 @@ def process_group(config: Config):
         yield
         return
     # Each process takes the GPU of its number.
-    on_cuda = resolve_device(config.device).type == "cuda"
-    if on_cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(minutes=config.timeout))
+    device = resolve_device(config.device)
+    backend = "gloo"
+    device_id = None
+    if device.type == "cuda":
+        backend = "nccl"
+        device_id = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device_id)
+    dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout), device_id=device_id)
 
-    # A process that ends makes the collectives of the others fail.
     status = 0
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
             yield
             dist.barrier()
-    except SystemExit as stop:
-        status = stop.code
-    except RuntimeError as error:
-        if not re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
-            raise
-        reason = str(error).splitlines()[0]
-        raise UserError(f"another process is gone, or silent for {config.timeout} minutes ({reason}); "
-                        "the same command continues from the last checkpoint") from None
+    except BaseException as error:
+        status = status_of(error)
+        if status == 1 and re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
+            # A process that ends makes the collectives of the others fail.
+            reason = str(error).splitlines()[0]
+            status = status_of(UserError(
+                f"another process is gone, or silent for {config.timeout} minutes ({reason}); the same command continues "
+                "from the last checkpoint"))
+        elif status == 1:
+            traceback.print_exc()
 
-    # The threads of gloo sometimes abort a process that exits as usual.
-    if not on_cuda:
+    # Out at once: threads of gloo sometimes abort a process that exits as usual, and NCCL waits for lost processes.
+    with suppress(BrokenPipeError):
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    dist.destroy_process_group()
-    sys.exit(status)
+    sys.stderr.flush()
+    os._exit(status)
 
 
 # ------------ Models on devices ---------------------------------------------------------------------------------------
@@ -769,13 +794,19 @@ def resolve_auto(config: Config) -> Config:
     config = replace(config, **{name: choice for name, choice in choices.items() if getattr(config, name) == "auto"})
     if config.micro_batch_size == 0:
         config = replace(config, micro_batch_size=config.batch_size // world_size())
+    if config.teacher_micro_batch_size == 0:
+        config = replace(config, teacher_micro_batch_size=config.micro_batch_size)
     return config
+
+
+def is_sharded(config: Config) -> bool:
+    return config.parallel in ("fsdp", "hsdp")
 
 
 def autocast(config: Config):
     """The dtype of the matrix products. Under FSDP its own policy casts."""
     device_type = torch.device(config.device).type
-    enabled = config.dtype == "bfloat16" and config.parallel != "fsdp"
+    enabled = config.dtype == "bfloat16" and not is_sharded(config)
     return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
 
 
@@ -805,9 +836,12 @@ def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Pa
     if arm.added_loss is not None:
         added_loss = arm.added_loss(student, teacher, config)
 
+    if config.compile == "true":
+        torch._dynamo.config.recompile_limit = 64  # the blocks of both models are one piece of code
+        torch._dynamo.config.optimize_ddp = False  # which would cut blocks at DDP's buckets
     if teacher is not None:
-        spread(teacher, config, shard=config.parallel == "fsdp" and config.shard_teacher)
-    spread(student, config, shard=config.parallel == "fsdp")
+        spread(teacher, config, shard=is_sharded(config) and config.shard_teacher)
+    spread(student, config, shard=is_sharded(config))
     return teacher, student, added_loss
 
 
@@ -836,7 +870,7 @@ def read_model(source: str, config: Config, model_config: GPTConfig, dtype: torc
 
 
 def spread(model: GPT, config: Config, shard: bool):
-    """Put the model that rank 0 read on the device of every rank: whole, or sharded by FSDP2.
+    """Put the model that rank 0 read on the device of every rank: whole, or sharded by FSDP2 over all or over a node's.
 
     FSDP2 gathers one block at a time, in the dtype of the products, and reduces gradients in float32. Without
     `cast_forward_inputs` the rotary tables stay float32."""
@@ -850,20 +884,50 @@ def spread(model: GPT, config: Config, shard: bool):
         model.to(config.device)
         return
 
+    # Whole on every device: each tensor from rank 0
+    if not shard:
+        if rank() == 0:
+            model.to(config.device)
+        else:
+            model.to_empty(device=config.device)
+        for tensor in model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+        return
+
     # Shard what has no memory yet, so that no rank ever holds more than its share
     whole_state = model.state_dict() if rank() == 0 else {}
     model.to("meta")
-    if shard:
-        mesh = init_device_mesh(torch.device(config.device).type, (world_size(),))
-        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
-                                      cast_forward_inputs=False)
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+    device_type = torch.device(config.device).type
+    mesh = init_device_mesh(device_type, (world_size(),))
+    if config.parallel == "hsdp":
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])  # of a node
+        nodes = world_size() // devices
+        mesh = init_device_mesh(device_type, (nodes, devices), mesh_dim_names=("replicate", "shard"))
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
     # Rank 0 hands the weights out
     model.to_empty(device=config.device)
     set_model_state_dict(model, whole_state, options=whole_tensors())
+
+
+def reduce_in_last_pass_only(student: nn.Module, is_last: bool, config: Config):
+    """Before each backward pass of a step: over which ranks it reduces the gradients.
+
+    DDP reduces in the last pass only. FSDP reduces in each, so as to hold shards alone; across nodes, in the last."""
+    if config.parallel == "ddp":
+        student.require_backward_grad_sync = is_last
+    elif config.parallel == "hsdp":
+        student.set_requires_all_reduce(is_last)
+
+
+def forget_passes(model: GPT | None):
+    """FSDP2 keeps a record of each forward pass until a backward pass, which the teacher never has: drop it."""
+    if hasattr(model, "reset_iter_state"):
+        model.reset_iter_state()
 
 
 def recomputed(forward: Callable) -> Callable:
@@ -1364,10 +1428,21 @@ def contradictions(config: Config) -> list[str]:
     attempt(problems, resolve_device, config.device)
     if config.parallel == "none" and world > 1:
         problems.append(f"--parallel=none: there are {world} processes; take ddp or fsdp")
-    if config.parallel in ("ddp", "fsdp") and not launched and not config.dry_run:
+    share = config.batch_size // world
+    teacher_per_pass = config.teacher_micro_batch_size
+    if teacher_per_pass > 0 and (teacher_per_pass % (config.micro_batch_size or share) or share % teacher_per_pass):
+        problems.append(f"--teacher_micro_batch_size={teacher_per_pass}: must be a multiple of "
+                        f"micro_batch_size={config.micro_batch_size or share}, and divide the {share} windows of a "
+                        "process")
+    if config.parallel in ("ddp", "fsdp", "hsdp") and not launched and not config.dry_run:
         problems.append(f"--parallel={config.parallel}: start with torchrun --nproc_per_node=N distill.py")
-    if config.parallel == "fsdp" and arm.added_loss is not None:
-        problems.append(f"--method={config.method}: not with fsdp; take --parallel=ddp")
+    if config.parallel == "hsdp" and world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):
+        problems.append("--parallel=hsdp: there is one node; take fsdp")
+    if is_sharded(config) and arm.added_loss is not None:
+        problems.append(f"--method={config.method}: not with {config.parallel}; take --parallel=ddp")
+    if arm.added_loss is not None and teacher_per_pass not in (0, config.micro_batch_size):
+        problems.append(f"--teacher_micro_batch_size={teacher_per_pass}: --method={config.method} compares layers of "
+                        "one micro-batch; leave it out")
     if launched and ":" in config.device:
         problems.append(f"--device={config.device}: each process takes its own; leave out the number")
     if launched and config.device in ("auto", "cuda") and torch.cuda.is_available():

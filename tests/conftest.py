@@ -1,6 +1,7 @@
 """A tiny corpus and tiny models, made once for all tests."""
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from data import TokenBins, build_bins, load_tokenizer, run_program, save_tokeni
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the programs that tests start
 
 WORDS = {"letters": "abcdefgh ", "digits": "0123456789+-=", "signs": "(){}[]<>;,. \n"}
 DOCUMENTS = {"letters": 60, "digits": 30, "signs": 15}  # natural proportions of about 4 : 2 : 1

@@ -84,6 +84,8 @@ class Watch:
                 self.look_at("teacher", teacher)
             student.layers[0].register_forward_pre_hook(self.look_at_rotary)
         self.windows.append(windows.tolist())
+        if config.compile == "true":
+            self.count_graphs()
         if original is None:
             weights = torch.ones(config.batch_size)
         else:
@@ -91,6 +93,16 @@ class Watch:
         if sampler.step == self.event.get("at") and self.event.get("rank", self.rank) == self.rank:
             weights = self.happen(student, weights, config)
         return weights, state
+
+    def count_graphs(self):
+        """What Dynamo has traced before this step since the first one. A limit on recompilations that is hit fails."""
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        counters = torch._dynamo.utils.counters
+        if len(self.windows) == 1:
+            self.graphs_before = counters["stats"]["unique_graphs"]
+        counts = [counters["stats"]["unique_graphs"] - self.graphs_before, sum(counters["graph_break"].values())]
+        with open(self.folder / f"graphs.{self.rank}", "a") as file:
+            print(json.dumps(counts), file=file)
 
     def look_at(self, role: str, model: GPT):
         modules = [*model.layers, model]
@@ -125,6 +137,12 @@ class Watch:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.event["room"], self.event["room"]))
         elif what == "pause":
             self.pause()
+        elif what == "slow save":
+            distill.fsync = lambda path: time.sleep(5)  # of eight files and their folder
+            if "signal" in self.event:
+                os.kill(os.getpid(), self.event["signal"])
+            else:
+                self.pause()
         elif what == "not finite":
             weights = weights * math.nan
         return weights
@@ -171,8 +189,9 @@ def start_process(folder: Path, rank: int, world: int, port: int):
         getattr(sys, name).flush()
         os.dup2(os.open(folder / f"{name}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if world:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        of_a_node = 2 if world == 4 else world  # four are two nodes of two
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % of_a_node), "WORLD_SIZE": str(world),
+                       "LOCAL_WORLD_SIZE": str(of_a_node), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def do_jobs(folder: Path, rank: int, world: int, port: int, jobs: list[dict]):
@@ -208,7 +227,7 @@ def do_torchrun(folder: Path, rank: int, world: int, port: int, options: list[st
     start_process(folder, rank, world, port)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     from torch.distributed.run import main as torchrun
-    torchrun(["--standalone", "--nproc_per_node=2", *options])
+    torchrun(["--nproc_per_node=2", *options])
 
 
 # ----------------------------------------------- Starting them -----------------------------------------------------
@@ -285,8 +304,10 @@ LAYOUTS = {  # name: (processes, keys, the run of one process that it equals)
     "fsdp2, untied, whole teacher": (2, dict(parallel="fsdp", student="untied", shard_teacher=False), "one, untied"),
     "fsdp2, doremi": (2, dict(parallel="fsdp", method="doremi_proxy"), "one, doremi"),
     "fsdp2, bfloat16": (2, dict(parallel="fsdp", **BF16), "one, bfloat16"),
+    "ddp2, teacher in one pass": (2, dict(parallel="ddp", micro_batch_size=1, teacher_micro_batch_size=3), "one"),
     "auto3": (3, dict(), "one"),
     "fsdp3": (3, dict(parallel="fsdp", micro_batch_size=2), "one"),
+    "hsdp4": (4, dict(parallel="hsdp", micro_batch_size=1, teacher_micro_batch_size=3), "one"),
 }
 STOPS = {  # name: (the event, the run's outcome, its last step): between two evaluations, just before one, at the end
     "at 7": (dict(what="signal", at=7, rank=1, signal=signal.SIGUSR1), 128 + signal.SIGUSR1, 7),
@@ -295,7 +316,7 @@ STOPS = {  # name: (the event, the run's outcome, its last step): between two ev
 }
 STOPPED = [("ddp2", "at 7"), ("ddp2, ted", "at 7"), ("ddp2, doremi", "at 10"), ("fsdp2", "at 7"), ("fsdp2", "at 10"),
            ("fsdp2", "at 20")]
-CHAIN = [(2, "fsdp", 6), (3, "fsdp", 10), (2, "ddp", 14), (0, "auto", None)]  # processes, parallel, stopped at
+CHAIN = [(2, "fsdp", 6), (4, "hsdp", 8), (3, "fsdp", 10), (2, "ddp", 14), (0, "auto", None)]  # processes, parallel, stopped at
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +336,7 @@ def runs(processes, given, teacher, tmp_path_factory):
         return {"name": name, "keys": keys, "event": event or {}}
 
     # Each list is run by a group of processes of its own.
-    groups = {0: [], 2: [], 3: [], "not finite": []}
+    groups = {0: [], 2: [], 3: [], 4: [], "not finite": []}
     for name, keys in ALONE.items():
         groups[0].append(job(name, keys))
     for name, (world, keys, _) in LAYOUTS.items():
@@ -404,10 +425,12 @@ def test_fsdp_shards_all_parameters_and_ddp_none(runs, name):
     for rank in runs[name][1]:
         for role in ("student", "teacher"):
             seen = rank["models"][role]
-            shards = keys.get("parallel") == "fsdp" and (role == "student" or keys.get("shard_teacher", True))
+            sharded = keys.get("parallel") in ("fsdp", "hsdp")
+            shards = sharded and (role == "student" or keys.get("shard_teacher", True))
+            shares = 2 if keys.get("parallel") == "hsdp" else world  # of a node, or of all
             assert seen["block by block"] == shards and seen["elements"] == whole[role]["elements"]
             # The odd row out of 257, and norms of 32 over 3 ranks, make shares uneven.
-            assert seen["here"] == pytest.approx(seen["elements"] / (world if shards else 1), rel=0.05)
+            assert seen["here"] == pytest.approx(seen["elements"] / (shares if shards else 1), rel=0.05)
             rounded = role == "teacher" and "bfloat16" in name
             assert seen["dtype"] == ("torch.bfloat16" if rounded else "torch.float32")
 
@@ -450,7 +473,7 @@ def test_stopped_and_resumed_under_one_layout_equals_straight_to_the_bit(runs, l
 
 
 def test_a_run_goes_on_under_any_other_layout(runs):
-    """Two processes of fsdp, three of fsdp, two of ddp, one."""
+    """Two processes of fsdp, four of hsdp, three of fsdp, two of ddp, one."""
     windows = []
     for number, (_, _, stop) in enumerate(CHAIN):
         out_dir, ranks = runs[f"chain {number}"]
@@ -660,12 +683,25 @@ def test_doremis_proxy_in_two_processes_writes_the_mixture_of_one(start, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("world, parallel", [(0, "none"), (2, "ddp"), (2, "fsdp"), (4, "hsdp")])
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_compiled_blocks_are_the_same_training(start, straight, tmp_path, parallel, recomputed):
-    statuses, _, _ = start(world=2, parallel=parallel, compile="true", checkpoint_activations=recomputed)
-    assert statuses == [0, 0]
-    assert_close(tmp_path / "run", straight)
+def test_compiled_blocks_are_the_same_training_without_a_break_or_a_recompilation(
+        start, teacher, tmp_path, world, parallel, recomputed):
+    """With a teacher of another family, whose head_dim and number of key-value heads are others than the student's."""
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        GPT(GPTConfig(257, 64, 96, 3, 4, num_key_value_heads=2, head_dim=16, model_type="qwen3")).save_pretrained(other)
+    keys = dict(teacher=str(other), micro_batch_size=1, teacher_micro_batch_size=1)
+    assert start(out_dir=tmp_path / "plain", **keys)[0] == [0]
+    statuses, _, _ = start(world=world, parallel=parallel, compile="true", checkpoint_activations=recomputed, **keys)
+    assert statuses == [0] * max(1, world)
+    assert_close(tmp_path / "run", tmp_path / "plain")
+    for rank in range(max(1, world)):
+        counts = [json.loads(line) for line in (tmp_path / "printed" / f"graphs.{rank}").read_text().splitlines()]
+        assert counts[0][0] == 0 < counts[1][0] and counts[1:] == [counts[1]] * (len(counts) - 1), counts
+        assert counts[-1][1] == 0  # breaks
 
 
 # ----------------------------------------------- torchrun ----------------------------------------------------------
@@ -677,7 +713,7 @@ def torchrun(processes, given, tmp_path):
     def torchrun(event: dict, *options: str, **keys):
         keys = {**given, **SHORT, "out_dir": str(tmp_path / "run"), **keys}
         program = [__file__, str(tmp_path), json.dumps(event), json.dumps(keys)]
-        (launcher,) = begin(processes, tmp_path, do_torchrun, [*options, *program])
+        (launcher,) = begin(processes, tmp_path, do_torchrun, ["--standalone", *options, *program])
         return launcher
     return torchrun
 
@@ -710,6 +746,36 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(torchrun, start
     assert_same_to_the_bit(tmp_path / "run", tmp_path / "never stopped")
 
 
+@pytest.mark.slow
+def test_two_torchruns_are_two_nodes_for_hsdp(processes, given, straight, tmp_path):
+    keys = {**given, **SHORT, "out_dir": tmp_path / "run", "parallel": "hsdp"}
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    launchers = []
+    for node in range(2):
+        options = ["--nnodes=2", f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"]
+        command = [*options, str(ROOT / "distill.py"), *words(keys)]
+        launchers += begin(processes, tmp_path / f"node {node}", do_torchrun, command)
+    assert wait(launchers) == [0, 0]
+    assert_close(tmp_path / "run", straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["workers", "launcher"])
+def test_a_save_of_40_seconds_is_whole_before_any_process_leaves(torchrun, tmp_path, whom):
+    event = dict(what="slow save", at=5)
+    if whom == "workers":
+        event["signal"] = signal.SIGTERM
+    launcher = torchrun(event, "--shutdown-timeout=120", parallel="ddp", save_every=0)
+    if whom == "launcher":
+        paused(tmp_path, 2)
+        os.kill(launcher.pid, signal.SIGTERM)
+    assert wait([launcher]) != [0] and errors_of(tmp_path) == []
+    assert "stopped by SIGTERM, saved as step_00000005" in (tmp_path / "stdout.0").read_text()
+    assert whole_checkpoints(tmp_path / "run") == [5]
+
+
 def test_a_killed_rank_ends_the_job_of_torchrun_without_a_false_save(torchrun, tmp_path):
     launcher = torchrun(dict(what="pause", at=5), parallel="fsdp")
     pids = paused(tmp_path, 2)
@@ -723,7 +789,7 @@ def test_a_killed_rank_ends_the_job_of_torchrun_without_a_false_save(torchrun, t
 
 def test_a_mistake_is_told_once_by_rank_0_under_torchrun(processes, given, tmp_path):
     keys = {**given, "out_dir": tmp_path / "run", "val_samples": 10**6}
-    launcher = begin(processes, tmp_path, do_torchrun, [str(ROOT / "distill.py"), *words(keys)])
+    launcher = begin(processes, tmp_path, do_torchrun, ["--standalone", str(ROOT / "distill.py"), *words(keys)])
     assert wait(launcher) == [1]
     assert [error.partition(" domain")[0] for error in errors_of(tmp_path)] == ["error: --val_samples=1000000:"]
     assert 'distill.py", line' not in (tmp_path / "stderr.0").read_text()  # a traceback of ours
@@ -744,6 +810,16 @@ def test_a_mistake_is_told_once_by_rank_0_under_torchrun(processes, given, tmp_p
     (dict(RANK="0", WORLD_SIZE="2"), ["--parallel=fsdp", "--method=ted"],
      "error: --method=ted: not with fsdp; take --parallel=ddp"),
     ({}, ["--parallel=fsdp"], "error: --parallel=fsdp: start with torchrun --nproc_per_node=N distill.py"),
+    (dict(RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"), ["--parallel=hsdp"],
+     "error: --parallel=hsdp: there is one node; take fsdp"),
+    (dict(RANK="0", WORLD_SIZE="2"), ["--micro_batch_size=2", "--teacher_micro_batch_size=3"],
+     "error: --teacher_micro_batch_size=3: must be a multiple of micro_batch_size=2, and divide the 6 windows of a "
+     "process"),
+    ({}, ["--micro_batch_size=2", "--teacher_micro_batch_size=8"],
+     "error: --teacher_micro_batch_size=8: must be a multiple of micro_batch_size=2, and divide the 12 windows of a "
+     "process"),
+    ({}, ["--method=ted", "--micro_batch_size=2", "--teacher_micro_batch_size=4"],
+     "error: --teacher_micro_batch_size=4: --method=ted compares layers of one micro-batch; leave it out"),
     (dict(WORLD_SIZE="2"), ["--parallel=ddp"],
      "error: --parallel=ddp: start with torchrun --nproc_per_node=N distill.py"),
 ], ids=str)

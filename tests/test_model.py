@@ -160,7 +160,7 @@ def test_logits_and_tensor_names_are_transformers_both_ways(name, tmp_path):
 
 
 ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling")
-NULLS = dict.fromkeys(("quantization_config", "rope_scaling", "partial_rotary_factor"))
+NULLS = dict.fromkeys(("rope_scaling", "partial_rotary_factor"))
 EDITED = {  # what is edited in a config.json → (model, keys that are removed, keys that are set)
     "rope_parameters, as of transformers 5": ("llama", ROPE_KEYS, dict(
         rope_parameters={"rope_type": "default", "rope_theta": 500000.0})),

@@ -19,7 +19,7 @@ def run(folder: Path, command: str) -> str:
     """What a command line prints, as pasted into a shell; fails with it if the command does."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True,
-                            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "2"})
+                            env={**os.environ, "PATH": path})
     assert result.returncode == 0, command + "\n" + result.stdout[-2000:] + result.stderr
     return result.stdout
 

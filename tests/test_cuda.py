@@ -1,0 +1,153 @@
+"""What only a GPU can show: `pytest -m cuda`. Skipped where there is none."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_lines
+
+from distill import dense_distillation_loss, distillation_loss, resolve_config, train
+
+DEVICE = "cuda"
+ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(DEVICE == "cuda" and not torch.cuda.is_available(), reason="no GPU")]
+
+
+@pytest.fixture
+def config(data_dir, teacher, tmp_path):
+    """A function that makes a tiny run's configuration."""
+    def make(name: str, **given):
+        keys = dict(preset="paper", data_dir=str(data_dir), teacher=str(teacher), student="scratch:2x64", block_size=16,
+                    batch_size=8, val_samples=5, interval=5, max_steps=20, lr=3e-3, min_lr=3e-4, warmup_steps=2,
+                    save_every=10, device=DEVICE, out_dir=str(tmp_path / name))
+        return resolve_config({**keys, **given})
+    return make
+
+
+def losses(out_dir: Path) -> list[float]:
+    return [line["loss"] for line in read_lines(out_dir, "train")]
+
+
+# ----------------------------------------------- The loss ----------------------------------------------------------
+
+
+def loss_inputs(tokens: int, rows: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    hidden, teacher_hidden = torch.randn(2, tokens, 128, generator=generator)
+    head, teacher_head = torch.randn(2, rows, 128, generator=generator) * 0.2
+    targets = torch.randint(rows, (tokens,), generator=generator)
+    inputs = [tensor.to(DEVICE, dtype) for tensor in (hidden, head, teacher_hidden, teacher_head)]
+    return [*inputs, targets.to(DEVICE)]
+
+
+@pytest.mark.parametrize("rows", [151_936, 151_646])  # the latter is no multiple of 64
+@pytest.mark.parametrize("dtype, within", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_eq3_of_a_large_vocabulary_is_that_of_float64(rows, dtype, within):
+    hidden, head, teacher_hidden, teacher_head, targets = loss_inputs(700, rows, dtype)
+    results = []
+    for cast in (lambda tensor: tensor, torch.Tensor.double):
+        student = cast(hidden).detach().requires_grad_()
+        weight = cast(head).detach().requires_grad_()
+        if cast is torch.Tensor.double:
+            loss, ce, kl = dense_distillation_loss(student @ weight.T, cast(teacher_hidden) @ cast(teacher_head).T, targets)
+        else:
+            loss, ce, kl = distillation_loss(student, weight, teacher_hidden, teacher_head, targets)
+        loss.backward()
+        results.append([loss.detach(), ce, kl, student.grad, weight.grad])
+    for ours, exact in zip(*results):
+        assert (ours.double() - exact).abs().max() <= within * exact.abs().max()
+
+
+def test_the_loss_holds_little_more_than_its_chunk():
+    """4,096 tokens × 151,936 ids: the logits of one model alone are 2.3 GiB in float32."""
+    if DEVICE != "cuda":
+        pytest.skip("counts CUDA memory")
+    hidden, head, teacher_hidden, teacher_head, targets = loss_inputs(4096, 151_936, torch.bfloat16)
+    hidden.requires_grad_()
+    head.requires_grad_()
+    peaks = []
+    for _ in range(2):  # the first compiles
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        distillation_loss(hidden, head, teacher_hidden, teacher_head, targets)[0].backward()
+        peaks.append(torch.cuda.max_memory_allocated() - held)
+        hidden.grad = head.grad = None
+    chunk = 2**28 * 2  # bytes of one model's logits
+    gradient = head.numel() * (4 + 2)  # float32, and its copy in bfloat16
+    assert peaks[1] < 6 * chunk + 2 * gradient
+
+
+# ----------------------------------------------- Runs --------------------------------------------------------------
+
+
+def test_twenty_steps_are_the_cpus(config):
+    runs = {"cpu": config("cpu", device="cpu"), "float32": config("float32", dtype="float32", compile="false"),
+            "bfloat16": config("bfloat16", dtype="bfloat16", compile="false")}
+    for run in runs.values():
+        train(run)
+    expected = losses(Path(runs["cpu"].out_dir))
+    assert losses(Path(runs["float32"].out_dir)) == pytest.approx(expected, rel=1e-3)
+    assert losses(Path(runs["bfloat16"].out_dir)) == pytest.approx(expected, rel=2e-2)
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_compiled_there_is_no_break_and_no_recompilation_after_the_first_step(config, recomputed):
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        train(config("short", compile="true", max_steps=6, warmup_steps=1, micro_batch_size=4,
+                     checkpoint_activations=recomputed))
+        graphs = counters["stats"]["unique_graphs"]
+        train(config("long", compile="true", micro_batch_size=4, checkpoint_activations=recomputed))
+    assert not counters["graph_break"]
+    assert graphs > 0 and counters["stats"]["unique_graphs"] == graphs
+
+
+def test_resumed_it_goes_on_as_if_it_had_not_stopped(config, tmp_path):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        train(config("straight", compile="false"))
+        train(config("stopped", compile="false"))
+        stopped = tmp_path / "stopped"
+        (stopped / "step_00000020").rename(tmp_path / "away")
+        train(config("stopped", compile="false"))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses(stopped) == pytest.approx(losses(tmp_path / "straight"), rel=1e-5)
+
+
+# ----------------------------------------------- torchrun ----------------------------------------------------------
+
+
+def torchrun(processes: int, config) -> subprocess.CompletedProcess:
+    """distill.py under torchrun, on NCCL."""
+    given = {key: getattr(config, key) for key in ("preset", "data_dir", "teacher", "student", "block_size", "batch_size",
+                                                   "val_samples", "interval", "max_steps", "lr", "min_lr",
+                                                   "warmup_steps", "save_every", "device", "dtype", "compile", "parallel",
+                                                   "out_dir")}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               str(ROOT / "distill.py"), *(f"--{key}={value}" for key, value in given.items())]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, env=dict(os.environ))
+
+
+@pytest.mark.parametrize("parallel", ["fsdp", "ddp"])
+def test_one_process_under_torchrun_is_the_same_training(config, tmp_path, parallel):
+    train(config("alone", dtype="float32", compile="false"))
+    result = torchrun(1, config("torchrun", dtype="float32", compile="true", parallel=parallel))
+    assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
+    assert losses(tmp_path / "torchrun") == pytest.approx(losses(tmp_path / "alone"), rel=1e-3)
+    run, = read_lines(tmp_path / "torchrun", "run")
+    assert run["config"]["parallel"] == parallel
+    assert json.loads((tmp_path / "torchrun" / "step_00000020" / "train_state.json").read_text())["finished"]
+
+
+def test_more_processes_than_gpus_are_one_message(config, tmp_path):
+    if DEVICE != "cuda":
+        pytest.skip("counts GPUs")
+    result = torchrun(torch.cuda.device_count() + 1, config("too many"))
+    assert result.returncode == 1 and "more processes than GPUs here" in result.stderr
+    assert not (tmp_path / "too many").exists()
