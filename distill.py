@@ -62,7 +62,7 @@ from sample_mixture import RULES, MixtureSampler, read_metrics
 # Sets of defaults. Config's own are the paper's, so the presets of its pairs only name the models. The paper does not
 # give block_size, weight_decay, grad_clip and AdamW's betas: those are ours, and so are the names of the folders.
 PRESETS = {
-    "quickstart": dict(interval=25, val_samples=64, block_size=256, batch_size=8, max_steps=300, lr=1e-3, min_lr=1e-4,
+    "quickstart": dict(interval=25, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300, lr=1e-3, min_lr=1e-4,
                        warmup_steps=20, save_every=100),
     "paper": {},
     "qwen1.5-14b-1.8b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-1.8B"),
@@ -127,7 +127,8 @@ class Config:
     temperature: float = key(1.0, "T, divides the logits of both models in the divergence", minimum=1e-3)
     alpha: float = key(0.5, "α, how much of r follows the discrepancies; the rest is uniform", minimum=0, maximum=1)
     interval: int = key(1000, "K, steps between two updates of r", minimum=1)
-    val_samples: int = key(500, "validation windows per domain", minimum=1)
+    val_samples: int = key(500, "validation windows per domain, by which r is updated", minimum=1)
+    test_samples: int = key(0, "test windows per domain, the next ones, measured at the end alone; 0: none", minimum=0)
     mixture: str = key("", "name=weight,… in place of the natural proportions")
     stop_ratio: float = key(0.0, "end when the largest perplexity ratio is at or below this; 0: never", minimum=0)
 
@@ -279,6 +280,18 @@ def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampl
     return domains
 
 
+def tested_domains(student_ppl: dict, teacher_ppl: dict) -> dict[str, dict]:
+    """The same on the test windows, which never update r, at the end of a run."""
+    tested = {}
+    for name in student_ppl:
+        ratio = None
+        if teacher_ppl[name] is not None:
+            ratio = student_ppl[name] / teacher_ppl[name]
+        tested[name] = {"test_student_ppl": student_ppl[name], "test_teacher_ppl": teacher_ppl[name],
+                        "test_ratio": ratio}
+    return tested
+
+
 # ------------ State, learning rate, optimizer -------------------------------------------------------------------------
 
 
@@ -288,6 +301,7 @@ class TrainState:
     step: int = 0  # finished updates
     finished: bool = False
     teacher_ppl: dict | None = None  # ℓ_T: name → perplexity, measured once; None for each where there is no teacher
+    test_teacher_ppl: dict | None = None  # the same on the test windows
     rule_state: dict | None = None  # of the mixture rule, such as r_t
     sampler: dict | None = None  # MixtureSampler.state_dict()
     first_domains: dict | None = None  # measured_domains at t = 0
@@ -419,8 +433,9 @@ def train(config: Config) -> Path:
             return resumed
         saved_step = state.step if resumed else None
 
-        # The data: fixed validation windows, and the sampler of training windows
+        # The data: fixed windows for validation and test, and the sampler of training windows
         val_windows = validation_windows(bins, config.val_samples)
+        test_windows = validation_windows(bins, config.test_samples, start=config.val_samples)
         sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
         if config.mixture:
             sampler.probs = parse_mixture(config.mixture)
@@ -431,14 +446,16 @@ def train(config: Config) -> Path:
         optimizer = make_optimizer(student, config)
 
         # Continue from the checkpoint, or start: the teacher is measured once in a run.
-        measure = functools.partial(perplexities, windows=val_windows, vocab_size=bins.vocab_size,
-                                    micro_batch_size=config.micro_batch_size, autocast=autocast(config))
+        measure = functools.partial(perplexities, vocab_size=bins.vocab_size, micro_batch_size=config.micro_batch_size,
+                                    autocast=autocast(config))
         if resumed:
             load_checkpoint(resumed, state, sampler, student, optimizer, added_loss)
         else:
             state.teacher_ppl = dict.fromkeys(bins.names)
+            state.test_teacher_ppl = dict.fromkeys(bins.names)
             if teacher is not None:
-                state.teacher_ppl = measure(teacher)
+                state.teacher_ppl = measure(teacher, val_windows)
+                state.test_teacher_ppl |= measure(teacher, test_windows)
             if added_loss is not None:
                 added_loss.pretrain(student, teacher, bins, base, config)
             run.log("run", 0, config=asdict(config), rule=arm.rule, base=dict(zip(bins.names, base.tolist())),
@@ -457,7 +474,7 @@ def train(config: Config) -> Path:
             last = state.step >= config.max_steps
             just_resumed = state.step == saved_step
             if (steps_since_update == 0 or last) and not just_resumed:
-                student_ppl = measure(student)
+                student_ppl = measure(student, val_windows)
                 state.domains = measured_domains(student_ppl, state.teacher_ppl, sampler, config.block_size)
                 if steps_since_update == 0:
                     r, state.rule_state = RULES[arm.rule](state.rule_state, list(student_ppl.values()),
@@ -470,6 +487,9 @@ def train(config: Config) -> Path:
                 if config.stop_ratio > 0:
                     last = last or worst_ratio(state.domains) <= config.stop_ratio
             if last:
+                if not just_resumed:
+                    tested = tested_domains(measure(student, test_windows), state.test_teacher_ppl)
+                    state.domains = {name: domain | tested.get(name, {}) for name, domain in state.domains.items()}
                 run.log("end", state.step, domains=state.domains)
 
             # Save: every save_every steps, at the end, and when a signal asks for it.
@@ -1270,7 +1290,8 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
         raise UserError("\n".join(problems))
 
     # The bins against the keys
-    attempt(problems, validation_windows, bins, config.val_samples)
+    if attempt(problems, validation_windows, bins, config.val_samples) is not None:
+        attempt(problems, validation_windows, bins, config.test_samples, config.val_samples)
     mixture = parse_mixture(config.mixture)
     if mixture and set(mixture) != set(bins.names):
         problems.append(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
@@ -1307,9 +1328,12 @@ def open_bins(config: Config) -> TokenBins:
     return TokenBins(config.data_dir, config.block_size, names)
 
 
-def validation_windows(bins: TokenBins, count: int) -> dict[str, torch.Tensor]:
-    """The first `count` validation windows of each domain, (count, block_size + 1) int64. UserError if it has fewer."""
-    return {name: torch.from_numpy(bins.val_windows(name, count)) for name in bins.names}
+def validation_windows(bins: TokenBins, count: int, start: int = 0) -> dict[str, torch.Tensor]:
+    """`count` validation windows of each domain from `start` on, (count, block_size + 1) int64; {} if count is 0.
+    UserError if a domain has fewer."""
+    if count == 0:
+        return {}
+    return {name: torch.from_numpy(bins.val_windows(name, count, start)) for name in bins.names}
 
 
 def parse_mixture(text: str) -> dict[str, float]:
@@ -1743,8 +1767,8 @@ ARMS["doremi_proxy"] = Arm("DoReMi's proxy; its teacher is the reference, a fini
 # ------------ Report --------------------------------------------------------------------------------------------------
 
 
-def worst_ratio(domains: dict[str, dict]) -> float:
-    return max(domain["ratio"] for domain in domains.values())
+def worst_ratio(domains: dict[str, dict], key: str = "ratio") -> float:
+    return max(domain[key] for domain in domains.values())
 
 
 def print_teacher_warnings(domains: dict[str, dict], vocab_size: int):
@@ -1767,6 +1791,8 @@ def report(config: Config, folder: Path):
     print_table(state.first_domains, state.domains)
     if config.teacher:
         print(f"worst ratio: {worst_ratio(state.first_domains):.2f} → {worst_ratio(state.domains):.2f}")
+    if config.teacher and config.test_samples > 0:
+        print(f"worst ratio on the test windows: {worst_ratio(state.domains, 'test_ratio'):.2f}")
     arm = ARMS[config.method]
     if arm.at_end is not None:
         arm.at_end(config, state)
@@ -1785,7 +1811,7 @@ def print_table(first_domains: dict[str, dict], domains: dict[str, dict]):
         row = f"{name:14}"
         for column in columns:
             cell = format_number(domain[column])
-            first = format_number(first_domains[name][column])
+            first = format_number(first_domains[name].get(column, domain[column]))
             if first != cell:
                 cell = f"{first} → {cell}"
             row += f"{cell:>20}"
@@ -1820,7 +1846,8 @@ def quickstart_models(pretrain_steps: int) -> dict[str, dict]:
 
 def pretraining(keys: dict, **given) -> Config:
     """The Config of a run of `train` that makes a model: without a teacher, evaluated at the start and the end."""
-    defaults = dict(preset="quickstart", method="cpt", interval=10**9, dtype="float32", keep=1, log_every=50)
+    defaults = dict(preset="quickstart", method="cpt", interval=10**9, test_samples=0, dtype="float32", keep=1,
+                    log_every=50)
     return resolve_config({**defaults, **keys, **given})
 
 

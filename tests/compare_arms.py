@@ -2,19 +2,22 @@
 
     python tests/compare_arms.py --seeds=5 --arms=ddk,ddk_es,kd,cpt       the quickstart's setting
     python tests/compare_arms.py --setting=larger --seeds=3 --arms=ddk,kd  a BPE tokenizer, a larger teacher
+    python tests/compare_arms.py --setting=real --teacher=DIR --seeds=2 --arms=ddk,ddk_es,kd     a pretrained teacher
 
-The teacher is made once. A seed makes its own student base, by another initialization and another order of its data, and
-orders the data of the runs that start from it: the spread over seeds is that of everything but the teacher and the text.
-Runs are distill.py's own (`train`), one after the other, in `out_dir`; the same command again continues where it was
-stopped. What each run gave is kept in `results`, from which tables and figures are made, also without the runs.
+The teacher is made once, or given. A seed makes its own student base, by another initialization and another order of its
+data, and orders the data of the runs that start from it: the spread over seeds is that of everything but the teacher and
+the text. (In the real setting all seeds share one base.) Runs are distill.py's own (`train`), one after the other, in
+`out_dir`; the same command again continues where it was stopped. What each run gave is kept in `results`, from which
+tables and figures are made, also without the runs.
 
-Perplexities are of the validation windows that steer r, as in the paper's Fig. 3: an arm that follows them is judged by
-what it follows.
+Perplexities and ratios at the end are of the test windows, which never update r.
 """
 
 import argparse
 import json
 import math
+import os
+import platform
 import statistics
 import sys
 from contextlib import redirect_stdout
@@ -26,7 +29,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import distill
-from data import UserError, build_bins, import_optional, load_tokenizer, quickstart_documents, run_program, write_text
+from data import (UserError, build_bins, file_sha256, import_optional, load_tokenizer, quickstart_documents,
+                  run_program, write_text)
 from sample_mixture import read_metrics
 
 # name → the keys that differ from DDK's, which has the paper's values but for the quickstart's K
@@ -60,7 +64,9 @@ CLAIMS = [
     *[(f"γ = 0.2 above {value}", "ddk", f"gamma={value}") for value in (0.0, 0.1, 0.3, 0.5)],
     *[(f"T = 1 above {value}", "ddk", f"temperature={value}") for value in (0.1, 0.2, 0.5, 2.0)],
 ]
-MEASURES = {"mean_ppl": "average perplexity", "mean_ratio": "mean ratio", "worst_ratio": "worst ratio"}
+# At the end, on the test windows; the last is of the validation windows, which update r
+MEASURES = {"mean_ppl": "average perplexity", "mean_ratio": "mean ratio", "worst_ratio": "worst ratio",
+            "val_worst_ratio": "worst ratio, validation"}
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, two-sided 95 %, from 1 degree of freedom
 OWN_KEYS = ("method", "seed", "teacher", "student", "out_dir")  # of distill.py, which each run has its own of
 
@@ -69,10 +75,11 @@ OWN_KEYS = ("method", "seed", "teacher", "student", "out_dir")  # of distill.py,
 class Setting:
     """Data, models and steps that all arms share. teacher, student: keys of the runs that train them."""
     n_bytes: dict
-    teacher: dict
+    teacher: dict | None  # None: --teacher names a folder, whose tokenizer the bins have
     student: dict
     vocab_size: int = 0  # of a BPE trained on the text; 0: bytes
     keys: dict = field(default_factory=dict)
+    one_base: bool = False  # of seed 0, for all seeds
 
 
 QUICKSTART = distill.quickstart_models(distill.Config().pretrain_steps)
@@ -85,18 +92,26 @@ SETTINGS = {
                  "mixture": "python=3,cpp=3,math=2,prose=1"},
         student={**QUICKSTART["student"], "student": "scratch:3x128", "max_steps": 600, "batch_size": 16,
                  "mixture": "python=.495,cpp=.495,math=.005,prose=.005"},
-        vocab_size=4096, keys={"max_steps": 600, "interval": 30, "val_samples": 48, "batch_size": 16, "save_every": 200}),
+        vocab_size=4096, keys={"max_steps": 600, "interval": 30, "val_samples": 48, "test_samples": 40, "batch_size": 16,
+                               "save_every": 200}),
+    # Ten of the teacher's layers, which have to learn to work together first: by KD, on little but source code
+    "real": Setting(
+        n_bytes={"python": 5_000_000, "cpp": 2_000_000, "math": 1_000_000, "prose": 600_000}, teacher=None,
+        student={"student": "layers:10", "method": "kd", "max_steps": 160, "warmup_steps": 16, "lr": 1e-3,
+                 "min_lr": 1e-4, "mixture": "python=.45,cpp=.45,math=.05,prose=.05"},
+        keys={"max_steps": 100, "warmup_steps": 10, "interval": 20, "val_samples": 16, "test_samples": 24,
+              "batch_size": 4, "save_every": 50}, one_base=True),
 }
 
 # ----------------------------------------------- Runs ---------------------------------------------------------------
 
 
-def make_bins(setting: Setting, data_dir: Path):
+def make_bins(setting: Setting, data_dir: Path, teacher: str):
     """Bins of the setting's text, and its tokenizer, unless they are there."""
     if (data_dir / "meta.json").is_file():
         return
     print(f"Collecting text into {data_dir} …", flush=True)
-    tokenizer = "bytes"
+    tokenizer = teacher or "bytes"
     if setting.vocab_size:
         tokenizer = data_dir.with_name(f"{data_dir.name}-tokenizer")
         train_bpe(setting, tokenizer)
@@ -157,15 +172,19 @@ def summary(out_dir: Path) -> dict:
     run_line = next(line for line in metrics if line["kind"] == "run")
     end = next(line for line in metrics if line["kind"] == "end")["domains"]
     mixtures = [line for line in metrics if line["kind"] == "mixture"]
-    ratios = [domain["ratio"] for domain in end.values()]
+    ratios = [domain["test_ratio"] for domain in end.values()]
     first_ratios = [domain["ratio"] for domain in mixtures[0]["domains"].values()]
     return {
         "versions": run_line["versions"],
-        "threads": torch.get_num_threads(),
-        "mean_ppl": statistics.mean(domain["student_ppl"] for domain in end.values()),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "mean_ppl": statistics.mean(domain["test_student_ppl"] for domain in end.values()),
         "mean_ratio": statistics.mean(ratios),
         "worst_ratio": max(ratios),
+        "val_worst_ratio": max(domain["ratio"] for domain in end.values()),
+        "val_mean_ratio": statistics.mean(domain["ratio"] for domain in end.values()),
         "first_worst_ratio": max(first_ratios),
+        "first_mean_ratio": statistics.mean(first_ratios),
+        "end": end,
         "steps": [line["step"] for line in mixtures],
         "r": {name: [round(line["r"][name], 5) for line in mixtures] for name in end},
         "ratio": {name: [round(line["domains"][name]["ratio"], 5) for line in mixtures] for name in end},
@@ -291,7 +310,11 @@ def write_report(results: dict, setting: str, folder: Path):
     """Write SETTING.md and the figures, and print the former."""
     folder.mkdir(parents=True, exist_ok=True)
     first = [one["first_worst_ratio"] for runs in results.values() for one in runs.values()]
-    lines = [f"Mean ± standard error over seeds; the worst ratio was {statistics.mean(first):.2f} before the runs.", "",
+    apart = [abs(one[measure] / one[f"val_{measure}"] - 1) for runs in results.values() for one in runs.values()
+             for measure in ("mean_ratio", "worst_ratio")]
+    lines = ["Mean ± standard error over seeds, on the test windows. Before the runs the worst ratio was "
+             f"{statistics.mean(first):.2f} on the validation windows. At the end the mean and the worst ratio of test "
+             f"and validation windows are {statistics.mean(apart):.1%} apart on average, {max(apart):.1%} at most.", "",
              *table(results, ARMS, MEASURES), ""]
     if results.keys() & ABLATIONS.keys():
         lines += ["DDK with one value changed:", "", *table(results, ["ddk", *ABLATIONS], MEASURES), ""]
@@ -335,6 +358,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=list(SETTINGS), default="quickstart", help="data, models and steps")
+    parser.add_argument("--teacher", default="", help="folder of a pretrained teacher, for --setting=real")
     parser.add_argument("--seeds", type=int, default=5, help="student bases, and orders of the data")
     parser.add_argument("--arms", default="all", help="name,… of arms and ablations, or arms, ablations or all")
     parser.add_argument("--out_dir", default="", help="folder of the runs (default: out/compare-SETTING)")
@@ -348,6 +372,8 @@ def main():
     common = {"data_dir": f"data/{args.setting}", **setting.keys, **own_keys(args.keys)}
     out_dir = Path(args.out_dir or f"out/compare-{args.setting}")
     import_optional("matplotlib", "figures")  # asked for now, and not after hours
+    if (setting.teacher is None) != os.path.isdir(args.teacher):
+        raise UserError(f"--teacher={args.teacher}: name the folder of a model, for --setting=real alone")
 
     # What has run already, and of the same experiment
     path = Path(args.results or out_dir / "results.json")
@@ -363,24 +389,36 @@ def main():
 
     # Bins and the teacher, once
     def pretrained(keys: dict, seed: int, folder: Path) -> Path:
-        config = distill.pretraining({**common, **keys}, seed=seed, out_dir=str(folder))
+        config = distill.pretraining({**common, "test_samples": 0, **keys}, seed=seed, out_dir=str(folder))
         if args.steps:
             config.max_steps = args.steps
             config.warmup_steps = 0
         return run(config)
 
     if todo:
-        make_bins(setting, Path(common["data_dir"]))
-        print(f"The teacher: {setting.teacher['student']}, {args.steps or setting.teacher['max_steps']} steps", flush=True)
-        teacher = pretrained(setting.teacher, 0, out_dir / "teacher")
+        make_bins(setting, Path(common["data_dir"]), args.teacher)
+        teacher = args.teacher
+        if not teacher:
+            print(f"The teacher: {setting.teacher['student']}, {args.steps or setting.teacher['max_steps']} steps",
+                  flush=True)
+            teacher = pretrained(setting.teacher, 0, out_dir / "teacher")
+        teacher_sha256 = file_sha256(Path(teacher, "model.safetensors"))
+        for runs in results.values():
+            if any(one["teacher_sha256"] != teacher_sha256 for one in runs.values()):
+                raise UserError(f"--results={path}: holds runs of another teacher than {teacher}; name another --results")
 
     # A student base for each seed, and a run of each arm from it
     for count, (seed, name) in enumerate(todo, 1):
-        base = pretrained(setting.student, seed, out_dir / f"base-{seed}")
+        base_seed = 0 if setting.one_base else seed
+        base_keys = {"teacher": str(teacher), **setting.student}
+        if setting.teacher is not None:
+            base_keys["teacher"] = ""
+        base = pretrained(base_keys, base_seed, out_dir / f"base-{base_seed}")
         run_dir = out_dir / f"{name}-{seed}"
         run_arm(name, {**common, "preset": "quickstart", "teacher": str(teacher), "student": str(base), "seed": seed,
                        "keep": 1, "out_dir": str(run_dir), **(ARMS | ABLATIONS)[name]})
-        gave = {"experiment": experiment(setting, common, name, args.steps), **summary(run_dir)}
+        gave = {"experiment": experiment(setting, common, name, args.steps), "teacher_sha256": teacher_sha256,
+                **summary(run_dir)}
         results.setdefault(name, {})[str(seed)] = gave
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(results))

@@ -2,12 +2,16 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from compare_arms import ABLATIONS, ARMS, CLAIMS, MEASURES, chosen_arms, mean_and_error, paired, table, verdicts
+
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -56,7 +60,7 @@ def test_arms_and_ablations_by_name():
 
 @pytest.mark.slow
 def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(tmp_path):
-    keys = ("max_steps=2,interval=1,val_samples=2,batch_size=4,block_size=32,warmup_steps=1,"
+    keys = ("max_steps=2,interval=1,val_samples=2,test_samples=2,batch_size=4,block_size=32,warmup_steps=1,"
             f"data_dir={tmp_path / 'bins'}")
     command = [sys.executable, ROOT / "tests" / "compare_arms.py", "--steps=2", f"--out_dir={tmp_path / 'out'}",
                f"--keys={keys}"]
@@ -92,7 +96,29 @@ def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(tmp_path)
     assert float(replay.stdout.split("largest difference from the run's own r: ")[1].split()[0]) < 1e-12
 
 
-@pytest.mark.parametrize("argument, named", [("--arms=best", "best is none of ddk"), ("--keys=lr=x", "must be a number"),
+@pytest.mark.slow
+def test_a_pretrained_teacher_may_be_given(tmp_path, teacher):
+    keys = ("max_steps=2,interval=1,val_samples=2,test_samples=2,batch_size=4,block_size=32,warmup_steps=1,"
+            f"data_dir={tmp_path / 'bins'}")
+    folder = tmp_path / "teacher"
+    torch.manual_seed(0)
+    GPT(GPTConfig.scratch(12, 64, 257, 64)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer_meta.json"):
+        shutil.copy(teacher / name, folder)
+    command = [sys.executable, ROOT / "tests" / "compare_arms.py", "--setting=real", f"--teacher={folder}", "--steps=2",
+               "--seeds=2", "--arms=ddk,kd", f"--out_dir={tmp_path / 'out'}", f"--keys={keys}"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    first = {one["first_worst_ratio"] for runs in results.values() for one in runs.values()}
+    assert len(first) == 1 and list(results["kd"]) == ["0", "1"]  # one base
+    config = json.loads((tmp_path / "out" / "base-0" / "config.json").read_text())["config"]
+    assert config["method"] == "kd" and config["student"] == "layers:10"
+
+
+@pytest.mark.parametrize("argument, named", [("--setting=real", "--teacher=: name the folder of a model"),
+                                             ("--teacher=.", "for --setting=real alone"),
+                                             ("--arms=best", "best is none of ddk"), ("--keys=lr=x", "must be a number"),
                                              ("--keys=seed=1", "seed is no key of distill.py, or each run's own")])
 def test_mistakes_are_named_at_once(argument, named):
     command = [sys.executable, ROOT / "tests" / "compare_arms.py", argument]

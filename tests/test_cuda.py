@@ -53,7 +53,8 @@ def test_eq3_of_a_large_vocabulary_is_that_of_float64(rows, dtype, within):
         student = cast(hidden).detach().requires_grad_()
         weight = cast(head).detach().requires_grad_()
         if cast is torch.Tensor.double:
-            loss, ce, kl = dense_distillation_loss(student @ weight.T, cast(teacher_hidden) @ cast(teacher_head).T, targets)
+            teacher_logits = teacher_hidden.double() @ teacher_head.double().T
+            loss, ce, kl = dense_distillation_loss(student @ weight.T, teacher_logits, targets)
         else:
             loss, ce, kl = distillation_loss(student, weight, teacher_hidden, teacher_head, targets)
         loss.backward()
@@ -125,10 +126,9 @@ def test_resumed_it_goes_on_as_if_it_had_not_stopped(config, tmp_path):
 
 def torchrun(processes: int, config) -> subprocess.CompletedProcess:
     """distill.py under torchrun, on NCCL."""
-    given = {key: getattr(config, key) for key in ("preset", "data_dir", "teacher", "student", "block_size", "batch_size",
-                                                   "val_samples", "interval", "max_steps", "lr", "min_lr",
-                                                   "warmup_steps", "save_every", "device", "dtype", "compile", "parallel",
-                                                   "out_dir")}
+    keys = ("preset", "data_dir", "teacher", "student", "block_size", "batch_size", "val_samples", "interval",
+            "max_steps", "lr", "min_lr", "warmup_steps", "save_every", "device", "dtype", "compile", "parallel", "out_dir")
+    given = {key: getattr(config, key) for key in keys}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                str(ROOT / "distill.py"), *(f"--{key}={value}" for key, value in given.items())]
     return subprocess.run(command, capture_output=True, text=True, timeout=400, env=dict(os.environ))

@@ -120,7 +120,7 @@ def handled(number: signal.Signals, handler):
 def tiny(data_dir, teacher) -> dict:
     """The keys of a tiny run."""
     return dict(preset="paper", data_dir=str(data_dir), teacher=str(teacher), student="scratch:1x32", block_size=T,
-                batch_size=B, val_samples=5, interval=2, max_steps=8, lr=3e-3, min_lr=3e-4, warmup_steps=2,
+                batch_size=B, val_samples=5, test_samples=0, interval=2, max_steps=8, lr=3e-3, min_lr=3e-4, warmup_steps=2,
                 save_every=4, device="cpu")
 
 
@@ -729,6 +729,28 @@ def test_metrics_have_the_promised_keys(straight):
     assert step["tokens"] == B * T and end["domains"] == lines[-2]["domains"]
 
 
+def test_the_next_windows_are_measured_at_the_end_and_steer_nothing(program, straight, data_dir, teacher, tmp_path):
+    status, out, err = program("--test_samples=3", "--val_samples=5")
+    assert (status, err) == (0, "")
+    end, = read_lines(tmp_path / "run", "end")
+    without, = read_lines(straight(), "end")
+    bins = TokenBins(data_dir, T)
+    models = {"student": GPT.from_pretrained(tmp_path / "run" / "step_00000008"), "teacher": GPT.from_pretrained(teacher)}
+    for name in NAMES:
+        tested = {key: value for key, value in end["domains"][name].items() if key.startswith("test_")}
+        assert without["domains"][name] == {key: end["domains"][name][key] for key in end["domains"][name].keys() - tested}
+        windows = torch.from_numpy(bins.val_windows(name, 8)[5:])
+        for role, model in models.items():
+            with torch.no_grad():
+                logits = model(windows[:, :-1])[..., :257]
+            ce = F.cross_entropy(logits.flatten(0, 1).double(), windows[:, 1:].flatten()).item()
+            assert tested[f"test_{role}_ppl"] == pytest.approx(math.exp(ce), rel=1e-5)
+        assert tested["test_ratio"] == tested["test_student_ppl"] / tested["test_teacher_ppl"]
+        assert f"{tested['test_ratio']:.2f}" in out.partition("first → last evaluation")[2]
+    assert read_lines(tmp_path / "run", "train") == read_lines(straight(), "train")
+    assert read_lines(tmp_path / "run", "mixture") == read_lines(straight(), "mixture")
+
+
 def test_the_configuration_is_printed_and_saved_as_it_is_resolved(program, tmp_path):
     _, out, _ = program("--device=auto", "--max_steps=0", "--mixture=letters=3,digits=2,signs=1")
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
@@ -964,7 +986,7 @@ def test_a_reader_of_the_output_that_has_had_enough_is_no_mistake(config, straig
 
 OTHER_VALUES = dict(
     domains="signs,digits,letters", method="kd", gamma=0.5, temperature=2.0, alpha=0.9, interval=4, val_samples=4,
-    mixture="letters=1,digits=1,signs=1", stop_ratio=0.01, block_size=8, batch_size=4, max_steps=10, lr=1e-3,
+    mixture="letters=1,digits=1,signs=1", stop_ratio=0.01, test_samples=3, block_size=8, batch_size=4, max_steps=10, lr=1e-3,
     min_lr=1e-4, warmup_steps=3, weight_decay=0.2, grad_clip=0.5, seed=1, dtype="bfloat16", student="scratch:1x64")
 
 
@@ -1200,7 +1222,7 @@ def test_help_lists_every_key_with_its_default(run_main):
 
 
 PAPER = dict(method="ddk", gamma=0.2, temperature=1.0, alpha=0.5, interval=1000, val_samples=500, max_steps=30_000,
-             lr=3e-5, min_lr=3e-6, warmup_steps=1000, mixture="", stop_ratio=0.0, domains="")  # its set-up
+             lr=3e-5, min_lr=3e-6, warmup_steps=1000, test_samples=0, mixture="", stop_ratio=0.0, domains="")  # its set-up
 
 
 @pytest.mark.parametrize("preset, teacher, student", [
@@ -1315,7 +1337,8 @@ def test_what_auto_means_on_a_machine(given, cuda, world, resolved, monkeypatch)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
     config = resolve_config({"batch_size": 8, **given})
     assert asdict(resolve_auto(config)) == asdict(resolve_auto(config)) | resolved
-    fixed = resolve_config({"dtype": "float32", "compile": "false", "parallel": "ddp", "micro_batch_size": 1, **given})
+    fixed = resolve_config({"dtype": "float32", "compile": "false", "parallel": "ddp", "micro_batch_size": 1,
+                            "teacher_micro_batch_size": 2, **given})
     assert asdict(resolve_auto(fixed)) == asdict(fixed) | {"device": asdict(resolve_auto(config))["device"]}
 
 
@@ -1368,6 +1391,7 @@ MAKE_ANEW = "make the bins again with data.py --tokenizer={other}"
     (nothing, ["--student=layers:9", "--domains=letters", "--mixture=letters=1,signs=1"],
      ["--student=layers:9: the teacher has 2 layers", "--mixture=letters=1,signs=1: the domains of"]),
     (nothing, ["--domains=letters,cats"], ["--domains: ", "has no cats", "letters digits signs"]),
+    (nothing, ["--test_samples=1000"], ["--val_samples=5 and --test_samples=1000: domain letters"]),
     (nothing, ["--block_size=4096"], ["--block_size=4096: no train text that long"])])
 def test_what_does_not_fit_is_refused_with_the_fix_before_a_weight_is_read(program, teacher, tmp_path, monkeypatch,
                                                                            change, arguments, messages):
