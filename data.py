@@ -57,13 +57,13 @@ def run_program(main: Callable):
     try:
         main()
     except BrokenPipeError as error:
-        os._exit(status_of(error))  # exiting as usual would write to what is closed
+        os._exit(report_error(error))  # exiting as usual would write to what is closed
     except (UserError, OSError, KeyboardInterrupt) as error:
-        sys.exit(status_of(error))
+        sys.exit(report_error(error))
 
 
-def status_of(error: BaseException) -> int:
-    """The exit status of a program that `error` ends; its message is printed if the user can mend it."""
+def report_error(error: BaseException) -> int:
+    """Print the message of an error that the user can fix. Returns the exit status of a program that it ends."""
     if isinstance(error, SystemExit):
         return error.code or 0
     if isinstance(error, BrokenPipeError):  # whoever reads the output, such as head, has closed it
@@ -89,16 +89,17 @@ def import_optional(module: str, needed_for: str):
 HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # a model's name on the Hugging Face Hub: OWNER/MODEL
 
 
-def hub_folder(source: str | Path, key: str, files: Iterable[str]) -> Path | None:
-    """The folder that holds `files` (patterns) of the model `source` of the Hugging Face Hub; None if it is no name.
+def model_folder(source: str | Path, key: str, files: Iterable[str]) -> Path:
+    """The folder that `source` names. If it is a name on the Hugging Face Hub, the folder that has `files` (patterns).
 
-    A name is OWNER/MODEL, unless there is a folder or file of that name. What huggingface_hub's cache lacks is
-    downloaded. UserError if that cannot be done."""
-    if os.path.exists(source) or not re.fullmatch(HUB_NAME, str(source)):
-        return None
+    It is a name if it looks like OWNER/MODEL and neither it nor OWNER exists here. What huggingface_hub's cache lacks
+    is downloaded. UserError if that cannot be done; it calls the source by `key`."""
+    path = Path(source)
+    if path.exists() or path.parent.exists() or not re.fullmatch(HUB_NAME, str(source)):
+        return path
     where = f"{key}={source}: no such folder, and not to be had from the Hugging Face Hub"
     fix = ("name a folder, or pip install huggingface_hub; where there is a network:  "
-           f"hf download {source} --local-dir models/{Path(source).name}")
+           f"hf download {source} --local-dir models/{path.name}")
     with user_errors(where, fix):
         import huggingface_hub
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
@@ -106,7 +107,7 @@ def hub_folder(source: str | Path, key: str, files: Iterable[str]) -> Path | Non
 
 @contextmanager
 def alive(what: str, every: float = 30.0):
-    """Say `what` takes long, every so many seconds for as long as the context lasts. A decorator, too."""
+    """Print a line every `every` seconds for as long as the context lasts. Also works as a decorator."""
     ended = threading.Event()
 
     def say():
@@ -311,11 +312,12 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
     # Names come first, even if there is a folder of the same name.
     if source in names:
         return _tiktoken_tokenizer(source, eot)
-    path = hub_folder(source, "--tokenizer", TOKENIZER_FILES) or Path(source)
+    path = model_folder(source, "--tokenizer", TOKENIZER_FILES)
     if path.is_dir():
-        return _huggingface_tokenizer(path / "tokenizer.json", eot)
+        name = path.name if path == Path(source) else str(source)
+        return _huggingface_tokenizer(path / "tokenizer.json", eot, name)
     if path.name == "tokenizer.json":
-        return _huggingface_tokenizer(path, eot)
+        return _huggingface_tokenizer(path, eot, path.parent.name)
     raise UserError(f"--tokenizer={source}: expected a folder or file with a tokenizer.json, a name on the Hugging "
                     f"Face Hub such as Qwen/Qwen1.5-14B, or one of {' '.join(names)}")
 
@@ -351,7 +353,7 @@ def _tiktoken_tokenizer(name: str, eot: str) -> Tokenizer:
                      fingerprint=fingerprint, encode_batch=encode_batch, decode=decode)
 
 
-def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
+def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
     tokenizers = import_optional("tokenizers", f"--tokenizer={path}")
     convert = f"AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained({str(path.parent)!r})"
     with user_errors(f"--tokenizer={path}", f"transformers' {convert} writes it where there is another kind"):
@@ -376,7 +378,7 @@ def _huggingface_tokenizer(path: Path, eot: str) -> Tokenizer:
 
     largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
     files = [path.with_name(name) for name in TOKENIZER_FILES if path.with_name(name).is_file()]
-    return Tokenizer(name=path.parent.name, vocab_size=largest_id + 1, eot=eot_id, eot_token=eot,
+    return Tokenizer(name=name, vocab_size=largest_id + 1, eot=eot_id, eot_token=eot,
                      fingerprint=settings_digest(json.loads(tokenizer.to_str())), encode_batch=encode_batch,
                      decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False), files=tuple(files))
 
@@ -451,7 +453,7 @@ def save_tokenizer(folder: Path, bins: TokenBins):
         write_text(folder / "tokenizer_config.json", json.dumps(config))
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
-    # Generation starts and ends with the same ids by config.json, generation_config.json and the tokenizer.
+    # config.json and generation_config.json name the bins' end of text, whatever the model named before.
     ids = special_ids(folder, entry)
     write_text(folder / "generation_config.json", json.dumps(ids))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -464,12 +466,12 @@ def special_ids(folder: Path, entry: dict) -> dict[str, int | None]:
     if not (folder / "tokenizer_config.json").is_file():
         return ids
     tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    id_of = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    id_of = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
     for role in ("bos", "pad"):
         token = config.get(f"{role}_token")
         if isinstance(token, dict):
-            token = token["content"]
+            token = token.get("content")
         if token in id_of:
             ids[f"{role}_token_id"] = id_of[token]
     return ids
@@ -508,7 +510,8 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
     """NAME=GLOB words to domain → sorted files; plain GLOB words to "" → files if the records are `labelled`.
 
     A folder stands for all files below it that are not hidden; those that hold no text are left out and counted in
-    `left_out`, by domain. UserError if a glob names such a file, or if a domain has no file."""
+    `left_out`, by domain. UserError if a glob names such a file, or if a word matches no
+    file."""
     domains = {}
     for word in sources:
         name, equals, pattern = word.partition("=")
@@ -522,17 +525,21 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
         if is_folder:
             pattern = os.path.join(glob.escape(pattern), "**")
         matches = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
-        files = domains.setdefault(name, set())
+        files = []
         for path in matches:
             kind, fix = unreadable(path, labelled)
             if kind is None:
-                files.add(path)
+                files.append(path)
             elif is_folder:
-                left_out[name][f"{kind} files"] += 1
+                left_out[name][f"{kind} files left out"] += 1
             else:
                 raise UserError(f"{word}: {path} is a {kind} file; {fix}")
         if not files:
-            raise UserError(f"{word}: no file of text matches {pattern!r}; name a folder or a glob of files")
+            fix = "name a folder or a glob of files"
+            if labelled:
+                fix += ", without NAME=, since --domain_key is given"
+            raise UserError(f"{word}: no file of text matches {pattern!r}; {fix}")
+        domains.setdefault(name, set()).update(files)
         if not labelled:
             check_domains(domains)
     return {name: sorted(files) for name, files in domains.items()}
@@ -596,13 +603,15 @@ def read_file(path: Path, text_key: str, left_out: Counter, domain_key: str = ""
         # Count what is not a document, and what is not valid Unicode.
         for record in records:
             text = value_at(record, text_key)
-            label = value_at(record, domain_key) if domain_key else ""
+            label = ""
+            if domain_key:
+                label = str(value_at(record, domain_key) or "")
             if not isinstance(text, str):
-                left_out[f"records without a text under the key {text_key}"] += 1
-            elif domain_key and not (isinstance(label, str) and re.search("[A-Za-z0-9]", label)):
-                left_out[f"records without a domain under the key {domain_key}"] += 1
+                left_out[f"records left out, without a text under the key {text_key}"] += 1
+            elif domain_key and not re.search("[A-Za-z0-9]", label):
+                left_out[f"records left out, without a letter or digit of ASCII under the key {domain_key}"] += 1
             elif not text.strip():
-                left_out["empty documents"] += 1
+                left_out["empty documents left out"] += 1
             else:
                 # Lone surrogates: from _open_text, or from escapes in JSON.
                 mended, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
@@ -670,7 +679,7 @@ def _text_pieces(path: Path, left_out: Counter) -> Iterator[str]:
         piece = file.read(PIECE) + file.readline(PIECE)
         # Text has no NUL characters.
         if "\0" in piece[:65536]:
-            left_out["binary files"] += 1
+            left_out["binary files left out"] += 1
             return
         yield piece
         while piece := file.read(PIECE) + file.readline(PIECE):

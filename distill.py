@@ -50,8 +50,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from data import (HUB_NAME, MODEL_FILES, TOKENIZER_FILES, TokenBins, UserError, alive, build_bins, digest, file_sha256,
-                  fsync, hub_folder, import_optional, load_tokenizer, model_tokenizer, quickstart_documents, read_meta,
-                  run_program, same_tokenizer, save_tokenizer, saved_tokenizer, status_of, user_errors, write_text)
+                  fsync, import_optional, load_tokenizer, model_folder, model_tokenizer, quickstart_documents, read_meta,
+                  report_error, run_program, same_tokenizer, save_tokenizer, saved_tokenizer, user_errors, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import RULES, MixtureSampler, read_metrics
 
@@ -59,17 +59,18 @@ from sample_mixture import RULES, MixtureSampler, read_metrics
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
 
-# Sets of defaults. Config's own are the paper's, so the presets of its pairs only name the models. The paper does not
-# give block_size, weight_decay, grad_clip and AdamW's betas: those are ours, and so are the names of the folders.
+# Sets of defaults. Config's own are the paper's, so the presets of its pairs only name the models. The paper gives the
+# tokens of a step, but not how they are cut into windows. Weight decay, clipping and AdamW's betas are ours.
 PRESETS = {
-    "quickstart": dict(interval=25, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300, lr=1e-3, min_lr=1e-4,
-                       warmup_steps=20, save_every=100),
+    "quickstart": dict(interval=25, val_samples=64, test_samples=64,
+                       block_size=256, batch_size=8, max_steps=300, lr=1e-3, min_lr=1e-4, warmup_steps=20,
+                       save_every=100),
     "paper": {},
-    "qwen1.5-14b-1.8b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-1.8B"),
-    "qwen1.5-14b-4b": dict(teacher="models/Qwen1.5-14B", student="models/Qwen1.5-4B"),
-    "qwen1.5-7b-1.8b": dict(teacher="models/Qwen1.5-7B", student="models/Qwen1.5-1.8B"),
-    "llama2-13b-tinyllama-1.1b": dict(teacher="models/Llama-2-13b-hf", student="models/TinyLlama-1.1B"),
-    "starcoder-15.5b-3b": dict(teacher="models/starcoder", student="models/starcoderbase-3b"),
+    "qwen1.5-14b-1.8b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-1.8B"),
+    "qwen1.5-14b-4b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-4B"),
+    "qwen1.5-7b-1.8b": dict(teacher="Qwen/Qwen1.5-7B", student="Qwen/Qwen1.5-1.8B"),
+    "llama2-13b-tinyllama-1.1b": dict(teacher="meta-llama/Llama-2-13b-hf", student="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"),
+    "starcoder-15.5b-3b": dict(teacher="bigcode/starcoder", student="bigcode/starcoderbase-3b"),
 }
 
 
@@ -128,7 +129,7 @@ class Config:
     alpha: float = key(0.5, "α, how much of r follows the discrepancies; the rest is uniform", minimum=0, maximum=1)
     interval: int = key(1000, "K, steps between two updates of r", minimum=1)
     val_samples: int = key(500, "validation windows per domain, by which r is updated", minimum=1)
-    test_samples: int = key(0, "test windows per domain, the next ones, measured at the end alone; 0: none", minimum=0)
+    test_samples: int = key(0, "test windows per domain, behind the validation windows; never used for r; 0: none", minimum=0)
     mixture: str = key("", "name=weight,… in place of the natural proportions")
     stop_ratio: float = key(0.0, "end when the largest perplexity ratio is at or below this; 0: never", minimum=0)
 
@@ -145,7 +146,8 @@ class Config:
 
     # How it is computed
     micro_batch_size: int = free_key(0, "windows per forward pass; 0: all of a rank's windows", minimum=0)
-    teacher_micro_batch_size: int = free_key(0, "the same of the teacher, a multiple of it; 0: equal", minimum=0)
+    teacher_micro_batch_size: int = free_key(0, "windows per forward pass of the teacher, a multiple of micro_batch_size; "
+                                                "0: equal to it", minimum=0)
     dtype: str = key("auto", "of the matrix products; auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
     compile: str = free_key("auto", "torch.compile; auto: on cuda", choices=("auto", "true", "false"))
     device: str = free_key("auto", "auto: cuda, then mps, then cpu")
@@ -267,13 +269,10 @@ def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampl
     table at the end; another number per domain is one more line here."""
     domains = {}
     for i, name in enumerate(sampler.names):
-        ratio = None
-        if teacher_ppl[name] is not None:
-            ratio = student_ppl[name] / teacher_ppl[name]
         domains[name] = {
             "student_ppl": student_ppl[name],
             "teacher_ppl": teacher_ppl[name],
-            "ratio": ratio,
+            "ratio": ratio_of(student_ppl[name], teacher_ppl[name]),
             "tokens": int(sampler.drawn[i]) * block_size,
             "epochs": float(sampler.epochs[i]),
         }
@@ -281,15 +280,22 @@ def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampl
 
 
 def tested_domains(student_ppl: dict, teacher_ppl: dict) -> dict[str, dict]:
-    """The same on the test windows, which never update r, at the end of a run."""
+    """The perplexities and ratio on the test windows, at the end of a run: name → its numbers."""
     tested = {}
     for name in student_ppl:
-        ratio = None
-        if teacher_ppl[name] is not None:
-            ratio = student_ppl[name] / teacher_ppl[name]
-        tested[name] = {"test_student_ppl": student_ppl[name], "test_teacher_ppl": teacher_ppl[name],
-                        "test_ratio": ratio}
+        tested[name] = {
+            "test_student_ppl": student_ppl[name],
+            "test_teacher_ppl": teacher_ppl[name],
+            "test_ratio": ratio_of(student_ppl[name], teacher_ppl[name]),
+        }
     return tested
+
+
+def ratio_of(student_ppl: float, teacher_ppl: float | None) -> float | None:
+    """ℓ_S / ℓ_T; None where there is no teacher."""
+    if teacher_ppl is None:
+        return None
+    return student_ppl / teacher_ppl
 
 
 # ------------ State, learning rate, optimizer -------------------------------------------------------------------------
@@ -356,13 +362,13 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
         token_weights = my_weights[rows, None].expand_as(targets)
 
         # The teacher's hidden states and head, for one micro-batch or several; logits are made inside the loss.
-        place = start % config.teacher_micro_batch_size
+        offset = start % config.teacher_micro_batch_size
         if arm.divergence is not None:
-            if place == 0:
+            if offset == 0:
                 teacher_rows = windows[start:start + config.teacher_micro_batch_size, :-1]
                 with torch.no_grad(), autocast(config):
-                    all_hidden, teacher_head = teacher(teacher_rows, loss_fn=hidden_and_head)
-            teacher_hidden = all_hidden[place:place + config.micro_batch_size]
+                    teacher_batch_hidden, teacher_head = teacher(teacher_rows, loss_fn=hidden_and_head)
+            teacher_hidden = teacher_batch_hidden[offset:offset + config.micro_batch_size]
 
         reduce_in_last_pass_only(student, rows.stop >= len(windows), config)
 
@@ -380,7 +386,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
         # DDP and FSDP average gradients over ranks, but Eq. 3's mean is over all tokens.
         (loss * world_size()).backward()
         totals += torch.stack((loss, ce, kl)).detach()
-    forget_passes(teacher)
+    clear_forward_record(teacher)
 
     # Clip the gradient
     parameters = list(student.parameters())
@@ -487,9 +493,9 @@ def train(config: Config) -> Path:
                 if config.stop_ratio > 0:
                     last = last or worst_ratio(state.domains) <= config.stop_ratio
             if last:
-                if not just_resumed:
-                    tested = tested_domains(measure(student, test_windows), state.test_teacher_ppl)
-                    state.domains = {name: domain | tested.get(name, {}) for name, domain in state.domains.items()}
+                test_student_ppl = measure(student, test_windows)
+                for name, numbers in tested_domains(test_student_ppl, state.test_teacher_ppl).items():
+                    state.domains[name].update(numbers)
                 run.log("end", state.step, domains=state.domains)
 
             # Save: every save_every steps, at the end, and when a signal asks for it.
@@ -773,18 +779,19 @@ def process_group(config: Config):
 
     status = 0
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere) if rank() else nullcontext():
-            yield
-            dist.barrier()
+        with open(os.devnull, "w") as nowhere:
+            output = nullcontext() if rank() == 0 else redirect_stdout(nowhere)
+            with output:
+                yield
+                dist.barrier()
     except BaseException as error:
-        status = status_of(error)
-        if status == 1 and re.search("gloo|nccl|connection|timed out", str(error), re.IGNORECASE):
-            # A process that ends makes the collectives of the others fail.
+        # A process that ends makes the collectives of the others fail.
+        if isinstance(error, RuntimeError) and re.search("gloo|NCCL|Connection (closed|reset|refused)", str(error)):
             reason = str(error).splitlines()[0]
-            status = status_of(UserError(
-                f"another process is gone, or silent for {config.timeout} minutes ({reason}); the same command continues "
-                "from the last checkpoint"))
-        elif status == 1:
+            error = UserError(f"another process is gone, or silent for {config.timeout} minutes ({reason}); the same "
+                              "command continues from the last checkpoint")
+        status = report_error(error)
+        if status == 1:
             traceback.print_exc()
 
     # Out at once: threads of gloo sometimes abort a process that exits as usual, and NCCL waits for lost processes.
@@ -830,18 +837,6 @@ def autocast(config: Config):
     return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
 
 
-def find_models(config: Config) -> Config:
-    """`config` with the folder of each model that is named as on the Hugging Face Hub. Rank 0 alone calls it."""
-    files = MODEL_FILES
-    if config.dry_run:  # weights are not needed
-        files = ("config.json", *TOKENIZER_FILES)
-    for role in ("teacher", "student"):
-        folder = hub_folder(getattr(config, role), f"--{role}", files)
-        if folder is not None:
-            config = replace(config, **{role: str(folder)})
-    return config
-
-
 def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Path | None):
     """The teacher (None if there is none), the student, and the arm's added loss (None for most) on every rank."""
     teacher = None
@@ -883,10 +878,10 @@ def read_model(source: str, config: Config, model_config: GPTConfig, dtype: torc
             torch.manual_seed(config.seed)
             return GPT(model_config)
     if kind == "layers":
-        model = GPT.from_pretrained(config.teacher)
+        model = GPT.from_pretrained(model_folder(config.teacher, "--teacher", MODEL_FILES))
         model.keep_layers(int(size))
         return model.to(dtype)
-    return GPT.from_pretrained(source, dtype)
+    return GPT.from_pretrained(model_folder(source, "--model", MODEL_FILES), dtype)
 
 
 def spread(model: GPT, config: Config, shard: bool):
@@ -918,11 +913,12 @@ def spread(model: GPT, config: Config, shard: bool):
     whole_state = model.state_dict() if rank() == 0 else {}
     model.to("meta")
     device_type = torch.device(config.device).type
-    mesh = init_device_mesh(device_type, (world_size(),))
     if config.parallel == "hsdp":
         devices = int(os.environ["LOCAL_WORLD_SIZE"])  # of a node
         nodes = world_size() // devices
         mesh = init_device_mesh(device_type, (nodes, devices), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device_type, (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for layer in model.layers:
@@ -944,7 +940,7 @@ def reduce_in_last_pass_only(student: nn.Module, is_last: bool, config: Config):
         student.set_requires_all_reduce(is_last)
 
 
-def forget_passes(model: GPT | None):
+def clear_forward_record(model: GPT | None):
     """FSDP2 keeps a record of each forward pass until a backward pass, which the teacher never has: drop it."""
     if hasattr(model, "reset_iter_state"):
         model.reset_iter_state()
@@ -1042,7 +1038,8 @@ class RunFolder(ExitStack):
         """From here on SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C wait for the loop to save. A second Ctrl-C exits at once."""
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-                self.callback(signal.signal, number, signal.signal(number, self.receive_signal))
+                handler_before = signal.signal(number, self.receive_signal)
+                self.callback(signal.signal, number, handler_before)
 
     def receive_signal(self, number, frame):
         if number == signal.SIGINT and self.received_signal == signal.SIGINT:
@@ -1083,10 +1080,11 @@ def locked(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is using it; wait for it to end, or name another folder") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"{folder}: another run is using it; wait for it to end, or name another folder") from None
     finally:
         os.close(descriptor)
 
@@ -1108,8 +1106,9 @@ def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
     for role in ("teacher", "student"):
         source = getattr(config, role)
         content[role] = source
-        if os.path.isdir(source):
-            files = [Path(source) / "config.json", *weight_files(Path(source))]
+        if source and not is_made(source):
+            folder = model_folder(source, f"--{role}", MODEL_FILES)
+            files = [folder / "config.json", *weight_files(folder)]
             content[role] = digest([(path.name, file_sha256(path)) for path in files])
     return content
 
@@ -1279,6 +1278,8 @@ def read_optimizer(folder: Path) -> dict:
 
 # ------------ Checks before anything slow -----------------------------------------------------------------------------
 
+DESCRIBING_FILES = ("config.json", *TOKENIZER_FILES)  # of a model: what is checked before its weights are downloaded
+
 
 def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
     """The bins and the sizes of the models, checked before a weight is read. Raises UserError with all problems.
@@ -1301,7 +1302,7 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
     for role in ("teacher", "student"):
         source = getattr(config, role)
         if source:
-            model_config = attempt(problems, read_model_config, source, bins, model_configs.get("teacher"))
+            model_config = attempt(problems, read_model_config, role, source, bins, model_configs.get("teacher"))
             if model_config is not None:
                 model_configs[role] = model_config
                 attempt(problems, check_model, role, source, model_config, bins)
@@ -1354,7 +1355,12 @@ def parse_mixture(text: str) -> dict[str, float]:
     return weights
 
 
-def read_model_config(source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
+def is_made(source: str) -> bool:
+    """Whether a student is made anew, or of the teacher's layers: not a folder, and no name on the Hub."""
+    return source.partition(":")[0] in ("scratch", "layers")
+
+
+def read_model_config(role: str, source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
     """The GPTConfig of the model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
     kind, _, size = source.partition(":")
     if kind == "scratch":
@@ -1366,29 +1372,30 @@ def read_model_config(source: str, bins: TokenBins, teacher: GPTConfig | None) -
         if int(size) > teacher.num_hidden_layers:
             raise UserError(f"--student={source}: the teacher has {teacher.num_hidden_layers} layers")
         return replace(teacher, num_hidden_layers=int(size))
-    return read_config(Path(source))
+    return read_config(model_folder(source, f"--{role}", DESCRIBING_FILES))
 
 
-def check_model(role: str, folder: str, model_config: GPTConfig, bins: TokenBins):
+def check_model(role: str, source: str, model_config: GPTConfig, bins: TokenBins):
     """Raises UserError unless the model can read the bins' windows, and has the tokenizer of the bins."""
-    fix = f"make the bins again with data.py --tokenizer={folder}"
+    fix = f"make the bins again with data.py --tokenizer={source}"
     if model_config.vocab_size < bins.vocab_size:
-        raise UserError(f"--{role}={folder}: has {model_config.vocab_size} ids, but the tokenizer of the bins has "
+        raise UserError(f"--{role}={source}: has {model_config.vocab_size} ids, but the tokenizer of the bins has "
                         f"{bins.vocab_size}; {fix}")
     if model_config.context < bins.block_size:
-        raise UserError(f"--block_size={bins.block_size}: the {role} {folder} reads at most {model_config.context} "
+        raise UserError(f"--block_size={bins.block_size}: the {role} {source} reads at most {model_config.context} "
                         "tokens")
-    if not os.path.isdir(folder):  # scratch:LxD and layers:N
+    if is_made(source):
         return
     try:
-        tokenizer = model_tokenizer(Path(folder), bins.tokenizer["eot_token"])
+        folder = model_folder(source, f"--{role}", DESCRIBING_FILES)
+        tokenizer = model_tokenizer(folder, bins.tokenizer["eot_token"])
     except UserError as error:
-        raise UserError(f"--{role}={folder}: {error}") from None
+        raise UserError(f"--{role}={source}: {error}") from None
     if tokenizer is None:
-        print(f"WARNING: --{role}={folder} has no tokenizer.json; it is taken, since it has enough ids for the bins")
+        print(f"WARNING: --{role}={source} has no tokenizer.json; it is taken, since it has enough ids for the bins")
     elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:
         if not same_tokenizer(saved_tokenizer(bins.dir, bins.tokenizer), tokenizer):
-            raise UserError(f"--{role}={folder}: its tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids) is not "
+            raise UserError(f"--{role}={source}: its tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids) is not "
                             f"that of the bins, {bins.tokenizer['name']} ({bins.vocab_size} ids); {fix}")
 
 
@@ -1404,7 +1411,7 @@ def contradictions(config: Config) -> list[str]:
 
     # Models
     student_kind = config.student.partition(":")[0]
-    student_is_made = student_kind in ("scratch", "layers")
+    student_is_made = is_made(config.student)
     if student_is_made and not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*", config.student):
         problems.append(f"--student={config.student}: write scratch:LxD with D even, as in scratch:4x128, or layers:N")
     for role, source in (("teacher", config.teacher), ("student", config.student)):
@@ -1453,18 +1460,19 @@ def contradictions(config: Config) -> list[str]:
     if config.parallel == "none" and world > 1:
         problems.append(f"--parallel=none: there are {world} processes; take ddp or fsdp")
     share = config.batch_size // world
-    teacher_per_pass = config.teacher_micro_batch_size
-    if teacher_per_pass > 0 and (teacher_per_pass % (config.micro_batch_size or share) or share % teacher_per_pass):
+    student_per_pass = config.micro_batch_size or max(1, share)
+    teacher_per_pass = config.teacher_micro_batch_size or student_per_pass
+    if config.teacher_micro_batch_size > 0 and (teacher_per_pass % student_per_pass or share % teacher_per_pass):
         problems.append(f"--teacher_micro_batch_size={teacher_per_pass}: must be a multiple of "
-                        f"micro_batch_size={config.micro_batch_size or share}, and divide the {share} windows of a "
-                        "process")
+                        f"micro_batch_size={student_per_pass}, and divide the {share} windows of a process")
     if config.parallel in ("ddp", "fsdp", "hsdp") and not launched and not config.dry_run:
         problems.append(f"--parallel={config.parallel}: start with torchrun --nproc_per_node=N distill.py")
-    if config.parallel == "hsdp" and world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):
-        problems.append("--parallel=hsdp: there is one node; take fsdp")
+    elif config.parallel == "hsdp" and world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):
+        problems.append("--parallel=hsdp: there is one node; take fsdp (for --dry_run set LOCAL_WORLD_SIZE to the GPUs of "
+                        "a node)")
     if is_sharded(config) and arm.added_loss is not None:
         problems.append(f"--method={config.method}: not with {config.parallel}; take --parallel=ddp")
-    if arm.added_loss is not None and teacher_per_pass not in (0, config.micro_batch_size):
+    if arm.added_loss is not None and teacher_per_pass != student_per_pass:
         problems.append(f"--teacher_micro_batch_size={teacher_per_pass}: --method={config.method} compares layers of "
                         "one micro-batch; leave it out")
     if launched and ":" in config.device:
@@ -1515,6 +1523,9 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
     # Each model: its size, and its bytes on a device
     world = int(os.environ.get("WORLD_SIZE", 1))
     sharded = world > 1 and config.parallel != "ddp" and ARMS[config.method].added_loss is None
+    shards = world
+    if config.parallel == "hsdp":
+        shards = int(os.environ.get("LOCAL_WORLD_SIZE", world))
     gpts = {}
     for role, model_config in model_configs.items():
         with torch.device("meta"):
@@ -1523,7 +1534,9 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
 
         # Bytes per device: the teacher's weights in the dtype of the products, the student's in float32 with gradients
         # and AdamW's two moments
-        per_device = n / world if sharded and (role == "student" or config.shard_teacher) else n
+        per_device = n
+        if sharded and (role == "student" or config.shard_teacher):
+            per_device = n / shards
         if role == "teacher":
             width = 2 if config.dtype == "bfloat16" else 4
             parts = {"weights": width * per_device}
@@ -1564,7 +1577,7 @@ def usage(student: GPT, teacher: GPT | None, tokens_per_s: float, config: Config
         return format_bytes(peak)
     text = format_bytes(torch.cuda.max_memory_allocated(config.device))
     for name, peak_flops in PEAK_FLOPS.items():
-        if name in torch.cuda.get_device_name(config.device):
+        if name in torch.cuda.get_device_name(config.device) and config.dtype == "bfloat16":
             flops_per_s = step_flops(student, teacher, config) * tokens_per_s / (config.batch_size * config.block_size)
             text += f"  MFU {flops_per_s / (peak_flops * world_size()):.0%}"
     return text
@@ -1767,8 +1780,8 @@ ARMS["doremi_proxy"] = Arm("DoReMi's proxy; its teacher is the reference, a fini
 # ------------ Report --------------------------------------------------------------------------------------------------
 
 
-def worst_ratio(domains: dict[str, dict], key: str = "ratio") -> float:
-    return max(domain[key] for domain in domains.values())
+def worst_ratio(domains: dict[str, dict]) -> float:
+    return max(domain["ratio"] for domain in domains.values())
 
 
 def print_teacher_warnings(domains: dict[str, dict], vocab_size: int):
@@ -1791,8 +1804,9 @@ def report(config: Config, folder: Path):
     print_table(state.first_domains, state.domains)
     if config.teacher:
         print(f"worst ratio: {worst_ratio(state.first_domains):.2f} → {worst_ratio(state.domains):.2f}")
-    if config.teacher and config.test_samples > 0:
-        print(f"worst ratio on the test windows: {worst_ratio(state.domains, 'test_ratio'):.2f}")
+    if config.test_samples > 0:
+        print("\nOn the test windows, which r never followed:\n")
+        print_table(state.domains, state.domains, tested=True)
     arm = ARMS[config.method]
     if arm.at_end is not None:
         arm.at_end(config, state)
@@ -1803,15 +1817,16 @@ def report(config: Config, folder: Path):
     print(f"The student is in {folder}")
 
 
-def print_table(first_domains: dict[str, dict], domains: dict[str, dict]):
-    """One row per domain, one column per number of measured_domains, as first → last where it has changed."""
-    columns = list(next(iter(domains.values())))
+def print_table(first_domains: dict[str, dict], domains: dict[str, dict], tested: bool = False):
+    """One row per domain, one column per number of measured_domains, as first → last where it has changed; with
+    `tested`, of tested_domains instead."""
+    columns = [column for column in next(iter(domains.values())) if column.startswith("test_") == tested]
     print(f"{'':14}" + "".join(f"{column:>20}" for column in columns))
     for name, domain in domains.items():
         row = f"{name:14}"
         for column in columns:
             cell = format_number(domain[column])
-            first = format_number(first_domains[name].get(column, domain[column]))
+            first = format_number(first_domains[name][column])
             if first != cell:
                 cell = f"{first} → {cell}"
             row += f"{cell:>20}"
@@ -1880,8 +1895,8 @@ def quickstart(config: Config) -> Config:
             raise UserError(f"{error}\n--data_dir={config.data_dir}: that was about the quickstart's {role}; keep the "
                             f"--pretrain_steps that it was made with, or delete {run.out_dir}") from None
         config = replace(config, **{role: str(folder)})
-    print(f"\nTheir folders, to be named with --preset=quickstart:  --teacher={config.teacher}  "
-          f"--student={config.student}\n", flush=True)
+    print(f"\nWith --preset=quickstart these can be named:  --teacher={config.teacher}  --student={config.student}\n",
+          flush=True)
     return config
 
 
@@ -1967,17 +1982,21 @@ OTHER_NAMES = {
 }
 
 
+# What belongs to a place, a machine or an occasion
+NOT_REPEATED = ("config", "out_dir", "resume", "dry_run", "device", "parallel", "compile", "micro_batch_size",
+                "teacher_micro_batch_size")
+
+
 def read_run_config(path: str) -> dict:
-    """The keys to repeat a run by, from its config.json: all but those of a place, a machine or an occasion."""
+    """The keys to repeat a run by, from its config.json: all but NOT_REPEATED."""
     with user_errors(f"--config={path}", "name the config.json in the out_dir of a run"):
         saved = json.loads(Path(path).read_text(encoding="utf-8"))
         if "config" not in saved:
             raise ValueError("not a run's configuration" + (", but a model's" if "model_type" in saved else ""))
         given = {}
         for name, value in saved["config"].items():
-            if name not in ("config", "out_dir", "resume", "device", "parallel", "compile", "dry_run"):
-                if value != Config.__dataclass_fields__[name].default:
-                    given[name] = convert(name, str(value))
+            if name not in NOT_REPEATED:
+                given[name] = convert(name, str(value))
     return given
 
 
@@ -2031,8 +2050,7 @@ def resolve_config(given: dict) -> Config:
     preset = given.get("preset", "")
     if not preset:
         student = given.get("student", "")
-        student_is_made = student.startswith(("scratch:", "layers:"))
-        names_model = given.get("teacher") or (student and not student_is_made)
+        names_model = given.get("teacher") or (student and not is_made(student))
         if not names_model:
             preset = "quickstart"
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
@@ -2046,7 +2064,7 @@ def resolve_config(given: dict) -> Config:
 def main():
     config = parse_config()
     with process_group(config):
-        config = resolve_auto(on_rank_0(find_models, config))
+        config = resolve_auto(config)
         for name, value in asdict(config).items():
             print(f"{name} = {value}")
         print(flush=True)

@@ -4,7 +4,7 @@ The network comes first: configuration, families, rotary positions, attention, M
 FAMILIES says how another model type differs from it. Model folders follow, in Hugging Face's format: what is saved here
 opens in transformers with the same logits, and the other way round. At the end stands a program that generates text:
 
-    python model.py --model=out/quickstart-ddk-0/step_00000400 --prompt='def main('
+    python model.py --model=out/quickstart-ddk-0/step_00000300 --prompt='def main('
 
 Shapes: B sequences, T tokens, d hidden_size, H query heads, G key-value heads, hd head_dim, V vocab_size.
 """
@@ -657,7 +657,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def main():
-    from data import MODEL_FILES, hub_folder, load_tokenizer, model_tokenizer
+    from data import MODEL_FILES, load_tokenizer, model_folder, model_tokenizer
 
     parser = argparse.ArgumentParser(description="Generate text with the model of a folder.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -680,7 +680,7 @@ def main():
             parser.error(f"--{key}={value}: must be a finite number, at least {least}")
     if not args.prompt:
         parser.error("--prompt: must be a text to continue")
-    folder = hub_folder(args.model, "--model", MODEL_FILES) or Path(args.model)
+    folder = model_folder(args.model, "--model", MODEL_FILES)
     if not folder.is_dir():
         parser.error(f"--model={folder}: must be a model folder")
     device = resolve_device(args.device)

@@ -1,6 +1,8 @@
-"""A whole training step beside the sum of its parts, a plain transformers loop and TRL's GKDTrainer.
+"""A whole training step beside the sum of its parts, transformers loops with and without Liger, and TRL's GKDTrainer.
 
-    python tests/bench_step.py [--steps=12] [--device=cuda --dtype=bfloat16]      about five minutes on two cores
+    python tests/bench_step.py                                                    about five minutes on two cores
+    python tests/bench_step.py --device=cuda --dtype=bfloat16 --teacher=12x5120 --student=24x2048 --vocab_size=151936 \\
+        --block_size=2048 --batch_size=2                         like Qwen1.5 1.8B, with a teacher that fits into 80 GB
 
 All of them train the same student from the same teacher on the same windows. Each runs in a fresh process, in turns,
 three times over. A step's time is the median after warm-up.
@@ -9,6 +11,7 @@ three times over. A step's time is the median after warm-up.
   backward pass, the loss from hidden states to gradients, and the optimizer.
 - ours: `distill.train`, as a run logs it: reading the data and clipping included.
 - transformers: both models with AutoModelForCausalLM, cross-entropy + 0.2 · KL of whole logits, AdamW.
+- liger: the same with LigerFusedLinearJSDLoss on the models' hidden states, in chunks.
 - trl: GKDTrainer with lmbda = 0 and beta = 0, so forward KL on the given text; it has no cross-entropy beside it.
 
 The first step's loss (not trl's) is checked against the dense equation in the same run. What is not installed is left
@@ -36,11 +39,12 @@ import numpy as np
 import torch
 
 from data import TokenBins, Tokenizer, build_bins
-from distill import dense_distillation_loss, distillation_loss, hidden_and_head, make_optimizer, resolve_config, train
+from distill import (PEAK_FLOPS, dense_distillation_loss, distillation_loss, hidden_and_head, make_optimizer,
+                     resolve_config, step_flops, train)
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
 
-VOCAB, ROUNDS = 32_000, 3
+ROUNDS = 3
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -51,6 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--block_size", type=int, default=256, help="tokens per window")
     parser.add_argument("--teacher", default="8x512", help="layers x width of the teacher")
     parser.add_argument("--student", default="4x256", help="layers x width of the student")
+    parser.add_argument("--vocab_size", type=int, default=32_000, help="ids")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--run", default="", choices=("", *RUNS), help="internal: one implementation, in this process")
@@ -66,16 +71,16 @@ def prepare(args: argparse.Namespace):
     folder = Path(args.folder)
     for role in ("teacher", "student"):
         layers, width = getattr(args, role).split("x")
-        sizes = GPTConfig.scratch(int(layers), int(width), VOCAB, args.block_size)
+        sizes = GPTConfig.scratch(int(layers), int(width), args.vocab_size, args.block_size)
         torch.manual_seed(len(role))
         GPT(replace(sizes, tie_word_embeddings=False)).save_pretrained(folder / role)
 
     random = np.random.default_rng(0)
 
     def encode_batch(texts):
-        return [random.integers(0, VOCAB, len(text)).astype(np.uint32) for text in texts]
+        return [random.integers(0, args.vocab_size, len(text)).astype(np.uint32) for text in texts]
 
-    tokenizer = Tokenizer("random", VOCAB, 0, "<|endoftext|>", "random", encode_batch=encode_batch, decode=str)
+    tokenizer = Tokenizer("random", args.vocab_size, 0, "<|endoftext|>", "random", encode_batch=encode_batch, decode=str)
     documents = [(name, f"{name} {i} " * 2000) for name in ("one", "two") for i in range(60)]
     build_bins(folder / "bins", tokenizer, documents)
 
@@ -188,6 +193,32 @@ def transformers(args: argparse.Namespace) -> dict:
     return {"seconds": median(times), "loss": losses[0]}
 
 
+def liger(args: argparse.Namespace) -> dict:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+    teacher, student = their_models(args)
+    loss_fn = LigerFusedLinearJSDLoss(1.0, 0.2, beta=0.0, temperature=1.0, chunk_size=1024)  # beta 0: forward KL
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
+    times = []
+    losses = []
+    start = clock(args)
+    for windows in batches(args):
+        inputs = windows[:, :-1]
+        with autocast(args):
+            with torch.no_grad():
+                teacher_hidden = teacher.model(inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+            hidden = student.model(inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+            loss = loss_fn(hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight,
+                           windows[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        times.append(clock(args) - start)
+        start = clock(args)
+    return {"seconds": median(times), "loss": losses[0]}
+
+
 def trl(args: argparse.Namespace) -> dict:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -227,7 +258,7 @@ def trl(args: argparse.Namespace) -> dict:
     return {"seconds": median(times), "loss": None}
 
 
-RUNS = {"parts": parts, "ours": ours, "transformers": transformers, "trl": trl}
+RUNS = {"parts": parts, "ours": ours, "transformers": transformers, "liger": liger, "trl": trl}
 
 
 # ------------ The table -----------------------------------------------------------------------------------------------
@@ -238,6 +269,21 @@ def peak_gib(device: str) -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 2**20 if sys.platform == "linux" else 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def share_of_peak(args: argparse.Namespace, seconds: float) -> str:
+    """MFU of a step: its FLOPs over what the GPU could do in its time; – where that is not known."""
+    models = {}
+    for role in ("student", "teacher"):
+        layers, width = getattr(args, role).split("x")
+        sizes = GPTConfig.scratch(int(layers), int(width), args.vocab_size, args.block_size)
+        with torch.device("meta"):
+            models[role] = GPT(replace(sizes, tie_word_embeddings=False))
+    if args.device == "cuda" and args.dtype == "bfloat16":
+        for name, peak_flops in PEAK_FLOPS.items():
+            if name in torch.cuda.get_device_name():
+                return f"{step_flops(models['student'], models['teacher'], run_config(args)) / seconds / peak_flops:.0%}"
+    return "–"
 
 
 def run_in_a_process(name: str, args: argparse.Namespace) -> dict:
@@ -261,11 +307,11 @@ def dense_loss(args: argparse.Namespace) -> float:
 def compare(args: argparse.Namespace):
     # Run all that are installed, in turns.
     names = ["parts", "ours"]
-    for name in ("transformers", "trl"):
-        if importlib.util.find_spec(name):
+    for name, package in (("transformers", "transformers"), ("liger", "liger_kernel"), ("trl", "trl")):
+        if importlib.util.find_spec(package):
             names.append(name)
         else:
-            print(f"{name} is not installed: left out")
+            print(f"{package} is not installed: left out")
     results = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
@@ -285,16 +331,17 @@ def compare(args: argparse.Namespace):
     # Print the table.
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
     print(f"{date.today()}, {machine}, {platform.machine()}, torch {torch.__version__}, {args.dtype}; teacher "
-          f"{args.teacher}, student {args.student}, {VOCAB:,} ids, {args.batch_size} × {args.block_size} tokens; "
+          f"{args.teacher}, student {args.student}, {args.vocab_size:,} ids, {args.batch_size} × {args.block_size} tokens; "
           f"first loss {expected:.4f}\n")
     floor = statistics.median(run["seconds"] for run in results["parts"])
-    print("| | step, s (minimum – maximum of 3) | ratio to the parts | tokens/s | peak GiB |\n|---|---|---|---|---|")
+    print("| | step, s (minimum – maximum of 3) | ratio to the parts | tokens/s | MFU | peak GiB |\n"
+          "|---|---|---|---|---|---|")
     for name, runs in results.items():
         least, middle, most = sorted(run["seconds"] for run in runs)
         tokens_per_s = args.batch_size * args.block_size / middle
         peak = statistics.median(run["peak"] for run in runs)
         print(f"| {name} | {middle:.3f} ({least:.3f} – {most:.3f}) | {middle / floor:.2f} | {tokens_per_s:,.0f} | "
-              f"{peak:.2f} |")
+              f"{share_of_peak(args, middle)} | {peak:.2f} |")
     described = []
     for part in results["parts"][0]["parts"]:
         seconds = statistics.median(run["parts"][part] for run in results["parts"])

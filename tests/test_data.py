@@ -139,6 +139,8 @@ def test_help_lists_every_key_with_its_default_and_meaning(program):
     (["--out_dir=x", "a=a.txt", "--val_bytes=1.5"], ["--val_bytes", "'1.5'"]),
     (["--out_dir=x", "a=a.txt", "--tok=bytes"], ["--tok=bytes"]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=no_such"], ["--tokenizer=no_such", "bytes"]),
+    (["--out_dir=x", "a=a.txt", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file of text"]),
+    (["--out_dir=x", "a=a.json", "--domain_key=k"], ["a=a.json", "without NAME="]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=old"], ["old/tokenizer.json", "AutoTokenizer.from_pretrained('old')"]),
     (["--out_dir=x", "a=a.txt", "--eot=</s>"], ["--eot=</s>", "<|endoftext|>"]),
     (["--out_dir=x", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file of text"]),
@@ -518,7 +520,7 @@ def test_a_file_that_is_no_text_is_refused_where_a_glob_names_it_and_left_out_of
         (folder / f"{i}.txt").write_text(f"text {i}")
     status, stdout, _ = program(f"mine={folder}", f"--out_dir={tmp_path}/bins")
     kind = ".tar" if name == "a.tar.gz" else name[1:].lower()
-    assert status == 0 and f"note: mine: 1 {kind} files\n" in stdout
+    assert status == 0 and f"note: mine: 1 {kind} files left out\n" in stdout
 
 
 # ----------------------------------------------- Labelled records -----------------------------------------------------
@@ -546,8 +548,8 @@ def test_the_domain_may_be_what_each_record_says(program, tmp_path, name):
     for domain, parity in (("RedPajamaC4", 0), ("Pile_CC_x", 1)):
         texts = [text for side in ("train", "val") for text in bin_texts(tmp_path / "bins" / f"{domain}.{side}.bin")]
         assert sorted(texts) == sorted(record["text"] for record in LABELLED[parity::2])
-    assert "note: 3 records without a domain under the key meta.set\n" in stdout
-    assert "note: 1 records without a text under the key text\n" in stdout
+    assert "note: 3 records left out, without a letter or digit of ASCII under the key meta.set\n" in stdout
+    assert "note: 1 records left out, without a text under the key text\n" in stdout
 
 
 @pytest.mark.parametrize("records, named", [

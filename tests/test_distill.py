@@ -35,7 +35,7 @@ import distill
 import model as model_program
 import sample_mixture
 from data import TokenBins, UserError, build_bins, bytes_settings, file_sha256, load_tokenizer
-from distill import (ARMS, OTHER_NAMES, PRESETS, TED, Arm, Config, contradictions, dense_distillation_loss, line_is_due,
+from distill import (ARMS, NOT_REPEATED, OTHER_NAMES, PRESETS, TED, Arm, Config, contradictions, dense_distillation_loss, line_is_due,
                      parse_config, resolve_auto, resolve_config, train)
 from model import GPT, GPTConfig
 from sample_mixture import RULES, MixtureSampler, discrepancy_factor
@@ -1176,7 +1176,7 @@ def test_other_programs_words_lead_to_keys_that_exist():
     assert not OTHER_NAMES.keys() & KEYS.keys()
 
 
-def test_a_run_is_repeated_by_its_config_json(run_main, straight, sinks, teacher, tmp_path):
+def test_a_run_is_repeated_by_its_config_json(run_main, tiny, straight, sinks, teacher, tmp_path):
     again = tmp_path / "again"
     status, _, err = run_main(distill, f"--config={straight()}/config.json", f"--out_dir={again}", "--device=cpu")
     assert (status, err) == (0, "")
@@ -1184,10 +1184,14 @@ def test_a_run_is_repeated_by_its_config_json(run_main, straight, sinks, teacher
     # Keys of the command line win, and what belongs to a place is not repeated.
     config = parse_config([f"--config={straight()}/config.json", "--seed=3"])
     saved = json.loads((straight() / "config.json").read_text())["config"]
-    left = ("out_dir", "resume", "device", "parallel", "compile", "dry_run", "config", "seed")
+    left = (*NOT_REPEATED, "seed")
     for name, entry in KEYS.items():
         assert name in left or getattr(config, name) == saved[name]
     assert (config.seed, config.out_dir, config.device) == (3, "out/paper-ddk-3", "auto")
+    # Values that are the class's defaults, but not the preset's, are repeated too.
+    assert run_main(distill, *words({**tiny, "preset": "quickstart", "interval": 1000, "out_dir": tmp_path / "odd"}))[0] == 0
+    repeated = parse_config([f"--config={tmp_path / 'odd'}/config.json"])
+    assert (repeated.preset, repeated.interval, repeated.test_samples) == ("quickstart", 1000, 0)
     # A model's config.json is another thing.
     status, _, err = run_main(distill, f"--config={teacher}/config.json")
     assert status == 2 and f"--config={teacher}/config.json: " in err and "a model's" in err
@@ -1227,11 +1231,11 @@ PAPER = dict(method="ddk", gamma=0.2, temperature=1.0, alpha=0.5, interval=1000,
 
 @pytest.mark.parametrize("preset, teacher, student", [
     ("paper", "", ""),
-    ("qwen1.5-14b-1.8b", "models/Qwen1.5-14B", "models/Qwen1.5-1.8B"),
-    ("qwen1.5-14b-4b", "models/Qwen1.5-14B", "models/Qwen1.5-4B"),
-    ("qwen1.5-7b-1.8b", "models/Qwen1.5-7B", "models/Qwen1.5-1.8B"),
-    ("llama2-13b-tinyllama-1.1b", "models/Llama-2-13b-hf", "models/TinyLlama-1.1B"),
-    ("starcoder-15.5b-3b", "models/starcoder", "models/starcoderbase-3b")])
+    ("qwen1.5-14b-1.8b", "Qwen/Qwen1.5-14B", "Qwen/Qwen1.5-1.8B"),
+    ("qwen1.5-14b-4b", "Qwen/Qwen1.5-14B", "Qwen/Qwen1.5-4B"),
+    ("qwen1.5-7b-1.8b", "Qwen/Qwen1.5-7B", "Qwen/Qwen1.5-1.8B"),
+    ("llama2-13b-tinyllama-1.1b", "meta-llama/Llama-2-13b-hf", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"),
+    ("starcoder-15.5b-3b", "bigcode/starcoder", "bigcode/starcoderbase-3b")])
 def test_the_papers_presets_have_its_values_and_its_pairs(preset, teacher, student):
     config = resolve_config({"preset": preset})
     folders = dict(teacher=teacher, student=student, data_dir=f"data/{preset}", out_dir=f"out/{preset}-ddk-0")
@@ -1456,6 +1460,10 @@ def test_a_name_that_the_hub_does_not_give_is_one_message_with_the_command(progr
                                                                            installed):
     if not installed:
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    status, _, err = program("--teacher=mine/other")
+    assert status == 2 and "huggingface" not in err.lower() and "mine/other: no config.json" in err  # a folder of mine
     status, _, err = program("--teacher=you/other")
     assert status == 2 and err.startswith("error: --teacher=you/other: no such folder") and err.count("error: ") == 1
     assert "hf download you/other --local-dir models/other" in err and not (tmp_path / "run").exists()

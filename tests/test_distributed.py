@@ -811,7 +811,9 @@ def test_a_mistake_is_told_once_by_rank_0_under_torchrun(processes, given, tmp_p
      "error: --method=ted: not with fsdp; take --parallel=ddp"),
     ({}, ["--parallel=fsdp"], "error: --parallel=fsdp: start with torchrun --nproc_per_node=N distill.py"),
     (dict(RANK="0", WORLD_SIZE="2", LOCAL_WORLD_SIZE="2"), ["--parallel=hsdp"],
-     "error: --parallel=hsdp: there is one node; take fsdp"),
+     "error: --parallel=hsdp: there is one node; take fsdp (for --dry_run set LOCAL_WORLD_SIZE to the GPUs of a node)"),
+    (dict(RANK="0", WORLD_SIZE="24"), ["--teacher_micro_batch_size=1"],
+     "error: --batch_size=12: must be a multiple of micro_batch_size=1 × 24 processes"),
     (dict(RANK="0", WORLD_SIZE="2"), ["--micro_batch_size=2", "--teacher_micro_batch_size=3"],
      "error: --teacher_micro_batch_size=3: must be a multiple of micro_batch_size=2, and divide the 6 windows of a "
      "process"),
@@ -840,7 +842,8 @@ def edit_json(path: Path, change):
 
 
 @pytest.mark.parametrize("arguments, sharded", [
-    ([], {"teacher", "student"}), (["--shard_teacher=false"], {"student"}), (["--parallel=ddp"], set())], ids=str)
+    ([], {"teacher", "student"}), (["--shard_teacher=false"], {"student"}), (["--parallel=ddp"], set()),
+    (["--parallel=hsdp"], {"teacher", "student"})], ids=str)
 def test_a_dry_run_tells_the_memory_of_each_of_many_devices(
         run_main, given, teacher, tmp_path, monkeypatch, arguments, sharded):
     """Of Qwen1.5-14B's sizes, and of four of its layers, on 16 devices: computed here by hand."""
@@ -852,6 +855,8 @@ def test_a_dry_run_tells_the_memory_of_each_of_many_devices(
     layer = 4 * d * d + 3 * d * ff + 3 * d + 2 * d  # q, k, v, o; MLP; biases; norms
     outside = 2 * V * d + d
     monkeypatch.setenv("WORLD_SIZE", "16")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    devices = 8 if arguments == ["--parallel=hsdp"] else 16
     keys = {**given, "teacher": big, "student": "layers:4", "batch_size": 32, "dtype": "bfloat16"}
     status, out, err = run_main(distill, *words(keys), "--dry_run", *arguments)
     assert (status, err) == (0, "")
@@ -863,7 +868,7 @@ def test_a_dry_run_tells_the_memory_of_each_of_many_devices(
         shown = {}
         for part, size, unit in re.findall(r"(\w+) ([\d.,]+) (MiB|GiB)", line):
             shown[part] = float(size.replace(",", "")) * (2**20 if unit == "MiB" else 2**30)
-        share = n / 16 if role in sharded else n
+        share = n / devices if role in sharded else n
         assert shown == pytest.approx({part: w * share for part, w in widths[role].items()}, rel=0.05)
 
 

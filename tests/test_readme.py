@@ -35,7 +35,7 @@ def test_each_key_that_the_readme_names_is_there():
               "model", "prompt", "alpha", "setting", "seeds", "arms", "device"}  # of the other programs
     launchers = {"nproc_per_node", "nodes", "ntasks-per-node", "signal", "signals-to-handle", "nnodes", "rdzv_id",
                  "rdzv_backend", "rdzv_endpoint", "help", "key", "model_args", "tasks", "repo-type", "include",
-                 "local-dir"}
+                 "local-dir", "shutdown-timeout"}
     named = set(re.findall(r"--([a-z][a-z_-]+)", README.split("## Changing it")[0]))
     assert named - theirs - launchers <= Config.__dataclass_fields__.keys()
 
