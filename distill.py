@@ -270,32 +270,19 @@ def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampl
     domains = {}
     for i, name in enumerate(sampler.names):
         domains[name] = {
-            "student_ppl": student_ppl[name],
-            "teacher_ppl": teacher_ppl[name],
-            "ratio": ratio_of(student_ppl[name], teacher_ppl[name]),
+            **with_ratio(student_ppl[name], teacher_ppl[name]),
             "tokens": int(sampler.drawn[i]) * block_size,
             "epochs": float(sampler.epochs[i]),
         }
     return domains
 
 
-def tested_domains(student_ppl: dict, teacher_ppl: dict) -> dict[str, dict]:
-    """The perplexities and ratio on the test windows, at the end of a run: name → its numbers."""
-    tested = {}
-    for name in student_ppl:
-        tested[name] = {
-            "test_student_ppl": student_ppl[name],
-            "test_teacher_ppl": teacher_ppl[name],
-            "test_ratio": ratio_of(student_ppl[name], teacher_ppl[name]),
-        }
-    return tested
-
-
-def ratio_of(student_ppl: float, teacher_ppl: float | None) -> float | None:
-    """ℓ_S / ℓ_T; None where there is no teacher."""
-    if teacher_ppl is None:
-        return None
-    return student_ppl / teacher_ppl
+def with_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") -> dict[str, float | None]:
+    """The perplexities of a domain, and ℓ_S / ℓ_T, which is None where there is no teacher."""
+    ratio = None
+    if teacher_ppl is not None:
+        ratio = student_ppl / teacher_ppl
+    return {f"{prefix}student_ppl": student_ppl, f"{prefix}teacher_ppl": teacher_ppl, f"{prefix}ratio": ratio}
 
 
 # ------------ State, learning rate, optimizer -------------------------------------------------------------------------
@@ -493,9 +480,8 @@ def train(config: Config) -> Path:
                 if config.stop_ratio > 0:
                     last = last or worst_ratio(state.domains) <= config.stop_ratio
             if last:
-                test_student_ppl = measure(student, test_windows)
-                for name, numbers in tested_domains(test_student_ppl, state.test_teacher_ppl).items():
-                    state.domains[name].update(numbers)
+                for name, ppl in measure(student, test_windows).items():
+                    state.domains[name].update(with_ratio(ppl, state.test_teacher_ppl[name], prefix="test_"))
                 run.log("end", state.step, domains=state.domains)
 
             # Save: every save_every steps, at the end, and when a signal asks for it.
@@ -1819,7 +1805,7 @@ def report(config: Config, folder: Path):
 
 def print_table(first_domains: dict[str, dict], domains: dict[str, dict], tested: bool = False):
     """One row per domain, one column per number of measured_domains, as first → last where it has changed; with
-    `tested`, of tested_domains instead."""
+    `tested`, those on the test windows instead."""
     columns = [column for column in next(iter(domains.values())) if column.startswith("test_") == tested]
     print(f"{'':14}" + "".join(f"{column:>20}" for column in columns))
     for name, domain in domains.items():

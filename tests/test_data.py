@@ -6,10 +6,12 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter, defaultdict
 from functools import partial
@@ -21,7 +23,7 @@ import pytest
 import tiktoken
 
 import data
-from data import (TokenBins, UserError, build_bins, bytes_settings, expand_sources, file_sha256, import_optional,
+from data import (TokenBins, UserError, alive, build_bins, bytes_settings, expand_sources, file_sha256, import_optional,
                   load_tokenizer, model_tokenizer, quickstart_documents, read_documents, read_file, read_meta, run_program,
                   same_tokenizer, save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify, write_meta)
 
@@ -127,6 +129,20 @@ def test_help_lists_every_key_with_its_default_and_meaning(program):
         assert f"--{key} " in shown
     for default in ("bytes", "text", "0.05", "32000000"):
         assert f"(default: {default})" in shown
+
+
+def test_what_takes_long_says_that_it_is_alive(capsys):
+    shown = ""
+    with alive("reading a file", every=0.01):
+        for _ in range(1000):
+            shown += capsys.readouterr().out
+            if shown.count("still reading a file") > 1:
+                break
+            time.sleep(0.01)
+    assert re.match(r"still reading a file, 0 s\n", shown)
+    capsys.readouterr()
+    time.sleep(0.05)
+    assert capsys.readouterr().out == ""  # no longer
 
 
 @pytest.mark.parametrize("arguments, named", [

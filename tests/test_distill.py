@@ -413,6 +413,22 @@ def test_the_learning_rate_warms_up_and_then_falls_as_a_cosine_to_the_last_step(
     assert [line["lr"] for line in read_lines(tmp_path / "run", "train")] == pytest.approx(lrs)
 
 
+def test_one_pass_of_the_teacher_may_serve_several_of_the_student(config, straight, tmp_path, monkeypatch):
+    sizes = []
+    forward = GPT.forward
+
+    def counted(self, idx, loss_fn=None):
+        if torch.is_grad_enabled() or loss_fn is distill.hidden_and_head:
+            sizes.append((self.config.num_hidden_layers, len(idx)))
+        return forward(self, idx, loss_fn)
+
+    monkeypatch.setattr(GPT, "forward", counted)
+    train(config(micro_batch_size=2, teacher_micro_batch_size=4, max_steps=8))
+    assert sizes[:6] == [(2, 4), (1, 2), (1, 2)] * 2  # the teacher has two layers
+    for line, other in zip(read_lines(tmp_path / "run", "train"), read_lines(straight(), "train"), strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-6)
+
+
 def test_a_fixed_mixture_takes_the_place_of_the_natural_one(config, tmp_path):
     train(config(method="kd", mixture="digits=1,letters=0,signs=3", max_steps=4))
     lines = read_lines(tmp_path / "run", "mixture")

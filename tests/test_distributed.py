@@ -70,6 +70,7 @@ class Watch:
         self.rank = rank
         self.folder = folder
         self.windows = []  # of each step
+        self.passes = []  # of the teacher, that FSDP2 keeps a record of before each step
         self.models = {}
         self.rotary = set()  # dtypes that a block gets
 
@@ -84,6 +85,9 @@ class Watch:
                 self.look_at("teacher", teacher)
             student.layers[0].register_forward_pre_hook(self.look_at_rotary)
         self.windows.append(windows.tolist())
+        if isinstance(teacher, FSDPModule):
+            context = teacher._get_fsdp_state()._comm_ctx
+            self.passes.append(len(getattr(context, "post_forward_order", [])))  # made in the first pass
         if config.compile == "true":
             self.count_graphs()
         if original is None:
@@ -209,7 +213,7 @@ def do_jobs(folder: Path, rank: int, world: int, port: int, jobs: list[dict]):
                 except SystemExit as stop:
                     outcome = stop.code
             result = {"outcome": outcome, "windows": watch.windows, "models": watch.models,
-                      "rotary": sorted(watch.rotary)}
+                      "rotary": sorted(watch.rotary), "passes": watch.passes}
             (folder / f"{job['name']}.{rank}.json").write_text(json.dumps(result))
 
 
@@ -433,6 +437,12 @@ def test_fsdp_shards_all_parameters_and_ddp_none(runs, name):
             assert seen["here"] == pytest.approx(seen["elements"] / (shares if shards else 1), rel=0.05)
             rounded = role == "teacher" and "bfloat16" in name
             assert seen["dtype"] == ("torch.bfloat16" if rounded else "torch.float32")
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp3", "hsdp4"])
+def test_what_fsdp_keeps_of_the_teachers_passes_does_not_grow(runs, name):
+    for rank in runs[name][1]:
+        assert len(rank["passes"]) == 20 and rank["passes"][1:] == [0] * 19  # before the first: its evaluation
 
 
 def test_rotary_tables_stay_float32_under_fsdp_in_bfloat16(runs):
