@@ -3,6 +3,7 @@
     python tests/compare_arms.py --seeds=5 --arms=ddk,ddk_es,kd,cpt       the quickstart's setting
     python tests/compare_arms.py --setting=larger --seeds=3 --arms=ddk,kd  a BPE tokenizer, a larger teacher
     python tests/compare_arms.py --setting=real --teacher=DIR --seeds=2 --arms=ddk,ddk_es,kd     a pretrained teacher
+    python tests/compare_arms.py --gains=assets/quickstart.json,assets/even.json       what DDK gains in which setting
 
 The teacher is made once, or given. A seed makes its own student base, by another initialization and another order of its
 data, and orders the data of the runs that start from it: the spread over seeds is that of everything but the teacher and
@@ -80,6 +81,7 @@ class Setting:
     vocab_size: int = 0  # of a BPE trained on the text; 0: bytes
     keys: dict = field(default_factory=dict)
     one_base: bool = False  # of seed 0, for all seeds
+    origin: str = ""  # the setting whose bins and teacher this one uses; its own if empty
 
 
 QUICKSTART = distill.quickstart_models(distill.Config().pretrain_steps)
@@ -94,6 +96,11 @@ SETTINGS = {
                  "mixture": "python=.495,cpp=.495,math=.005,prose=.005"},
         vocab_size=4096, keys={"max_steps": 600, "interval": 30, "val_samples": 48, "test_samples": 40, "batch_size": 16,
                                "save_every": 200}),
+    # The quickstart's, with bases that are less and more unequal
+    "even": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], origin="quickstart",
+                    student={**QUICKSTART["student"], "mixture": "python=1,cpp=1,math=1,prose=1"}),
+    "unequal": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], origin="quickstart",
+                       student={**QUICKSTART["student"], "mixture": "python=.49,cpp=.01,math=.01,prose=.49"}),
     # Ten of the teacher's layers, which have to learn to work together first: by KD, on little but source code
     "real": Setting(
         n_bytes={"python": 5_000_000, "cpp": 2_000_000, "math": 1_000_000, "prose": 600_000}, teacher=None,
@@ -328,6 +335,45 @@ def write_report(results: dict, setting: str, folder: Path):
     print(f"\n{text}\nwritten to {folder}")
 
 
+def gain(results: dict, other: str, measure: str) -> list[float]:
+    """How much lower the measure is under DDK than under the other arm, as a share, at each seed that both have."""
+    seeds = results.get("ddk", {}).keys() & results.get(other, {}).keys()
+    return [1 - results["ddk"][seed][measure] / results[other][seed][measure] for seed in sorted(seeds, key=int)]
+
+
+def write_gains(paths: list[Path], folder: Path):
+    """What DDK gains over KD and equal sampling in each setting, against how unequal the ratios were at the start."""
+    lines = ["| setting | seeds | first ratios: worst / mean | over | worst ratio | mean ratio |", "|---" * 6 + "|"]
+    figure = import_optional("matplotlib.figure", "figures").Figure(figsize=(9, 3.4), layout="constrained")
+    axes = dict(zip(("kd", "ddk_es"), figure.subplots(1, 2, sharey=True)))
+    for path in paths:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        runs = results["ddk"].values()
+        unequal = statistics.mean(one["first_worst_ratio"] / one["first_mean_ratio"] for one in runs)
+        for other, ax in axes.items():
+            worst = gain(results, other, "worst_ratio")
+            mean = gain(results, other, "mean_ratio")
+            if not worst:
+                continue
+            shown = [format_mean([100 * value for value in values], "+", 1) + " %" for values in (worst, mean)]
+            lines.append(f"| {path.stem} | {len(worst)} | {unequal:.2f} | `{other}` | {shown[0]} | {shown[1]} |")
+            for values, marker, label in ((worst, "o", "worst ratio"), (mean, "s", "mean ratio")):
+                ax.plot([unequal] * len(values), [100 * value for value in values], marker, color="#999999", markersize=3)
+                ax.plot([unequal], [100 * statistics.mean(values)], marker, color="#0072b2", label=label)
+            ax.annotate(path.stem, (unequal, 100 * statistics.mean(worst)), xytext=(4, 4), textcoords="offset points")
+    for other, ax in axes.items():
+        ax.axhline(0, color="#000000", linewidth=0.5)
+        ax.set(xlabel="worst / mean ratio before the runs", title=f"gain of ddk over {other}, %")
+        ax.grid(alpha=0.3)
+    handles, labels = axes["kd"].get_legend_handles_labels()
+    axes["kd"].legend(handles[:2], labels[:2])
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / "gains.png", dpi=110)
+    text = "\n".join(lines) + "\n"
+    write_text(folder / "gains.md", text)
+    print(text)
+
+
 # ----------------------------------------------- The program --------------------------------------------------------
 
 
@@ -364,14 +410,20 @@ def main():
     parser.add_argument("--out_dir", default="", help="folder of the runs (default: out/compare-SETTING)")
     parser.add_argument("--results", default="", help="what the runs gave, a .json (default: OUT_DIR/results.json)")
     parser.add_argument("--assets", default="", help="folder of the tables and figures (default: OUT_DIR)")
+    parser.add_argument("--gains", default="", help="only make gains.md and gains.png from these results: FILE,FILE,…")
     parser.add_argument("--keys", default="", help="other values of distill.py's keys for all runs: key=value,…")
     parser.add_argument("--steps", type=int, default=0, help="steps of teacher and student base, to try it out")
     args = parser.parse_args()
     setting = SETTINGS[args.setting]
     arms = chosen_arms(args.arms)
-    common = {"data_dir": f"data/{args.setting}", **setting.keys, **own_keys(args.keys)}
+    origin = setting.origin or args.setting
+    common = {"data_dir": f"data/{origin}", **setting.keys, **own_keys(args.keys)}
     out_dir = Path(args.out_dir or f"out/compare-{args.setting}")
+    teacher_dir = Path(args.out_dir or f"out/compare-{origin}") / "teacher"
     import_optional("matplotlib", "figures")  # asked for now, and not after hours
+    if args.gains:
+        write_gains([Path(name) for name in args.gains.split(",")], Path(args.assets or "out"))
+        return
     if (setting.teacher is None) != os.path.isdir(args.teacher):
         raise UserError(f"--teacher={args.teacher}: name the folder of a model, for --setting=real alone")
 
@@ -401,7 +453,7 @@ def main():
         if not teacher:
             print(f"The teacher: {setting.teacher['student']}, {args.steps or setting.teacher['max_steps']} steps",
                   flush=True)
-            teacher = pretrained(setting.teacher, 0, out_dir / "teacher")
+            teacher = pretrained(setting.teacher, 0, teacher_dir)
         teacher_sha256 = file_sha256(Path(teacher, "model.safetensors"))
         for runs in results.values():
             if any(one["teacher_sha256"] != teacher_sha256 for one in runs.values()):

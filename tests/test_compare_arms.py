@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare_arms import ABLATIONS, ARMS, CLAIMS, MEASURES, chosen_arms, mean_and_error, paired, table, verdicts
+from compare_arms import (ABLATIONS, ARMS, CLAIMS, MEASURES, chosen_arms, gain, mean_and_error, paired, table, verdicts,
+                          write_gains)
 
 from model import GPT, GPTConfig
 
@@ -50,6 +51,19 @@ def test_a_claim_on_two_seeds_is_not_told():
 def test_the_table_has_a_line_for_each_arm_that_ran():
     lines = table(made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0], cpt=[3.0]), ARMS, ["worst_ratio"])
     assert lines[2:] == ["| `ddk` | 2 | 1.500 ± 0.500 |", "| `kd` | 2 | 3.000 ± 1.000 |", "| `cpt` | 1 | 3.000 |"]
+
+
+def test_gains_are_shares_by_seed_and_a_row_for_each_setting_and_arm(tmp_path, capsys):
+    results = made_up(ddk=[1.0, 3.0], kd=[2.0, 4.0], ddk_es=[1.0, 2.0])
+    assert gain(results, "kd", "worst_ratio") == [0.5, 0.25] and gain(results, "cpt", "mean_ratio") == []
+    for one in results["ddk"].values():
+        one.update(first_worst_ratio=3.0, first_mean_ratio=2.0)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    write_gains([tmp_path / "one.json", tmp_path / "two.json"], tmp_path)
+    rows = (tmp_path / "gains.md").read_text().splitlines()[2:]
+    assert rows[0] == "| one | 2 | 1.50 | `kd` | +37.5 ± 12.5 % | +37.5 ± 12.5 % |" and len(rows) == 4
+    assert (tmp_path / "gains.png").stat().st_size > 500
 
 
 def test_arms_and_ablations_by_name():
