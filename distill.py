@@ -2036,7 +2036,8 @@ def resolve_config(given: dict) -> Config:
     preset = given.get("preset", "")
     if not preset:
         student = given.get("student", "")
-        names_model = given.get("teacher") or (student and not is_made(student))
+        is_size = is_made(student) or re.fullmatch(r"\d+x\d+", student)  # the latter is asked for its scratch: later
+        names_model = given.get("teacher") or (student and not is_size)
         if not names_model:
             preset = "quickstart"
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})

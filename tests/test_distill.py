@@ -1268,6 +1268,11 @@ def test_the_quickstart_is_the_default_where_no_folder_is_named(given):
     assert config.batch_size % 8 == 0  # torchrun --nproc_per_node=8 works as it is
 
 
+def test_a_size_without_scratch_is_one_message(run_main):
+    status, _, err = run_main(distill, "--student=2x64")
+    assert (status, err) == (2, "error: --student=2x64: no such folder; a new student is --student=scratch:2x64\n")
+
+
 @pytest.mark.parametrize("role", ["teacher", "student"])
 def test_who_names_a_folder_names_a_preset_and_is_told_what_a_step_of_each_is(run_main, tiny, teacher, role):
     others = {key: value for key, value in tiny.items() if key not in ("preset", "teacher", "student")}
