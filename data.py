@@ -447,8 +447,8 @@ def save_tokenizer(folder: Path, bins: TokenBins):
         shutil.copyfile(bins.dir / name, folder / name)
     # transformers loads a tokenizer from files only, so `bytes` gets some.
     if entry["name"] == "bytes" and not entry["files"]:
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": entry["eot_token"],
-                  "clean_up_tokenization_spaces": False}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": entry["eot_token"],
+                  "eos_token": entry["eot_token"], "clean_up_tokenization_spaces": False}  # both alike, as GPT-2's
         write_text(folder / "tokenizer.json", json.dumps(bytes_settings()))
         write_text(folder / "tokenizer_config.json", json.dumps(config))
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))

@@ -792,8 +792,8 @@ def test_ends_of_text_agree_in_all_files_of_a_checkpoint(config, straight, teach
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     for settings in (transformers.AutoConfig.from_pretrained(folder),
                      transformers.GenerationConfig.from_pretrained(folder)):
-        assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == (256, 256, None)
-    assert tokenizer.eos_token_id == 256 and tokenizer.bos_token_id is None
+        assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == (256, 256, 256)
+    assert tokenizer.eos_token_id == tokenizer.bos_token_id == 256
 
     # With a tokenizer of the user's, whose beginning and padding are tokens of their own, and a model that says else
     def give_own_tokenizer(folder: Path):
