@@ -462,7 +462,7 @@ def train(config: Config) -> Path:
         loop_started = time.perf_counter()
         last_line = loop_started
         while True:
-            # Every K steps, and at the end: measure ℓ_S, update r, log. A checkpoint was written after that.
+            # Every K steps, and at the end: measure ℓ_S, update r, log. A resumed run did so before its checkpoint.
             t, steps_since_update = divmod(state.step, config.interval)
             last = state.step >= config.max_steps
             just_resumed = state.step == saved_step
