@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_arms
 import pytest
 import torch
 from compare_arms import (ABLATIONS, ARMS, CLAIMS, MEASURES, chosen_arms, gain, mean_and_error, paired, table, verdicts,
@@ -134,7 +135,6 @@ def test_a_pretrained_teacher_may_be_given(tmp_path, teacher):
                                              ("--teacher=.", "for --setting=real alone"),
                                              ("--arms=best", "best is none of ddk"), ("--keys=lr=x", "must be a number"),
                                              ("--keys=seed=1", "seed is no key of distill.py, or each run's own")])
-def test_mistakes_are_named_at_once(argument, named):
-    command = [sys.executable, ROOT / "tests" / "compare_arms.py", argument]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 2 and named in result.stderr and "Traceback" not in result.stderr
+def test_mistakes_are_named_at_once(run_main, argument, named):
+    status, _, err = run_main(compare_arms, argument)
+    assert status == 2 and named in err and err.startswith("error: ")
