@@ -459,8 +459,6 @@ def train(config: Config) -> Path:
 
         run.catch_signals()
         first_step = state.step
-        loop_started = time.perf_counter()
-        last_line = loop_started
         while True:
             # Every K steps, and at the end: measure ℓ_S, update r, log. A resumed run did so before its checkpoint.
             t, steps_since_update = divmod(state.step, config.interval)
@@ -498,6 +496,9 @@ def train(config: Config) -> Path:
 
             # Draw the next batch by r. Each rank reads its share of the windows.
             started = time.perf_counter()
+            if state.step == first_step:  # the first evaluation is not part of the time per step
+                loop_started = started
+                last_line = started
             domain_ids, windows = next_windows(sampler, bins, config)
             window_weights = torch.ones(config.batch_size)
             if arm.weigh_windows is not None:
