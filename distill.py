@@ -50,8 +50,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from data import (HUB_NAME, MODEL_FILES, TOKENIZER_FILES, TokenBins, UserError, alive, build_bins, digest, file_sha256,
-                  fsync, import_optional, load_tokenizer, model_folder, model_tokenizer, quickstart_documents, read_meta,
-                  report_error, run_program, same_tokenizer, save_tokenizer, saved_tokenizer, user_errors, write_text)
+                  fsync, import_optional, load_tokenizer, model_folder, model_tokenizer, quickstart_documents,
+                  read_meta, report_error, run_program, same_tokenizer, save_tokenizer, saved_tokenizer, user_errors,
+                  write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import RULES, MixtureSampler, read_metrics
 
@@ -69,7 +70,8 @@ PRESETS = {
     "qwen1.5-14b-1.8b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-1.8B"),
     "qwen1.5-14b-4b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-4B"),
     "qwen1.5-7b-1.8b": dict(teacher="Qwen/Qwen1.5-7B", student="Qwen/Qwen1.5-1.8B"),
-    "llama2-13b-tinyllama-1.1b": dict(teacher="meta-llama/Llama-2-13b-hf", student="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"),
+    "llama2-13b-tinyllama-1.1b": dict(teacher="meta-llama/Llama-2-13b-hf",
+                                      student="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"),
     "starcoder-15.5b-3b": dict(teacher="bigcode/starcoder", student="bigcode/starcoderbase-3b"),
 }
 
@@ -129,7 +131,8 @@ class Config:
     alpha: float = key(0.5, "α, how much of r follows the discrepancies; the rest is uniform", minimum=0, maximum=1)
     interval: int = key(1000, "K, steps between two updates of r", minimum=1)
     val_samples: int = key(500, "validation windows per domain, by which r is updated", minimum=1)
-    test_samples: int = key(0, "test windows per domain, behind the validation windows; never used for r; 0: none", minimum=0)
+    test_samples: int = key(0, "test windows per domain, behind the validation windows; never used for r; 0: none",
+                            minimum=0)
     mixture: str = key("", "name=weight,… in place of the natural proportions")
     stop_ratio: float = key(0.0, "end when the largest perplexity ratio is at or below this; 0: never", minimum=0)
 
@@ -146,8 +149,8 @@ class Config:
 
     # How it is computed
     micro_batch_size: int = free_key(0, "windows per forward pass; 0: all of a rank's windows", minimum=0)
-    teacher_micro_batch_size: int = free_key(0, "windows per forward pass of the teacher, a multiple of micro_batch_size; "
-                                                "0: equal to it", minimum=0)
+    teacher_micro_batch_size: int = free_key(0, "windows per forward pass of the teacher, a multiple of "
+                                                "micro_batch_size; 0: equal to it", minimum=0)
     dtype: str = key("auto", "of the matrix products; auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
     compile: str = free_key("auto", "torch.compile; auto: on cuda", choices=("auto", "true", "false"))
     device: str = free_key("auto", "auto: cuda, then mps, then cpu")
@@ -1455,8 +1458,8 @@ def contradictions(config: Config) -> list[str]:
     if config.parallel in ("ddp", "fsdp", "hsdp") and not launched and not config.dry_run:
         problems.append(f"--parallel={config.parallel}: start with torchrun --nproc_per_node=N distill.py")
     elif config.parallel == "hsdp" and world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):
-        problems.append("--parallel=hsdp: there is one node; take fsdp (for --dry_run set LOCAL_WORLD_SIZE to the GPUs of "
-                        "a node)")
+        problems.append("--parallel=hsdp: there is one node; take fsdp (for --dry_run set LOCAL_WORLD_SIZE to the GPUs "
+                        "of a node)")
     if is_sharded(config) and arm.added_loss is not None:
         problems.append(f"--method={config.method}: not with {config.parallel}; take --parallel=ddp")
     if arm.added_loss is not None and teacher_per_pass != student_per_pass:
@@ -1563,11 +1566,20 @@ def usage(student: GPT, teacher: GPT | None, tokens_per_s: float, config: Config
             peak *= 1024  # Linux counts KiB, macOS bytes
         return format_bytes(peak)
     text = format_bytes(torch.cuda.max_memory_allocated(config.device))
-    for name, peak_flops in PEAK_FLOPS.items():
-        if name in torch.cuda.get_device_name(config.device) and config.dtype == "bfloat16":
-            flops_per_s = step_flops(student, teacher, config) * tokens_per_s / (config.batch_size * config.block_size)
-            text += f"  MFU {flops_per_s / (peak_flops * world_size()):.0%}"
+    peak = peak_flops(config)
+    if peak is not None:
+        flops_per_s = step_flops(student, teacher, config) * tokens_per_s / (config.batch_size * config.block_size)
+        text += f"  MFU {flops_per_s / (peak * world_size()):.0%}"
     return text
+
+
+def peak_flops(config: Config) -> float | None:
+    """Floating-point operations per second that a GPU can do in bfloat16; None for another device or dtype."""
+    if config.device.startswith("cuda") and config.dtype == "bfloat16":
+        for name, flops in PEAK_FLOPS.items():
+            if name in torch.cuda.get_device_name(config.device):
+                return flops
+    return None
 
 
 def line_is_due(step: int, first_step: int, since_line: float, step_time: float, config: Config) -> bool:

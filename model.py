@@ -613,8 +613,8 @@ def weight_files(folder: Path) -> list[Path]:
             found = " ".join(sorted(path.name for path in folder.glob("*.bin")))
             fix = "copy it again"
             if found:
-                fix = (f"pickles such as {found} are never opened; transformers' AutoModelForCausalLM.from_pretrained(…)"
-                       ".save_pretrained(…) converts them")
+                fix = (f"pickles such as {found} are never opened; transformers' "
+                       "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) converts them")
             raise UserError(f"{path}: not a file of the model folder; expected model.safetensors, or the shards that "
                             f"{index.name} names; {fix}")
     return [folder / name for name in names]

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from data import TokenBins, Tokenizer, build_bins
-from distill import (PEAK_FLOPS, dense_distillation_loss, distillation_loss, hidden_and_head, make_optimizer,
+from distill import (dense_distillation_loss, distillation_loss, hidden_and_head, make_optimizer, peak_flops,
                      resolve_config, step_flops, train)
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
@@ -66,14 +66,18 @@ def parse_arguments() -> argparse.Namespace:
 # ------------ What all of them share ----------------------------------------------------------------------------------
 
 
+def model_config(args: argparse.Namespace, role: str) -> GPTConfig:
+    layers, width = getattr(args, role).split("x")
+    sizes = GPTConfig.scratch(int(layers), int(width), args.vocab_size, args.block_size)
+    return replace(sizes, tie_word_embeddings=False)
+
+
 def prepare(args: argparse.Namespace):
     """Models with random weights, and bins of random ids: neither changes what a step costs."""
     folder = Path(args.folder)
     for role in ("teacher", "student"):
-        layers, width = getattr(args, role).split("x")
-        sizes = GPTConfig.scratch(int(layers), int(width), args.vocab_size, args.block_size)
         torch.manual_seed(len(role))
-        GPT(replace(sizes, tie_word_embeddings=False)).save_pretrained(folder / role)
+        GPT(model_config(args, role)).save_pretrained(folder / role)
 
     random = np.random.default_rng(0)
 
@@ -170,19 +174,15 @@ def their_models(args: argparse.Namespace):
     return teacher.to(args.device), student.to(args.device)
 
 
-def transformers(args: argparse.Namespace) -> dict:
-    teacher, student = their_models(args)
+def their_loop(args: argparse.Namespace, student, loss_of) -> dict:
+    """A plain training loop: loss_of(inputs, targets), the backward pass, clipping and AdamW."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
     times = []
     losses = []
     start = clock(args)
     for windows in batches(args):
-        inputs = windows[:, :-1]
         with autocast(args):
-            with torch.no_grad():
-                teacher_logits = teacher(inputs, use_cache=False).logits
-            student_logits = student(inputs, use_cache=False).logits
-            loss, _, _ = dense_distillation_loss(student_logits, teacher_logits, windows[:, 1:])
+            loss = loss_of(windows[:, :-1], windows[:, 1:])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
@@ -191,32 +191,33 @@ def transformers(args: argparse.Namespace) -> dict:
         times.append(clock(args) - start)
         start = clock(args)
     return {"seconds": median(times), "loss": losses[0]}
+
+
+def transformers(args: argparse.Namespace) -> dict:
+    teacher, student = their_models(args)
+
+    def loss_of(inputs, targets):
+        with torch.no_grad():
+            teacher_logits = teacher(inputs, use_cache=False).logits
+        student_logits = student(inputs, use_cache=False).logits
+        loss, _, _ = dense_distillation_loss(student_logits, teacher_logits, targets)
+        return loss
+
+    return their_loop(args, student, loss_of)
 
 
 def liger(args: argparse.Namespace) -> dict:
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
     teacher, student = their_models(args)
     loss_fn = LigerFusedLinearJSDLoss(1.0, 0.2, beta=0.0, temperature=1.0, chunk_size=1024)  # beta 0: forward KL
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4, fused=True)
-    times = []
-    losses = []
-    start = clock(args)
-    for windows in batches(args):
-        inputs = windows[:, :-1]
-        with autocast(args):
-            with torch.no_grad():
-                teacher_hidden = teacher.model(inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-            hidden = student.model(inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-            loss = loss_fn(hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight,
-                           windows[:, 1:].flatten())
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        times.append(clock(args) - start)
-        start = clock(args)
-    return {"seconds": median(times), "loss": losses[0]}
+
+    def loss_of(inputs, targets):
+        with torch.no_grad():
+            teacher_hidden = teacher.model(inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = student.model(inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+        return loss_fn(hidden, student.lm_head.weight, teacher_hidden, teacher.lm_head.weight, targets.flatten())
+
+    return their_loop(args, student, loss_of)
 
 
 def trl(args: argparse.Namespace) -> dict:
@@ -273,17 +274,14 @@ def peak_gib(device: str) -> float:
 
 def share_of_peak(args: argparse.Namespace, seconds: float) -> str:
     """MFU of a step: its FLOPs over what the GPU could do in its time; – where that is not known."""
-    models = {}
-    for role in ("student", "teacher"):
-        layers, width = getattr(args, role).split("x")
-        sizes = GPTConfig.scratch(int(layers), int(width), args.vocab_size, args.block_size)
-        with torch.device("meta"):
-            models[role] = GPT(replace(sizes, tie_word_embeddings=False))
-    if args.device == "cuda" and args.dtype == "bfloat16":
-        for name, peak_flops in PEAK_FLOPS.items():
-            if name in torch.cuda.get_device_name():
-                return f"{step_flops(models['student'], models['teacher'], run_config(args)) / seconds / peak_flops:.0%}"
-    return "–"
+    config = run_config(args)
+    peak = peak_flops(config)
+    if peak is None:
+        return "–"
+    with torch.device("meta"):
+        student = GPT(model_config(args, "student"))
+        teacher = GPT(model_config(args, "teacher"))
+    return f"{step_flops(student, teacher, config) / seconds / peak:.0%}"
 
 
 def run_in_a_process(name: str, args: argparse.Namespace) -> dict:
@@ -331,8 +329,8 @@ def compare(args: argparse.Namespace):
     # Print the table.
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
     print(f"{date.today()}, {machine}, {platform.machine()}, torch {torch.__version__}, {args.dtype}; teacher "
-          f"{args.teacher}, student {args.student}, {args.vocab_size:,} ids, {args.batch_size} × {args.block_size} tokens; "
-          f"first loss {expected:.4f}\n")
+          f"{args.teacher}, student {args.student}, {args.vocab_size:,} ids, {args.batch_size} × {args.block_size} "
+          f"tokens; first loss {expected:.4f}\n")
     floor = statistics.median(run["seconds"] for run in results["parts"])
     print("| | step, s (minimum – maximum of 3) | ratio to the parts | tokens/s | MFU | peak GiB |\n"
           "|---|---|---|---|---|---|")

@@ -94,8 +94,8 @@ SETTINGS = {
                  "mixture": "python=3,cpp=3,math=2,prose=1"},
         student={**QUICKSTART["student"], "student": "scratch:3x128", "max_steps": 600, "batch_size": 16,
                  "mixture": "python=.495,cpp=.495,math=.005,prose=.005"},
-        vocab_size=4096, keys={"max_steps": 600, "interval": 30, "val_samples": 48, "test_samples": 40, "batch_size": 16,
-                               "save_every": 200}),
+        vocab_size=4096, keys={"max_steps": 600, "interval": 30, "val_samples": 48, "test_samples": 40,
+                               "batch_size": 16, "save_every": 200}),
     # The quickstart's, with bases that are less and more unequal
     "even": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], origin="quickstart",
                     student={**QUICKSTART["student"], "mixture": "python=1,cpp=1,math=1,prose=1"}),
@@ -358,8 +358,9 @@ def write_gains(paths: list[Path], folder: Path):
             shown = [format_mean([100 * value for value in values], "+", 1) + " %" for values in (worst, mean)]
             lines.append(f"| {path.stem} | {len(worst)} | {unequal:.2f} | `{other}` | {shown[0]} | {shown[1]} |")
             for values, marker, label in ((worst, "o", "worst ratio"), (mean, "s", "mean ratio")):
-                ax.plot([unequal] * len(values), [100 * value for value in values], marker, color="#999999", markersize=3)
-                ax.plot([unequal], [100 * statistics.mean(values)], marker, color="#0072b2", label=label)
+                percent = [100 * value for value in values]
+                ax.plot([unequal] * len(values), percent, marker, color="#999999", markersize=3)
+                ax.plot([unequal], [statistics.mean(percent)], marker, color="#0072b2", label=label)
             ax.annotate(path.stem, (unequal, 100 * statistics.mean(worst)), xytext=(4, 4), textcoords="offset points")
     for other, ax in axes.items():
         ax.axhline(0, color="#000000", linewidth=0.5)
@@ -457,7 +458,8 @@ def main():
         teacher_sha256 = file_sha256(Path(teacher, "model.safetensors"))
         for runs in results.values():
             if any(one["teacher_sha256"] != teacher_sha256 for one in runs.values()):
-                raise UserError(f"--results={path}: holds runs of another teacher than {teacher}; name another --results")
+                raise UserError(f"--results={path}: holds runs of another teacher than {teacher}; name another "
+                                "--results")
 
     # A student base for each seed, and a run of each arm from it
     for count, (seed, name) in enumerate(todo, 1):

@@ -35,8 +35,8 @@ import distill
 import model as model_program
 import sample_mixture
 from data import TokenBins, UserError, build_bins, bytes_settings, file_sha256, load_tokenizer
-from distill import (ARMS, NOT_REPEATED, OTHER_NAMES, PRESETS, TED, Arm, Config, contradictions, dense_distillation_loss, line_is_due,
-                     parse_config, resolve_auto, resolve_config, train)
+from distill import (ARMS, NOT_REPEATED, OTHER_NAMES, PRESETS, TED, Arm, Config, contradictions,
+                     dense_distillation_loss, line_is_due, parse_config, resolve_auto, resolve_config, train)
 from model import GPT, GPTConfig
 from sample_mixture import RULES, MixtureSampler, discrepancy_factor
 

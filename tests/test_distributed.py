@@ -42,8 +42,8 @@ TIMEOUT = 300  # seconds after which something hangs
 
 # 12 windows divide by 1, 2 and 3 processes. 7 validation windows by neither: two processes with micro-batches of 3 take
 # 6 and 1, three with 2 the same, so that one process and then two have none of the last.
-GIVEN = dict(preset="paper", student="scratch:2x32", block_size=16, batch_size=12, val_samples=7, test_samples=5, interval=5,
-             max_steps=20, lr=3e-3, min_lr=3e-4, warmup_steps=2, save_every=10, keep=0, device="cpu", timeout=10)
+GIVEN = dict(preset="paper", student="scratch:2x32", block_size=16, batch_size=12, val_samples=7, test_samples=5,
+             interval=5, max_steps=20, lr=3e-3, min_lr=3e-4, warmup_steps=2, save_every=10, keep=0, device="cpu", timeout=10)
 SHORT = dict(interval=4, max_steps=8, save_every=2, batch_size=4, val_samples=2)
 
 
@@ -320,7 +320,8 @@ STOPS = {  # name: (the event, the run's outcome, its last step): between two ev
 }
 STOPPED = [("ddp2", "at 7"), ("ddp2, ted", "at 7"), ("ddp2, doremi", "at 10"), ("fsdp2", "at 7"), ("fsdp2", "at 10"),
            ("fsdp2", "at 20")]
-CHAIN = [(2, "fsdp", 6), (4, "hsdp", 8), (3, "fsdp", 10), (2, "ddp", 14), (0, "auto", None)]  # processes, parallel, stopped at
+# processes, parallel, stopped at
+CHAIN = [(2, "fsdp", 6), (4, "hsdp", 8), (3, "fsdp", 10), (2, "ddp", 14), (0, "auto", None)]
 
 
 @pytest.fixture(scope="module")
