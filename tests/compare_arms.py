@@ -90,12 +90,12 @@ SETTINGS = {
     # The teacher sees the small domains more often than their size, but not so often that it learns them by heart.
     "larger": Setting(
         n_bytes={"python": 14_000_000, "cpp": 10_000_000, "math": 1_500_000, "prose": 800_000},
-        teacher={**QUICKSTART["teacher"], "student": "scratch:6x256", "max_steps": 2600, "batch_size": 16,
+        teacher={**QUICKSTART["teacher"], "student": "scratch:6x256", "max_steps": 2000, "batch_size": 16,
                  "mixture": "python=3,cpp=3,math=2,prose=1"},
-        student={**QUICKSTART["student"], "student": "scratch:3x128", "max_steps": 600, "batch_size": 16,
+        student={**QUICKSTART["student"], "student": "scratch:3x128", "max_steps": 400, "batch_size": 16,
                  "mixture": "python=.495,cpp=.495,math=.005,prose=.005"},
-        vocab_size=4096, keys={"max_steps": 600, "interval": 30, "val_samples": 48, "test_samples": 40,
-                               "batch_size": 16, "save_every": 200}),
+        vocab_size=4096, keys={"max_steps": 400, "interval": 20, "val_samples": 48, "test_samples": 40,
+                               "batch_size": 16, "dtype": "bfloat16", "save_every": 100}),
     # The quickstart's, with bases that are less and more unequal
     "even": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], origin="quickstart",
                     student={**QUICKSTART["student"], "mixture": "python=1,cpp=1,math=1,prose=1"}),
@@ -107,7 +107,7 @@ SETTINGS = {
         student={"student": "layers:10", "method": "kd", "max_steps": 160, "warmup_steps": 16, "lr": 1e-3,
                  "min_lr": 1e-4, "mixture": "python=.45,cpp=.45,math=.05,prose=.05"},
         keys={"max_steps": 100, "warmup_steps": 10, "interval": 20, "val_samples": 16, "test_samples": 24,
-              "batch_size": 4, "save_every": 50}, one_base=True),
+              "batch_size": 4, "dtype": "bfloat16", "save_every": 50}, one_base=True),
 }
 
 # ----------------------------------------------- Runs ---------------------------------------------------------------
