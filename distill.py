@@ -1008,7 +1008,8 @@ class RunFolder(ExitStack):
             self.tensorboard = tensorboard.SummaryWriter(config.out_dir, purge_step=step + 1)
             self.callback(self.tensorboard.close)
         if config.wandb:
-            run_id = digest(os.uname().nodename, os.path.abspath(config.out_dir))[:16]
+            # A resumed run has the id that it had; one that --resume=never has moved aside changes the free name.
+            run_id = digest(os.uname().nodename, os.path.abspath(free_name(self.out_dir)))[:16]
             self.wandb = import_optional("wandb", "--wandb").init(
                 project="ddk", name=config.out_dir, id=run_id, resume="allow", config=asdict(config))
             self.callback(self.wandb.finish)
@@ -1350,6 +1351,11 @@ def is_made(source: str) -> bool:
     return source.partition(":")[0] in ("scratch", "layers")
 
 
+def is_bare_size(source: str) -> bool:
+    """Whether it is LxD, of which `contradictions` says that scratch: belongs before it."""
+    return re.fullmatch(r"\d+x\d+", source) is not None
+
+
 def read_model_config(role: str, source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
     """The GPTConfig of the model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
     kind, _, size = source.partition(":")
@@ -1407,7 +1413,7 @@ def contradictions(config: Config) -> list[str]:
     for role, source in (("teacher", config.teacher), ("student", config.student)):
         if not source or os.path.isdir(source) or (role == "student" and student_is_made):
             continue
-        if re.fullmatch(r"\d+x\d+", source):
+        if is_bare_size(source):
             problems.append(f"--{role}={source}: no such folder; a new student is --student=scratch:{source}")
         elif not re.fullmatch(HUB_NAME, source):
             problems.append(f"--{role}={source}: no such folder, and no name on the Hugging Face Hub, OWNER/MODEL")
@@ -2049,8 +2055,8 @@ def resolve_config(given: dict) -> Config:
     preset = given.get("preset", "")
     if not preset:
         student = given.get("student", "")
-        is_size = is_made(student) or re.fullmatch(r"\d+x\d+", student)  # the latter is asked for its scratch: later
-        names_model = given.get("teacher") or (student and not is_size)
+        has_size = is_made(student) or is_bare_size(student)
+        names_model = given.get("teacher") or (student and not has_size)
         if not names_model:
             preset = "quickstart"
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})

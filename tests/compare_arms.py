@@ -5,10 +5,10 @@
     python tests/compare_arms.py --setting=real --teacher=DIR --seeds=2 --arms=ddk,ddk_es,kd     a pretrained teacher
     python tests/compare_arms.py --gains=assets/quickstart.json,assets/even.json       what DDK gains in which setting
 
-The teacher is made once, or given. A seed makes its own student base, by another initialization and another order of its
-data, and orders the data of the runs that start from it: the spread over seeds is that of everything but the teacher and
-the text. (In the real setting all seeds share one base.) Runs are distill.py's own (`train`), one after the other, in
-`out_dir`; the same command again continues where it was stopped. What each run gave is kept in `results`, from which
+The teacher is made once, or given. A seed makes its own student base, by another initialization and another order of
+its data, and orders the data of the runs that start from it: the spread over seeds is that of everything but the teacher
+and the text. (In the real setting all seeds share one base.) Runs are distill.py's own (`train`), one after the other,
+in `out_dir`; the same command again continues where it was stopped. What each run gave is kept in `results`, from which
 tables and figures are made, also without the runs.
 
 Perplexities and ratios at the end are of the test windows, which never update r.
@@ -32,7 +32,7 @@ import torch
 import distill
 from data import (UserError, build_bins, file_sha256, import_optional, load_tokenizer, quickstart_documents,
                   run_program, write_text)
-from sample_mixture import read_metrics
+from sample_mixture import read_metrics, replay
 
 # name → the keys that differ from DDK's, which has the paper's values but for the quickstart's K
 ARMS = {
@@ -174,11 +174,13 @@ def experiment(setting: Setting, common: dict, name: str, steps: int) -> dict:
 
 
 def summary(out_dir: Path) -> dict:
-    """What a finished run gave, from its metrics.jsonl."""
+    """What a finished run gave, from its metrics.jsonl, whose perplexities have to replay its r."""
     metrics = read_metrics(out_dir / "metrics.jsonl")
     run_line = next(line for line in metrics if line["kind"] == "run")
     end = next(line for line in metrics if line["kind"] == "end")["domains"]
     mixtures = [line for line in metrics if line["kind"] == "mixture"]
+    replayed = replay(mixtures, run_line["rule"], run_line["base"], run_line["config"]["alpha"])
+    assert replayed == [line["r"] for line in mixtures], f"{out_dir}: r is not what its perplexities make"
     ratios = [domain["test_ratio"] for domain in end.values()]
     first_ratios = [domain["ratio"] for domain in mixtures[0]["domains"].values()]
     return {
@@ -224,6 +226,22 @@ def table(results: dict, names, measures) -> list[str]:
         row = f"| `{name}` | {len(results[name])} |"
         for measure in measures:
             row += f" {format_mean([one[measure] for one in results[name].values()])} |"
+        lines.append(row)
+    return lines
+
+
+def domains_table(results: dict, names) -> list[str]:
+    """Perplexity on the test windows per domain, the mean over seeds, with its ratio to the teacher's; the teacher's."""
+    ends = {name: [one["end"] for one in results[name].values()] for name in names if name in results}
+    domains = next(iter(ends.values()))[0]
+    lines = ["| | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
+    lines.append("| teacher | " + " | ".join(f"{numbers['test_teacher_ppl']:.2f}" for numbers in domains.values()) + " |")
+    for name, runs in ends.items():
+        row = f"| `{name}` |"
+        for domain in domains:
+            ppl = statistics.mean(end[domain]["test_student_ppl"] for end in runs)
+            ratio = statistics.mean(end[domain]["test_ratio"] for end in runs)
+            row += f" {ppl:.2f} ({ratio:.2f}) |"
         lines.append(row)
     return lines
 
@@ -322,7 +340,9 @@ def write_report(results: dict, setting: str, folder: Path):
     lines = ["Mean ± standard error over seeds, on the test windows. Before the runs the worst ratio was "
              f"{statistics.mean(first):.2f} on the validation windows. At the end the mean and the worst ratio of test "
              f"and validation windows are {statistics.mean(apart):.1%} apart on average, {max(apart):.1%} at most.", "",
-             *table(results, ARMS, MEASURES), ""]
+             *table(results, ARMS, MEASURES), "",
+             "Perplexity of each domain's test windows, and its ratio to the teacher's:", "",
+             *domains_table(results, ARMS), ""]
     if results.keys() & ABLATIONS.keys():
         lines += ["DDK with one value changed:", "", *table(results, ["ddk", *ABLATIONS], MEASURES), ""]
     lines += ["The paper's claims, by paired differences over seeds, decided at 95 % (Student's t):", "",
@@ -411,7 +431,7 @@ def main():
     parser.add_argument("--out_dir", default="", help="folder of the runs (default: out/compare-SETTING)")
     parser.add_argument("--results", default="", help="what the runs gave, a .json (default: OUT_DIR/results.json)")
     parser.add_argument("--assets", default="", help="folder of the tables and figures (default: OUT_DIR)")
-    parser.add_argument("--gains", default="", help="only make gains.md and gains.png from these results: FILE,FILE,…")
+    parser.add_argument("--gains", default="", help="only make gains.md and gains.png of these results: FILE,FILE,…")
     parser.add_argument("--keys", default="", help="other values of distill.py's keys for all runs: key=value,…")
     parser.add_argument("--steps", type=int, default=0, help="steps of teacher and student base, to try it out")
     args = parser.parse_args()

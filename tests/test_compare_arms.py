@@ -10,8 +10,8 @@ from pathlib import Path
 import compare_arms
 import pytest
 import torch
-from compare_arms import (ABLATIONS, ARMS, CLAIMS, MEASURES, chosen_arms, gain, mean_and_error, paired, table, verdicts,
-                          write_gains)
+from compare_arms import (ABLATIONS, ARMS, CLAIMS, MEASURES, chosen_arms, domains_table, gain, mean_and_error, paired,
+                          table, verdicts, write_gains)
 
 from model import GPT, GPTConfig
 
@@ -52,6 +52,12 @@ def test_a_claim_on_two_seeds_is_not_told():
 def test_the_table_has_a_line_for_each_arm_that_ran():
     lines = table(made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0], cpt=[3.0]), ARMS, ["worst_ratio"])
     assert lines[2:] == ["| `ddk` | 2 | 1.500 ± 0.500 |", "| `kd` | 2 | 3.000 ± 1.000 |", "| `cpt` | 1 | 3.000 |"]
+
+
+def test_perplexities_stand_beside_the_teachers():
+    ends = [{"code": {"test_student_ppl": ppl, "test_teacher_ppl": 2.0, "test_ratio": ppl / 2}} for ppl in (4.0, 5.0)]
+    results = {"ddk": {"0": {"end": ends[0]}, "1": {"end": ends[1]}}}
+    assert domains_table(results, ARMS)[2:] == ["| teacher | 2.00 |", "| `ddk` | 4.50 (2.25) |"]
 
 
 def test_gains_are_shares_by_seed_and_a_row_for_each_setting_and_arm(tmp_path, capsys):

@@ -852,6 +852,8 @@ def test_tensorboard_and_wandb_get_the_numbers_of_every_line_once(config, sinks,
     assert [sink.keywords["purge_step"] for sink in sinks.tensorboard] == [1, 6]  # what a resumed run does anew
     first, second = (sink.keywords for sink in sinks.wandb)
     assert first["id"] == second["id"] and first["resume"] == "allow" and first["config"]["seed"] == 0
+    train(config(resume="never", max_steps=0))
+    assert sinks.wandb[2].keywords["id"] != first["id"]  # the run in W&B that was moved aside here is left alone
 
 
 # ------------ Stopped and resumed -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare_arms import ARMS as COMPARED
-from compare_arms import MEASURES, table, verdicts
+from compare_arms import MEASURES, domains_table, table, verdicts
 from conftest import read_lines
 
 from distill import ARMS, Config
@@ -66,7 +66,7 @@ def test_the_tables_follow_from_the_results_beside_them():
     results_page = (ROOT / "assets" / "RESULTS.md").read_text(encoding="utf-8")
     for path in (ROOT / "assets").glob("*.json"):
         results = json.loads(path.read_text(encoding="utf-8"))
-        for line in [*table(results, COMPARED, MEASURES), *verdicts(results)]:
+        for line in [*table(results, COMPARED, MEASURES), *domains_table(results, COMPARED), *verdicts(results)]:
             assert line in results_page
 
 
