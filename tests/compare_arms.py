@@ -6,8 +6,8 @@
     python tests/compare_arms.py --gains=assets/quickstart.json,assets/even.json       what DDK gains in which setting
 
 The teacher is made once, or given. A seed makes its own student base, by another initialization and another order of
-its data, and orders the data of the runs that start from it: the spread over seeds is that of everything but the teacher
-and the text. (In the real setting all seeds share one base.) Runs are distill.py's own (`train`), one after the other,
+its data, and orders the data of the runs that start from it: the spread over seeds is that of all but the teacher and
+the text. (In the real setting all seeds share one base.) Runs are distill.py's own (`train`), one after the other,
 in `out_dir`; the same command again continues where it was stopped. What each run gave is kept in `results`, from which
 tables and figures are made, also without the runs.
 
@@ -85,8 +85,10 @@ class Setting:
 
 
 QUICKSTART = distill.quickstart_models(distill.Config().pretrain_steps)
+QUICKSTART_KEYS = {"test_samples": 180}  # nearly all windows behind those of validation, to be of more documents
 SETTINGS = {
-    "quickstart": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], QUICKSTART["student"]),
+    "quickstart": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], QUICKSTART["student"],
+                          keys=QUICKSTART_KEYS),
     # The teacher sees the small domains more often than their size, but not so often that it learns them by heart.
     "larger": Setting(
         n_bytes={"python": 14_000_000, "cpp": 10_000_000, "math": 1_500_000, "prose": 800_000},
@@ -94,19 +96,19 @@ SETTINGS = {
                  "mixture": "python=3,cpp=3,math=2,prose=1"},
         student={**QUICKSTART["student"], "student": "scratch:3x128", "max_steps": 400, "batch_size": 16,
                  "mixture": "python=.495,cpp=.495,math=.005,prose=.005"},
-        vocab_size=4096, keys={"max_steps": 400, "interval": 20, "val_samples": 48, "test_samples": 40,
+        vocab_size=4096, keys={"max_steps": 400, "interval": 20, "val_samples": 48, "test_samples": 47,
                                "batch_size": 16, "dtype": "bfloat16", "save_every": 100}),
     # The quickstart's, with bases that are less and more unequal
-    "even": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], origin="quickstart",
+    "even": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], keys=QUICKSTART_KEYS, origin="quickstart",
                     student={**QUICKSTART["student"], "mixture": "python=1,cpp=1,math=1,prose=1"}),
-    "unequal": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], origin="quickstart",
+    "unequal": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], keys=QUICKSTART_KEYS, origin="quickstart",
                        student={**QUICKSTART["student"], "mixture": "python=.49,cpp=.01,math=.01,prose=.49"}),
     # Ten of the teacher's layers, which have to learn to work together first: by KD, on little but source code
     "real": Setting(
         n_bytes={"python": 5_000_000, "cpp": 2_000_000, "math": 1_000_000, "prose": 600_000}, teacher=None,
         student={"student": "layers:10", "method": "kd", "max_steps": 160, "warmup_steps": 16, "lr": 1e-3,
                  "min_lr": 1e-4, "mixture": "python=.45,cpp=.45,math=.05,prose=.05"},
-        keys={"max_steps": 100, "warmup_steps": 10, "interval": 20, "val_samples": 16, "test_samples": 24,
+        keys={"max_steps": 100, "warmup_steps": 10, "interval": 20, "val_samples": 16, "test_samples": 47,
               "batch_size": 4, "dtype": "bfloat16", "save_every": 50}, one_base=True),
 }
 
@@ -173,6 +175,17 @@ def experiment(setting: Setting, common: dict, name: str, steps: int) -> dict:
     return {"setting": asdict(setting), "steps": steps, "keys": keys}
 
 
+def documents(config: distill.Config) -> dict[str, list[int]]:
+    """Domain → how many documents its validation windows are cut from, and its test windows."""
+    bins = distill.open_bins(config)
+    counts = {}
+    for name in bins.names:
+        parts = (bins.val_windows(name, config.val_samples),
+                 bins.val_windows(name, config.test_samples, config.val_samples))
+        counts[name] = [1 + int((windows[:, :-1].ravel()[:-1] == bins.tokenizer["eot"]).sum()) for windows in parts]
+    return counts
+
+
 def summary(out_dir: Path) -> dict:
     """What a finished run gave, from its metrics.jsonl, whose perplexities have to replay its r."""
     metrics = read_metrics(out_dir / "metrics.jsonl")
@@ -185,6 +198,7 @@ def summary(out_dir: Path) -> dict:
     first_ratios = [domain["ratio"] for domain in mixtures[0]["domains"].values()]
     return {
         "versions": run_line["versions"],
+        "documents": documents(distill.Config(**run_line["config"])),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "mean_ppl": statistics.mean(domain["test_student_ppl"] for domain in end.values()),
         "mean_ratio": statistics.mean(ratios),
@@ -231,11 +245,14 @@ def table(results: dict, names, measures) -> list[str]:
 
 
 def domains_table(results: dict, names) -> list[str]:
-    """Perplexity on the test windows per domain, the mean over seeds, with its ratio to the teacher's; the teacher's."""
+    """Perplexity on the test windows per domain: the teacher's, and each arm's mean over seeds with its mean ratio."""
     ends = {name: [one["end"] for one in results[name].values()] for name in names if name in results}
     domains = next(iter(ends.values()))[0]
     lines = ["| | " + " | ".join(domains) + " |", "|---" * (len(domains) + 1) + "|"]
-    lines.append("| teacher | " + " | ".join(f"{numbers['test_teacher_ppl']:.2f}" for numbers in domains.values()) + " |")
+    row = "| teacher |"
+    for numbers in domains.values():
+        row += f" {numbers['test_teacher_ppl']:.2f} |"
+    lines.append(row)
     for name, runs in ends.items():
         row = f"| `{name}` |"
         for domain in domains:
@@ -337,9 +354,12 @@ def write_report(results: dict, setting: str, folder: Path):
     first = [one["first_worst_ratio"] for runs in results.values() for one in runs.values()]
     apart = [abs(one[measure] / one[f"val_{measure}"] - 1) for runs in results.values() for one in runs.values()
              for measure in ("mean_ratio", "worst_ratio")]
-    lines = ["Mean ± standard error over seeds, on the test windows. Before the runs the worst ratio was "
-             f"{statistics.mean(first):.2f} on the validation windows. At the end the mean and the worst ratio of test "
-             f"and validation windows are {statistics.mean(apart):.1%} apart on average, {max(apart):.1%} at most.", "",
+    some_run = next(iter(next(iter(results.values())).values()))
+    counts = [f"{name} {val} and {test}" for name, (val, test) in some_run["documents"].items()]
+    lines = ["Mean ± standard error over seeds, on the test windows. Before the runs the worst ratio was",
+             f"{statistics.mean(first):.2f} on the validation windows. At the end the mean and the worst ratio of test",
+             f"and validation windows are {100 * statistics.mean(apart):.1f} % apart on average, {100 * max(apart):.1f} %",
+             f"at most. Documents in the validation and the test windows: {', '.join(counts)}.", "",
              *table(results, ARMS, MEASURES), "",
              "Perplexity of each domain's test windows, and its ratio to the teacher's:", "",
              *domains_table(results, ARMS), ""]
