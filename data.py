@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import heapq
 import importlib.util
+import io
 import json
 import math
 import os
@@ -130,10 +131,8 @@ def digest(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def file_sha256(path: Path) -> str | None:
-    """sha256 of a file's content, or None if there is no such file."""
-    if not path.is_file():
-        return None
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's content."""
     sha256 = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -190,7 +189,7 @@ def read_meta(data_dir: str | Path, key: str = "--data_dir") -> dict:
         for name, size in sizes.items():
             file = data_dir / name
             if file.parent != data_dir or not file.is_file() or size not in (None, file.stat().st_size):
-                raise ValueError(f"{file} is not in the folder, or not of {size} bytes")
+                raise ValueError(f"{file} is not in the folder, or not of the size that is recorded")
     return meta
 
 
@@ -281,7 +280,7 @@ TOKENIZER_META = "tokenizer_meta.json"  # in a model's folder: the tokenizer's e
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 # What is downloaded of a model on the Hub.
-MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
+MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", TOKENIZER_META, *TOKENIZER_FILES)
 # What same_tokenizer encodes: words, numbers, punctuation, whitespace, several scripts, look-alikes of special tokens.
 PROBE_TEXT = """The quick brown fox can't jump; it's 1234567.89 metres (≈ 1 km) away!
 \tdef naïve(abc, xyz=None):  # abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ
@@ -386,9 +385,8 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
 def settings_digest(settings: dict) -> str:
     """Identity of what decides the encoding in a tokenizer.json, however the file is serialised."""
     model = dict(settings["model"])
-    merges = model.pop("merges", None) or []
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    return digest(model, pairs, settings["added_tokens"], settings["normalizer"], settings["pre_tokenizer"])
+    merges = model.pop("merges", [])
+    return digest(model, merges, settings["added_tokens"], settings["normalizer"], settings["pre_tokenizer"])
 
 
 def bytes_settings() -> dict:
@@ -510,8 +508,7 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
     """NAME=GLOB words to domain → sorted files; plain GLOB words to "" → files if the records are `labelled`.
 
     A folder stands for all files below it that are not hidden; those that hold no text are left out and counted in
-    `left_out`, by domain. UserError if a glob names such a file, or if a word matches no
-    file."""
+    `left_out`, by domain. UserError if a glob names such a file, or if a word matches no file."""
     domains = {}
     for word in sources:
         name, equals, pattern = word.partition("=")
@@ -632,13 +629,16 @@ def value_at(record, key: str):
 
 
 def _open_text(path: Path):
-    """Open a text file, compressed or not. Bytes that are not UTF-8 are read as lone surrogates."""
-    opener = open
+    """Open a text file, compressed or not. Bytes that are not UTF-8 are read as lone surrogates; a byte order mark is
+    skipped."""
+    as_text = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": "\n"}
     if path.suffix == ".gz":
-        opener = gzip.open
-    elif path.suffix == ".zst":
-        opener = import_optional("zstandard", str(path)).open
-    return opener(path, mode="rt", encoding="utf-8", errors="surrogateescape", newline="\n")
+        return gzip.open(path, "rt", **as_text)
+    if path.suffix == ".zst":
+        # Not by zstandard, whose reader takes a file that is cut off for a whole one.
+        stream = import_optional("pyarrow", str(path)).input_stream(str(path), compression="zstd")
+        return io.TextIOWrapper(stream, **as_text)
+    return open(path, **as_text)
 
 
 def first_line_is_record(path: Path) -> bool:
@@ -669,7 +669,7 @@ def _parquet_rows(path: Path, text_key: str, domain_key: str) -> Iterator[dict]:
             raise UserError(f"{path}: no column {column}; {option} must be one of {' '.join(columns)}")
         if key:
             wanted.append(column)
-    for rows in file.iter_batches(columns=wanted, batch_size=1024):
+    for rows in file.iter_batches(columns=wanted, batch_size=64):
         yield from rows.to_pylist()
 
 
@@ -825,8 +825,8 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
 
     Of each domain, the documents with the smallest content hashes are validation, in the order of their hashes: at most
     val_fraction (below 1) of the domain's bytes and val_bytes, and at least one distinct document on each side. Memory
-    is at most val_bytes a domain. A build that is killed leaves only temporary files, and has to start again. `made_by`
-    is kept in meta.json. UserError if out_dir holds bins, or if a domain has fewer than two distinct documents."""
+    is at most val_bytes a domain, and a few hundred bytes for each document among them. A build that is killed leaves
+    only temporary files, and has to start again. `made_by` is kept in meta.json. UserError if out_dir holds bins, or if a domain has fewer than two distinct documents."""
     assert 0 <= val_fraction < 1, val_fraction
     out_dir = Path(out_dir)
     check_out_dir(out_dir, tokenizer)

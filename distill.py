@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 import traceback
+import uuid
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
@@ -49,10 +50,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (HUB_NAME, MODEL_FILES, TOKENIZER_FILES, TokenBins, UserError, alive, build_bins, digest, file_sha256,
-                  fsync, import_optional, load_tokenizer, model_folder, model_tokenizer, quickstart_documents,
-                  read_meta, report_error, run_program, same_tokenizer, save_tokenizer, saved_tokenizer, user_errors,
-                  write_text)
+from data import (HUB_NAME, MODEL_FILES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError, alive, build_bins,
+                  digest, file_sha256, fsync, import_optional, load_tokenizer, model_folder, model_tokenizer,
+                  quickstart_documents, read_meta, report_error, run_program, same_tokenizer, save_tokenizer,
+                  saved_tokenizer, user_errors, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import RULES, MixtureSampler, read_metrics
 
@@ -245,11 +246,9 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
             # Every rank takes its share, filled up with ignored targets: FSDP requires equally many forward passes on
             # all ranks, and torch.compile one shape.
             mine = batch[rank()::world_size()]
-            inputs = torch.zeros(per_rank, batch.shape[1] - 1, dtype=torch.int64)
-            targets = torch.full_like(inputs, -100)
-            inputs[:len(mine)] = mine[:, :-1]
-            targets[:len(mine)] = mine[:, 1:]
-            targets = targets.to(device)
+            missing = (0, 0, 0, per_rank - len(mine))  # none of the columns, but so many rows
+            inputs = F.pad(mine[:, :-1], missing)
+            targets = F.pad(mine[:, 1:], missing, value=-100).to(device)
 
             def cross_entropy_sum(hidden, head):
                 _, ce, _ = distillation_loss(hidden, head[:vocab_size], None, None, targets, num_tokens=1)
@@ -318,10 +317,9 @@ def learning_rate(step: int, config: Config) -> float:
 
 def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
     """AdamW, with weight decay on matrices only."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
 
@@ -365,7 +363,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
         def loss_fn(hidden, head):
             loss, ce, kl = distillation_loss(
                 hidden, head, teacher_hidden, teacher_head, targets, gamma=config.gamma,
-                temperature=config.temperature, direction=arm.divergence or "forward", vocab_size=vocab_size,
+                temperature=config.temperature, direction=arm.divergence, vocab_size=vocab_size,
                 num_tokens=num_tokens, token_weights=token_weights)
             if added_loss is not None:
                 loss = loss + added_loss.sum_over_tokens() / num_tokens
@@ -427,7 +425,6 @@ def train(config: Config) -> Path:
         if state.finished:
             print(f"{config.out_dir}: this run is finished (step {state.step})")
             return resumed
-        saved_step = state.step if resumed else None
 
         # The data: fixed windows for validation and test, and the sampler of training windows
         val_windows = validation_windows(bins, config.val_samples)
@@ -451,11 +448,13 @@ def train(config: Config) -> Path:
             state.test_teacher_ppl = dict.fromkeys(bins.names)
             if teacher is not None:
                 state.teacher_ppl = measure(teacher, val_windows)
-                state.test_teacher_ppl |= measure(teacher, test_windows)
+                state.test_teacher_ppl = measure(teacher, test_windows)
             if added_loss is not None:
                 added_loss.pretrain(student, teacher, bins, base, config)
             run.log("run", 0, config=asdict(config), rule=arm.rule, base=dict(zip(bins.names, base.tolist())),
                     versions=environment(), parameters=count_parameters(teacher=teacher, student=student))
+        if not arm.needs_teacher:
+            teacher = None  # it has been measured, and training does without
         wrapped_student = student
         if config.parallel == "ddp":
             wrapped_student = DistributedDataParallel(student, gradient_as_bucket_view=True)
@@ -466,7 +465,7 @@ def train(config: Config) -> Path:
             # Every K steps, and at the end: measure ℓ_S, update r, log. A resumed run did so before its checkpoint.
             t, steps_since_update = divmod(state.step, config.interval)
             last = state.step >= config.max_steps
-            just_resumed = state.step == saved_step
+            just_resumed = resumed is not None and state.step == first_step
             if (steps_since_update == 0 or last) and not just_resumed:
                 student_ppl = measure(student, val_windows)
                 state.domains = measured_domains(student_ppl, state.teacher_ppl, sampler, config.block_size)
@@ -828,16 +827,16 @@ def autocast(config: Config):
 
 
 def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Path | None):
-    """The teacher (None if there is none), the student, and the arm's added loss (None for most) on every rank."""
+    """The teacher (None if none is needed), the student, and the arm's added loss (None for most) on every rank."""
+    arm = ARMS[config.method]
     teacher = None
-    if config.teacher:
+    if config.teacher and (arm.needs_teacher or resumed is None):
         teacher = load_model(config.teacher, config, model_configs["teacher"], getattr(torch, config.dtype))
         teacher.requires_grad_(False)
     student = load_model(str(resumed or config.student), config, model_configs["student"], torch.float32)
 
     # Before the blocks are compiled: TED's hooks have to be there by then.
     added_loss = None
-    arm = ARMS[config.method]
     if arm.added_loss is not None:
         added_loss = arm.added_loss(student, teacher, config)
 
@@ -937,7 +936,7 @@ def clear_forward_record(model: GPT | None):
 
 
 def recomputed(forward: Callable) -> Callable:
-    """`forward`, whose activations are computed again in the backward pass."""
+    """`forward`, whose activations are computed again in the backward pass. (torch.compile passes over a partial.)"""
     def checkpointed(*inputs):
         return checkpoint(forward, *inputs, use_reentrant=False)
     return checkpointed
@@ -972,9 +971,12 @@ class RunFolder(ExitStack):
         record = {"config": asdict(config), "content": experiment_content(config, bins)}
 
         # Take the folder for this process alone, if it is a run's.
-        if self.out_dir.exists() and os.listdir(self.out_dir) and not (self.out_dir / "metrics.jsonl").exists():
+        files = set()
+        if self.out_dir.exists():
+            files = set(os.listdir(self.out_dir)) - {LOCK}
+        if files and "metrics.jsonl" not in files:
             raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; name another one")
-        if config.resume == "never" and self.out_dir.exists():
+        if config.resume == "never" and files:
             with locked(self.out_dir):
                 os.replace(self.out_dir, free_name(self.out_dir))
         self.enter_context(locked(self.out_dir))
@@ -984,7 +986,6 @@ class RunFolder(ExitStack):
         metrics_path.touch()
         if metrics_path.stat().st_size > 0 or list_checkpoints(self.out_dir):
             check_same_experiment(self.out_dir, record)
-        write_text(self.out_dir / "config.json", json.dumps(record, indent=1))
 
         # Continue from the newest whole checkpoint, and drop what was logged after it.
         resumed = newest_checkpoint(self.out_dir)
@@ -998,6 +999,7 @@ class RunFolder(ExitStack):
         kept = [line for line in read_metrics(metrics_path) if line["step"] <= last_step]
         write_text(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
         if not state.finished:
+            write_text(self.out_dir / "config.json", json.dumps(record, indent=1))
             self.open_logs(config, state.step)
         return bins, model_configs, state, resumed
 
@@ -1008,10 +1010,11 @@ class RunFolder(ExitStack):
             self.tensorboard = tensorboard.SummaryWriter(config.out_dir, purge_step=step + 1)
             self.callback(self.tensorboard.close)
         if config.wandb:
-            # A resumed run has the id that it had; one that --resume=never has moved aside changes the free name.
-            run_id = digest(os.uname().nodename, os.path.abspath(free_name(self.out_dir)))[:16]
+            id_path = self.out_dir / "wandb_id"  # by which a resumed run continues its curves
+            if not id_path.exists():
+                write_text(id_path, uuid.uuid4().hex)
             self.wandb = import_optional("wandb", "--wandb").init(
-                project="ddk", name=config.out_dir, id=run_id, resume="allow", config=asdict(config))
+                project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", config=asdict(config))
             self.callback(self.wandb.finish)
 
     def log(self, kind: str, step: int, **values):
@@ -1065,19 +1068,19 @@ def scalars(line: dict) -> dict[str, float]:
     return {key: value for key, value in numbers.items() if isinstance(value, int | float)}
 
 
+LOCK = ".lock"
+
+
 @contextmanager
 def locked(folder: Path):
     """Make the folder if there is none, and keep all other processes out of it for as long as the context lasts."""
     folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
+    with open(folder / LOCK, "w") as file:  # network file systems lock files that are open for writing, not folders
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{folder}: another run is using it; wait for it to end, or name another folder") from None
         yield
-    finally:
-        os.close(descriptor)
 
 
 def free_name(path: Path) -> Path:
@@ -1196,8 +1199,7 @@ def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizer, ad
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
     """Checkpoint folders, the newest last."""
-    folders = [path for path in out_dir.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name) and path.is_dir()]
-    return sorted(folders)
+    return sorted(out_dir.glob("step_" + 8 * "[0-9]"))
 
 
 @alive("checking the checkpoints")
@@ -1224,7 +1226,8 @@ def damaged_files(folder: Path) -> list[str]:
         wrong = [name for name in ("config.json", "model.safetensors", "optimizer.pt", "train_state.json")
                  if name not in manifest]
         for name, sha256 in manifest.items():
-            if (folder / name).parent != folder or sha256 is None or file_sha256(folder / name) != sha256:
+            path = folder / name
+            if path.parent != folder or not path.is_file() or file_sha256(path) != sha256:
                 wrong.append(name)
     except (OSError, ValueError, AttributeError, TypeError):
         wrong = ["manifest.json"]
@@ -1269,17 +1272,15 @@ def read_optimizer(folder: Path) -> dict:
 
 # ------------ Checks before anything slow -----------------------------------------------------------------------------
 
-DESCRIBING_FILES = ("config.json", *TOKENIZER_FILES)  # of a model: what is checked before its weights are downloaded
+DESCRIBING_FILES = ("config.json", TOKENIZER_META, *TOKENIZER_FILES)  # of a model: what is checked before its weights are downloaded
 
 
 def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
     """The bins and the sizes of the models, checked before a weight is read. Raises UserError with all problems.
 
     With dry_run, also prints what the run would take."""
+    bins = open_bins(config)
     problems = []
-    bins = attempt(problems, open_bins, config)
-    if bins is None:
-        raise UserError("\n".join(problems))
 
     # The bins against the keys
     if attempt(problems, validation_windows, bins, config.val_samples) is not None:
@@ -1347,13 +1348,8 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 def is_made(source: str) -> bool:
-    """Whether a student is made anew, or of the teacher's layers: not a folder, and no name on the Hub."""
-    return source.partition(":")[0] in ("scratch", "layers")
-
-
-def is_bare_size(source: str) -> bool:
-    """Whether it is LxD, of which `contradictions` says that scratch: belongs before it."""
-    return re.fullmatch(r"\d+x\d+", source) is not None
+    """Whether a student is made anew, or of the teacher's layers: no folder, no name on the Hub. LxD lacks scratch:."""
+    return re.match(r"(scratch|layers)(:|$)|\d+x\d+$", source) is not None
 
 
 def read_model_config(role: str, source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
@@ -1373,6 +1369,8 @@ def read_model_config(role: str, source: str, bins: TokenBins, teacher: GPTConfi
 
 def check_model(role: str, source: str, model_config: GPTConfig, bins: TokenBins):
     """Raises UserError unless the model can read the bins' windows, and has the tokenizer of the bins."""
+    if is_made(source):  # for the bins, or of the teacher, which is checked itself
+        return
     fix = f"make the bins again with data.py --tokenizer={source}"
     if model_config.vocab_size < bins.vocab_size:
         raise UserError(f"--{role}={source}: has {model_config.vocab_size} ids, but the tokenizer of the bins has "
@@ -1380,8 +1378,6 @@ def check_model(role: str, source: str, model_config: GPTConfig, bins: TokenBins
     if model_config.context < bins.block_size:
         raise UserError(f"--block_size={bins.block_size}: the {role} {source} reads at most {model_config.context} "
                         "tokens")
-    if is_made(source):
-        return
     try:
         folder = model_folder(source, f"--{role}", DESCRIBING_FILES)
         tokenizer = model_tokenizer(folder, bins.tokenizer["eot_token"])
@@ -1406,27 +1402,24 @@ def contradictions(config: Config) -> list[str]:
         world = int(os.environ.get("WORLD_SIZE", 1))
 
     # Models
-    student_kind = config.student.partition(":")[0]
-    student_is_made = is_made(config.student)
-    if student_is_made and not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*", config.student):
-        problems.append(f"--student={config.student}: write scratch:LxD with D even, as in scratch:4x128, or layers:N")
     for role, source in (("teacher", config.teacher), ("student", config.student)):
-        if not source or os.path.isdir(source) or (role == "student" and student_is_made):
-            continue
-        if is_bare_size(source):
-            problems.append(f"--{role}={source}: no such folder; a new student is --student=scratch:{source}")
-        elif not re.fullmatch(HUB_NAME, source):
+        if role == "student" and is_made(source):
+            if not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*", source):
+                problems.append(f"--student={source}: write scratch:LxD with D even, as in scratch:4x128, or layers:N")
+        elif source and not os.path.isdir(source) and not re.fullmatch(HUB_NAME, source):
             problems.append(f"--{role}={source}: no such folder, and no name on the Hugging Face Hub, OWNER/MODEL")
     if not config.preset:
         problems.append(f"--preset: name one, since it sets what a step is: {describe_presets()}")
     if not config.student and not makes_models:
         problems.append("--student: name its folder, scratch:LxD or layers:N")
-    if student_kind == "layers" and not config.teacher and not makes_models:
-        problems.append(f"--student={config.student}: layers of which --teacher? Name its folder")
-    if arm.needs_teacher and not config.teacher and not makes_models:
-        problems.append(f"--teacher: --method={config.method} requires one; name its folder")
-    if config.stop_ratio > 0 and not config.teacher and not makes_models:
-        problems.append(f"--stop_ratio={config.stop_ratio}: a ratio requires a teacher; name its folder with --teacher")
+    if not config.teacher and not makes_models:
+        if config.student.startswith("layers"):
+            problems.append(f"--student={config.student}: layers of which --teacher? Name its folder")
+        if arm.needs_teacher:
+            problems.append(f"--teacher: --method={config.method} requires one; name its folder")
+        if config.stop_ratio > 0:
+            problems.append(f"--stop_ratio={config.stop_ratio}: a ratio requires a teacher; name its folder with "
+                            "--teacher")
 
     # Folders
     if config.data_dir and not os.path.isdir(config.data_dir) and not makes_models:
@@ -1507,7 +1500,9 @@ def forward_flops(model: GPT, block_size: int) -> int:
 
 
 def step_flops(student: GPT, teacher: GPT | None, config: Config) -> int:
-    """Floating-point operations of a training step: the student's forward and backward pass, the teacher's forward."""
+    """Floating-point operations of a training step: the student's forward and backward pass, the teacher's forward.
+
+    What an arm adds to that, as TED's filters and the passes that weigh DoReMi's windows, is not counted."""
     flops = 3 * forward_flops(student, config.block_size)
     if ARMS[config.method].divergence is not None and teacher is not None:
         flops += forward_flops(teacher, config.block_size)
@@ -1625,7 +1620,8 @@ class TED:
         pairs = min(self.MAX_PAIRS, len(student.layers), len(teacher.layers))
         for role, model in (("student", student), ("teacher", teacher)):
             self.filters[role] = nn.ModuleList()
-            for pair, layer in enumerate(evenly_spaced(model.layers, pairs)):
+            for pair in range(pairs):  # evenly spaced layers, the last among them
+                layer = model.layers[round((pair + 1) * len(model.layers) / pairs) - 1]
                 layer.register_forward_hook(functools.partial(self.keep_output, role, pair))
                 linear = nn.Linear(model.config.hidden_size, width, bias=False, device=config.device)
                 nn.init.eye_(linear.weight)
@@ -1702,11 +1698,6 @@ class TED:
     def load_state_dict(self, state: dict):
         self.filters.load_state_dict(state["filters"])
         self.optimizer.load_state_dict(state["optimizer"])
-
-
-def evenly_spaced(layers, n: int) -> list:
-    """n of the layers, evenly spaced, the last among them."""
-    return [layers[round((i + 1) * len(layers) / n) - 1] for i in range(n)]
 
 
 ARMS["ted"] = Arm("KD, and the distance between filtered layers", rule="natural", added_loss=TED)
@@ -1817,7 +1808,8 @@ def report(config: Config, folder: Path):
         arm.at_end(config, state)
     if config.preset == "quickstart":
         other = "kd" if config.method != "kd" else "ddk"
-        print(f"\nAnother arm on the same models:  python distill.py --method={other}\n"
+        print(f"\nAnother arm on the same models:  python distill.py --preset=quickstart --data_dir={config.data_dir} "
+              f"--teacher={config.teacher} --student={config.student} --method={other}\n"
               f"Text by this student:            python model.py --model={folder} --prompt='def main('")
     print(f"The student is in {folder}")
 
@@ -1885,20 +1877,24 @@ def quickstart(config: Config) -> Config:
             if problems:
                 refuse("\n".join(problems))
 
+    if runs and config.block_size > 2048:
+        refuse(f"--block_size={config.block_size}: the quickstart's models read at most 2048 tokens")
+
     # The bins, and then the main run's own checks, before minutes of training
     on_rank_0(make_quickstart_bins, config)
     whole_config = replace(config, **{role: run.student for role, run in runs.items()})
     if config.dry_run:
         return whole_config
-    on_rank_0(preflight, whole_config)
+    if runs:
+        on_rank_0(preflight, whole_config)
 
     for role, run in runs.items():
         print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}", flush=True)
         try:
             folder = train(run)
         except UserError as error:
-            raise UserError(f"{error}\n--data_dir={config.data_dir}: that was about the quickstart's {role}; keep the "
-                            f"--pretrain_steps that it was made with, or delete {run.out_dir}") from None
+            raise UserError(f"{error}\nThat was the quickstart's {role} in {run.out_dir}; its steps follow from "
+                            f"--pretrain_steps={config.pretrain_steps}") from None
         config = replace(config, **{role: str(folder)})
     print(f"\nWith --preset=quickstart these can be named:  --teacher={config.teacher}  --student={config.student}\n",
           flush=True)
@@ -1925,8 +1921,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     wrong with it."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    keys = {entry.name: entry for entry in fields(Config)}
-    for name, entry in keys.items():
+    for name, entry in Config.__dataclass_fields__.items():
         # A boolean key alone means true. Values are converted below, so that all problems are reported together.
         alone = "true" if entry.type is bool else None
         metavar = "|".join(entry.metadata["choices"] or ["VALUE"])
@@ -1945,7 +1940,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
             given[name] = value
     for word in unknown:
         name = word.lstrip("-").partition("=")[0]
-        similar = difflib.get_close_matches(name, keys, n=1)
+        similar = difflib.get_close_matches(name, Config.__dataclass_fields__, n=1)
         advice = "write --key=value; --help lists the keys"
         if name in OTHER_NAMES:
             advice = f"here it is --{OTHER_NAMES[name]}"
@@ -2055,9 +2050,8 @@ def resolve_config(given: dict) -> Config:
     preset = given.get("preset", "")
     if not preset:
         student = given.get("student", "")
-        has_size = is_made(student) or is_bare_size(student)
-        names_model = given.get("teacher") or (student and not has_size)
-        if not names_model:
+        names_student = student and not is_made(student)
+        if not given.get("teacher") and not names_student:
             preset = "quickstart"
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     if not config.data_dir and preset:

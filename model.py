@@ -25,7 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import UserError, user_errors, write_text
+from data import (MODEL_FILES, UserError, load_tokenizer, model_folder, model_tokenizer, run_program, user_errors,
+                  write_text)
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,10 @@ class GPTConfig:
     @classmethod
     def scratch(cls, layers: int, width: int, vocab_size: int, block_size: int) -> "GPTConfig":
         """A llama with a tied head, for `--student=scratch:LxD`. UserError if the width is odd."""
-        if width % 2 != 0:
-            raise UserError(f"--student=scratch:{layers}x{width}: expected an even width")
         # Heads of about width / 16, at least 32 and at most 128; fewer and wider ones until their width is even
         head_dim = min(max(width // 16, 32), 128)
         heads = max(width // head_dim, 1)
-        while width % (2 * heads) != 0:
+        while heads > 1 and width % (2 * heads) != 0:
             heads -= 1
         return cls(vocab_size, hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
                    intermediate_size=32 * math.ceil(8 * width / 3 / 32),  # llama's 8/3, up to a multiple of 32
@@ -657,8 +656,6 @@ def resolve_device(name: str) -> torch.device:
 
 
 def main():
-    from data import MODEL_FILES, load_tokenizer, model_folder, model_tokenizer
-
     parser = argparse.ArgumentParser(description="Generate text with the model of a folder.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -701,6 +698,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from data import run_program
-
     run_program(main)

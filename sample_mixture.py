@@ -274,11 +274,8 @@ def read_metrics(path: Path) -> list[dict]:
         whole_lines = text[:text.rfind("\n") + 1].splitlines()
         metrics = [json.loads(line) for line in whole_lines]
         for line in metrics:
-            expected = {"kind", "step"}
-            if line["kind"] == "mixture":
-                expected |= {"t", "r", "domains"}
-            if not expected <= line.keys() or not isinstance(line["step"], int):
-                raise ValueError(f"a {line['kind']} line requires {' '.join(sorted(expected))}")
+            if "kind" not in line or not isinstance(line["step"], int):
+                raise ValueError("each line requires a kind and a step")
     return metrics
 
 
@@ -313,10 +310,7 @@ def show_replay(args: argparse.Namespace) -> dict[str, float]:
         replayed = replay(mixture_lines, rule, run["base"], alpha)
 
         # How far the replay is from what the run drew by
-        largest = 0.0
-        for line, r in zip(mixture_lines, replayed):
-            for name in r:
-                largest = max(largest, abs(line["r"][name] - r[name]))
+        largest = max(abs(line["r"][name] - r[name]) for line, r in zip(mixture_lines, replayed) for name in r)
 
     print(f"r by the rule {rule}, α = {alpha}")
     print(f"{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in run["base"]))

@@ -1272,7 +1272,8 @@ def test_the_quickstart_is_the_default_where_no_folder_is_named(given):
 
 def test_a_size_without_scratch_is_one_message(run_main):
     status, _, err = run_main(distill, "--student=2x64")
-    assert (status, err) == (2, "error: --student=2x64: no such folder; a new student is --student=scratch:2x64\n")
+    expected = "error: --student=2x64: write scratch:LxD with D even, as in scratch:4x128, or layers:N\n"
+    assert (status, err) == (2, expected)
 
 
 @pytest.mark.parametrize("role", ["teacher", "student"])
@@ -1305,7 +1306,7 @@ MIXTURES = ["a", "letters=x", "letters=-1", "letters=0", "letters=inf", "letters
     *(([f"--student={word}"], {}, [f"--student={word}: write scratch:LxD with D even"]) for word in STUDENTS),
     (["--teacher=nowhere", "--student=nowhere"], {},
      ["--teacher=nowhere: no such folder", "--student=nowhere: no such folder"]),
-    (["--student=2x64"], {}, ["--student=2x64: no such folder; a new student is --student=scratch:2x64"]),
+    (["--student=2x64"], {}, ["--student=2x64: write scratch:LxD"]),
     *(([f"--max_steps={n}", "--warmup_steps=8", *dry], {}, [f"--warmup_steps=8: .* --max_steps={n}"])
       for n in (1, 8) for dry in ([], ["--dry_run"])),
     (["--student="], {}, ["--student: name its folder, scratch:LxD or layers:N"]),

@@ -461,10 +461,10 @@ def changed(index, **values) -> list[dict]:
 
 @pytest.mark.parametrize("lines", [
     [], LINES[:1], LINES[1:], changed(0, rule=None), changed(0, rule="other"), changed(0, base=None),
-    changed(0, config={}), changed(1, t=None), changed(1, r=None), changed(1, domains=None), [[1]], [{}],
+    changed(0, config={}), changed(1, r=None), changed(1, domains=None), [[1]], [{}],
     changed(1, domains={"x": {"student_ppl": 8, "teacher_ppl": 4}}), changed(1, domains=domains([0.5, 4])),
     b"\x89PNG\r\n\x1a\n\xff\xfe\n", b'{"kind": "run", "st\n{"kind": "end"}\n'],
-    ids=["empty", "no mixture line", "no run line", "no rule", "unknown rule", "no base", "no alpha", "no t", "no r",
+    ids=["empty", "no mixture line", "no run line", "no rule", "unknown rule", "no base", "no alpha", "no r",
          "no domains", "no object", "no kind", "no y", "no perplexity", "binary", "torn in the middle"])
 def test_metrics_that_no_run_writes_are_refused(program, metrics, lines):
     if isinstance(lines, bytes):
