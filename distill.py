@@ -82,11 +82,14 @@ class Arm:
     """A method that the paper compares. The defaults are DDK's, so a row of ARMS says what differs."""
     help: str
     rule: str = "ddk"  # what draws the data: a row of sample_mixture.RULES
-    divergence: str | None = "forward"  # or reverse; None: cross-entropy alone
+    divergence: str | None = "forward"  # the direction in Eq. 3, or reverse; None: cross-entropy alone
     needs_teacher: bool = True
-    added_loss: type | None = None  # a term besides Eq. 3, see TED
-    weigh_windows: Callable | None = None  # gives each window of a batch a weight, see DoReMi's proxy
-    at_end: Callable | None = None  # called with (config, state) after the last step
+    # A term besides Eq. 3: a class with the methods of TED
+    added_loss: type | None = None
+    # A weight for each window of a batch: a function with the arguments of doremi_window_weights
+    weigh_windows: Callable | None = None
+    # Called with (config, state) after the last step
+    at_end: Callable | None = None
 
 
 ARMS = {
@@ -251,6 +254,7 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
             targets = F.pad(mine[:, 1:], missing, value=-100).to(device)
 
             def cross_entropy_sum(hidden, head):
+                # Divided by 1: the sum, not the mean
                 _, ce, _ = distillation_loss(hidden, head[:vocab_size], None, None, targets, num_tokens=1)
                 return ce
 
@@ -335,11 +339,13 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
     student: in its DistributedDataParallel wrapper if it has one. windows: this rank's, (n, block_size + 1) int64.
     window_weights: of the whole batch, (batch_size,); 1 for all but DoReMi's proxy. added_loss: see TED, or None.
     Raises UserError, before the update, if the loss or the gradient is not finite."""
+    # The tokens of the whole batch, each counted by its weight. Every loss is a sum divided by this number, so those of
+    # micro-batches and ranks, and their gradients, add up to Eq. 3's mean.
     arm = ARMS[config.method]
     num_tokens = (window_weights.sum() * config.block_size).to(windows.device)
     my_weights = window_weights[rank_slice(config)].to(windows.device)
 
-    # Forward and backward passes, one micro-batch at a time. The gradients add up.
+    # Forward and backward passes, one micro-batch at a time
     totals = torch.zeros(3, device=windows.device)
     teacher_hidden = None
     teacher_head = None
@@ -349,7 +355,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
         targets = windows[rows, 1:]
         token_weights = my_weights[rows, None].expand_as(targets)
 
-        # The teacher's hidden states and head, for one micro-batch or several; logits are made inside the loss.
+        # The teacher's hidden states and head, made for one micro-batch or several; logits are made inside the loss.
         offset = start % config.teacher_micro_batch_size
         if arm.divergence is not None:
             if offset == 0:
@@ -371,7 +377,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
 
         with autocast(config):
             loss, ce, kl = student(inputs, loss_fn=loss_fn)
-        # DDP and FSDP average gradients over ranks, but Eq. 3's mean is over all tokens.
+        # Gradients of the ranks have to be added up, but DDP and FSDP average them.
         (loss * world_size()).backward()
         totals += torch.stack((loss, ce, kl)).detach()
     clear_forward_record(teacher)

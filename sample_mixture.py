@@ -78,7 +78,8 @@ def checked_weights(name: str, weights, N: int) -> np.ndarray:
 # ------------ The table of mixture rules ------------------------------------------------------------------------------
 # A rule is called after each evaluation: at t = 0, before training, and after every K steps. It gets its own state
 # (None at t = 0), the perplexities just measured, the base proportions (the natural ones, or --mixture's) and α. It
-# returns r, which the next K steps draw by, and its new state: a dict of lists and numbers, saved in every checkpoint.
+# returns r, which the next K steps draw by, and its new state: a dict of lists and numbers, empty if there is nothing
+# to remember, saved in every checkpoint.
 # The training loop and `--metrics` both call it through RULES: a new rule is one function and one line of the table.
 
 
@@ -118,6 +119,9 @@ RULES = {
 }
 
 # ------------ Drawing batches -----------------------------------------------------------------------------------------
+
+
+WALK, START, PLACES = 1, 2, 3  # what a hash is used for, so that no two uses share random numbers
 
 
 class MixtureSampler:
@@ -174,7 +178,7 @@ class MixtureSampler:
         start = int(random_hash(self.seed, START, self.step)[0] >> np.uint64(32)) / 2**32  # in [0, 1), exact
         edges = np.append(0, np.cumsum(self.probs))
         edges /= edges[-1]  # ends at exactly 1, and a last domain of probability 0 stays empty
-        counts = np.diff(np.ceil(B * edges - start)).astype(np.int64)
+        counts = np.diff(np.ceil(B * edges - start)).astype(np.int64)  # the ceil counts the points below an edge
 
         # Shuffle the places of the batch among the domains.
         places = keyed_permutation(np.arange(B), B, random_hash(self.seed, PLACES, self.step)).astype(np.int64)
@@ -211,9 +215,6 @@ class MixtureSampler:
         self._probs.setflags(write=False)
         self.step = state["step"]
         self.drawn = np.array([state["drawn"][name] for name in self.names], dtype=np.int64)
-
-
-WALK, START, PLACES = 1, 2, 3  # what a hash is used for, so that no two uses share random numbers
 
 
 def random_hash(*words) -> np.ndarray:
