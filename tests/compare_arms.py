@@ -206,7 +206,6 @@ def summary(out_dir: Path) -> dict:
         "val_worst_ratio": max(domain["ratio"] for domain in end.values()),
         "val_mean_ratio": statistics.mean(domain["ratio"] for domain in end.values()),
         "first_worst_ratio": max(first_ratios),
-        "first_mean_ratio": statistics.mean(first_ratios),
         "end": end,
         "steps": [line["step"] for line in mixtures],
         "r": {name: [round(line["r"][name], 5) for line in mixtures] for name in end},
@@ -358,8 +357,8 @@ def write_report(results: dict, setting: str, folder: Path):
     counts = [f"{name} {val} and {test}" for name, (val, test) in some_run["documents"].items()]
     lines = ["Mean ± standard error over seeds, on the test windows. Before the runs the worst ratio was",
              f"{statistics.mean(first):.2f} on the validation windows. At the end the mean and the worst ratio of test",
-             f"and validation windows are {100 * statistics.mean(apart):.1f} % apart on average, {100 * max(apart):.1f} %",
-             f"at most. Documents in the validation and the test windows: {', '.join(counts)}.", "",
+             f"and validation windows are {statistics.mean(apart):.1%} apart on average, {max(apart):.1%} at most.",
+             f"Documents in the validation and the test windows: {', '.join(counts)}.", "",
              *table(results, ARMS, MEASURES), "",
              "Perplexity of each domain's test windows, and its ratio to the teacher's:", "",
              *domains_table(results, ARMS), ""]
@@ -382,37 +381,44 @@ def gain(results: dict, other: str, measure: str) -> list[float]:
 
 
 def write_gains(paths: list[Path], folder: Path):
-    """What DDK gains over KD and equal sampling in each setting, against how unequal the ratios were at the start."""
-    lines = ["| setting | seeds | first ratios: worst / mean | over | worst ratio | mean ratio |", "|---" * 6 + "|"]
-    figure = import_optional("matplotlib.figure", "figures").Figure(figsize=(9, 3.4), layout="constrained")
-    axes = dict(zip(("kd", "ddk_es"), figure.subplots(1, 2, sharey=True)))
-    for path in paths:
+    """What DDK gains over KD and equal sampling in each setting, against how unequal the ratios were at the start.
+
+    Eq. 1 and 2 exponentiate ratios, so it is their difference that counts: the largest minus the smallest."""
+    lines = ["| setting | seeds | first ratios, largest − smallest | over | worst ratio, % | mean ratio, % |",
+             "|---" * 6 + "|"]
+    figure = import_optional("matplotlib.figure", "figures").Figure(figsize=(10, 3.6), layout="constrained")
+    axes = dict(zip(("kd", "ddk_es"), figure.subplots(1, 2, sharex=True)))
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+    for path, colour in zip(paths, colours):
         results = json.loads(path.read_text(encoding="utf-8"))
-        runs = results["ddk"].values()
-        unequal = statistics.mean(one["first_worst_ratio"] / one["first_mean_ratio"] for one in runs)
+        difference = statistics.mean(first_difference(one) for one in results["ddk"].values())
         for other, ax in axes.items():
-            worst = gain(results, other, "worst_ratio")
-            mean = gain(results, other, "mean_ratio")
+            worst = [100 * value for value in gain(results, other, "worst_ratio")]
+            mean = [100 * value for value in gain(results, other, "mean_ratio")]
             if not worst:
                 continue
-            shown = [format_mean([100 * value for value in values], "+", 1) + " %" for values in (worst, mean)]
-            lines.append(f"| {path.stem} | {len(worst)} | {unequal:.2f} | `{other}` | {shown[0]} | {shown[1]} |")
-            for values, marker, label in ((worst, "o", "worst ratio"), (mean, "s", "mean ratio")):
-                percent = [100 * value for value in values]
-                ax.plot([unequal] * len(values), percent, marker, color="#999999", markersize=3)
-                ax.plot([unequal], [statistics.mean(percent)], marker, color="#0072b2", label=label)
-            ax.annotate(path.stem, (unequal, 100 * statistics.mean(worst)), xytext=(4, 4), textcoords="offset points")
+            lines.append(f"| {path.stem} | {len(worst)} | {difference:.2f} | `{other}` | "
+                         f"{format_mean(worst, '+', 1)} | {format_mean(mean, '+', 1)} |")
+            for values, marker, label in ((worst, "o", f"{path.stem}, worst ratio"), (mean, "s", "mean ratio")):
+                ax.plot([difference] * len(values), values, marker, color=colour, alpha=0.3, markersize=3)
+                ax.plot([difference], [statistics.mean(values)], marker, color=colour, label=label)
     for other, ax in axes.items():
         ax.axhline(0, color="#000000", linewidth=0.5)
-        ax.set(xlabel="worst / mean ratio before the runs", title=f"gain of ddk over {other}, %")
+        ax.set(xlabel="largest − smallest ratio before the runs", title=f"gain of ddk over {other}, %")
         ax.grid(alpha=0.3)
     handles, labels = axes["kd"].get_legend_handles_labels()
-    axes["kd"].legend(handles[:2], labels[:2])
+    figure.legend(handles, labels, loc="outside right", fontsize="small")
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "gains.png", dpi=110)
     text = "\n".join(lines) + "\n"
     write_text(folder / "gains.md", text)
     print(text)
+
+
+def first_difference(one: dict) -> float:
+    """The largest minus the smallest ratio of a run before its first step."""
+    first = [ratios[0] for ratios in one["ratio"].values()]
+    return max(first) - min(first)
 
 
 # ----------------------------------------------- The program --------------------------------------------------------

@@ -64,12 +64,12 @@ def test_gains_are_shares_by_seed_and_a_row_for_each_setting_and_arm(tmp_path, c
     results = made_up(ddk=[1.0, 3.0], kd=[2.0, 4.0], ddk_es=[1.0, 2.0])
     assert gain(results, "kd", "worst_ratio") == [0.5, 0.25] and gain(results, "cpt", "mean_ratio") == []
     for one in results["ddk"].values():
-        one.update(first_worst_ratio=3.0, first_mean_ratio=2.0)
+        one["ratio"] = {"code": [3.0, 1.0], "prose": [1.5, 1.0]}
     for name in ("one", "two"):
         (tmp_path / f"{name}.json").write_text(json.dumps(results))
     write_gains([tmp_path / "one.json", tmp_path / "two.json"], tmp_path)
     rows = (tmp_path / "gains.md").read_text().splitlines()[2:]
-    assert rows[0] == "| one | 2 | 1.50 | `kd` | +37.5 ± 12.5 % | +37.5 ± 12.5 % |" and len(rows) == 4
+    assert rows[0] == "| one | 2 | 1.50 | `kd` | +37.5 ± 12.5 | +37.5 ± 12.5 |" and len(rows) == 4
     assert (tmp_path / "gains.png").stat().st_size > 500
 
 
