@@ -825,8 +825,9 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
 
     Of each domain, the documents with the smallest content hashes are validation, in the order of their hashes: at most
     val_fraction (below 1) of the domain's bytes and val_bytes, and at least one distinct document on each side. Memory
-    is at most val_bytes a domain, and a few hundred bytes for each document among them. A build that is killed leaves
-    only temporary files, and has to start again. `made_by` is kept in meta.json. UserError if out_dir holds bins, or if a domain has fewer than two distinct documents."""
+    is at most val_bytes a domain, plus a few hundred bytes for each document that is held. A build that is killed
+    leaves only temporary files, and has to start again. `made_by` is kept in meta.json. UserError if out_dir holds
+    bins, or if a domain has fewer than two distinct documents."""
     assert 0 <= val_fraction < 1, val_fraction
     out_dir = Path(out_dir)
     check_out_dir(out_dir, tokenizer)

@@ -82,7 +82,7 @@ class Arm:
     """A method that the paper compares. The defaults are DDK's, so a row of ARMS says what differs."""
     help: str
     rule: str = "ddk"  # what draws the data: a row of sample_mixture.RULES
-    divergence: str | None = "forward"  # the direction in Eq. 3, or reverse; None: cross-entropy alone
+    divergence: str | None = "forward"  # as in Eq. 3, or "reverse"; None: cross-entropy alone
     needs_teacher: bool = True
     # A term besides Eq. 3: a class with the methods of TED
     added_loss: type | None = None
@@ -249,7 +249,7 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
             # Every rank takes its share, filled up with ignored targets: FSDP requires equally many forward passes on
             # all ranks, and torch.compile one shape.
             mine = batch[rank()::world_size()]
-            missing = (0, 0, 0, per_rank - len(mine))  # none of the columns, but so many rows
+            missing = (0, 0, 0, per_rank - len(mine))  # F.pad counts from the last dimension: no columns, then the rows
             inputs = F.pad(mine[:, :-1], missing)
             targets = F.pad(mine[:, 1:], missing, value=-100).to(device)
 
@@ -942,7 +942,7 @@ def clear_forward_record(model: GPT | None):
 
 
 def recomputed(forward: Callable) -> Callable:
-    """`forward`, whose activations are computed again in the backward pass. (torch.compile passes over a partial.)"""
+    """`forward`, whose activations are computed again in the backward pass. torch.compile skips a partial."""
     def checkpointed(*inputs):
         return checkpoint(forward, *inputs, use_reentrant=False)
     return checkpointed
@@ -1016,7 +1016,8 @@ class RunFolder(ExitStack):
             self.tensorboard = tensorboard.SummaryWriter(config.out_dir, purge_step=step + 1)
             self.callback(self.tensorboard.close)
         if config.wandb:
-            id_path = self.out_dir / "wandb_id"  # by which a resumed run continues its curves
+            # A resumed run, on another machine too, continues its curves. Delete the file in a copy of the folder.
+            id_path = self.out_dir / "wandb_id"
             if not id_path.exists():
                 write_text(id_path, uuid.uuid4().hex)
             self.wandb = import_optional("wandb", "--wandb").init(
@@ -1278,7 +1279,8 @@ def read_optimizer(folder: Path) -> dict:
 
 # ------------ Checks before anything slow -----------------------------------------------------------------------------
 
-DESCRIBING_FILES = ("config.json", TOKENIZER_META, *TOKENIZER_FILES)  # of a model: what is checked before its weights are downloaded
+# What is checked of a model before its weights are downloaded
+DESCRIBING_FILES = ("config.json", TOKENIZER_META, *TOKENIZER_FILES)
 
 
 def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
@@ -1354,7 +1356,9 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 def is_made(source: str) -> bool:
-    """Whether a student is made anew, or of the teacher's layers: no folder, no name on the Hub. LxD lacks scratch:."""
+    """Whether `source` is of a student to be made, scratch:LxD or layers:N, and no folder or name on the Hub.
+
+    LxD alone counts too, so that it is asked to be scratch:LxD."""
     return re.match(r"(scratch|layers)(:|$)|\d+x\d+$", source) is not None
 
 
@@ -1409,7 +1413,9 @@ def contradictions(config: Config) -> list[str]:
 
     # Models
     for role, source in (("teacher", config.teacher), ("student", config.student)):
-        if role == "student" and is_made(source):
+        if role == "teacher" and is_made(source):
+            problems.append(f"--teacher={source}: is trained already; for a folder of that name write ./{source}")
+        elif role == "student" and is_made(source):
             if not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*", source):
                 problems.append(f"--student={source}: write scratch:LxD with D even, as in scratch:4x128, or layers:N")
         elif source and not os.path.isdir(source) and not re.fullmatch(HUB_NAME, source):
@@ -1419,7 +1425,7 @@ def contradictions(config: Config) -> list[str]:
     if not config.student and not makes_models:
         problems.append("--student: name its folder, scratch:LxD or layers:N")
     if not config.teacher and not makes_models:
-        if config.student.startswith("layers"):
+        if config.student.partition(":")[0] == "layers":
             problems.append(f"--student={config.student}: layers of which --teacher? Name its folder")
         if arm.needs_teacher:
             problems.append(f"--teacher: --method={config.method} requires one; name its folder")
@@ -1508,7 +1514,7 @@ def forward_flops(model: GPT, block_size: int) -> int:
 def step_flops(student: GPT, teacher: GPT | None, config: Config) -> int:
     """Floating-point operations of a training step: the student's forward and backward pass, the teacher's forward.
 
-    What an arm adds to that, as TED's filters and the passes that weigh DoReMi's windows, is not counted."""
+    What an arm adds, such as TED's filters and the passes that weigh DoReMi's windows, is not counted."""
     flops = 3 * forward_flops(student, config.block_size)
     if ARMS[config.method].divergence is not None and teacher is not None:
         flops += forward_flops(teacher, config.block_size)
@@ -1899,8 +1905,8 @@ def quickstart(config: Config) -> Config:
         try:
             folder = train(run)
         except UserError as error:
-            raise UserError(f"{error}\nThat was the quickstart's {role} in {run.out_dir}; its steps follow from "
-                            f"--pretrain_steps={config.pretrain_steps}") from None
+            raise UserError(f"{error}\nThat was the quickstart's {role}. If another one is there already, keep the "
+                            f"--pretrain_steps that it was made with, or delete {run.out_dir}") from None
         config = replace(config, **{role: str(folder)})
     print(f"\nWith --preset=quickstart these can be named:  --teacher={config.teacher}  --student={config.student}\n",
           flush=True)

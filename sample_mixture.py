@@ -311,7 +311,10 @@ def show_replay(args: argparse.Namespace) -> dict[str, float]:
         replayed = replay(mixture_lines, rule, run["base"], alpha)
 
         # How far the replay is from what the run drew by
-        largest = max(abs(line["r"][name] - r[name]) for line, r in zip(mixture_lines, replayed) for name in r)
+        largest = 0.0
+        for line, r in zip(mixture_lines, replayed):
+            for name in r:
+                largest = max(largest, abs(line["r"][name] - r[name]))
 
     print(f"r by the rule {rule}, α = {alpha}")
     print(f"{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in run["base"]))

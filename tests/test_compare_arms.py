@@ -139,7 +139,8 @@ def test_a_pretrained_teacher_may_be_given(tmp_path, teacher):
 
 @pytest.mark.parametrize("argument, named", [("--setting=real", "--teacher=: name the folder of a model"),
                                              ("--teacher=.", "for --setting=real alone"),
-                                             ("--arms=best", "best is none of ddk"), ("--keys=lr=x", "must be a number"),
+                                             ("--arms=best", "best is none of ddk"),
+                                             ("--keys=lr=x", "must be a number"),
                                              ("--keys=seed=1", "seed is no key of distill.py, or each run's own")])
 def test_mistakes_are_named_at_once(run_main, argument, named):
     status, _, err = run_main(compare_arms, argument)

@@ -127,7 +127,8 @@ def test_resumed_it_goes_on_as_if_it_had_not_stopped(config, tmp_path):
 def torchrun(processes: int, config) -> subprocess.CompletedProcess:
     """distill.py under torchrun, on NCCL."""
     keys = ("preset", "data_dir", "teacher", "student", "block_size", "batch_size", "val_samples", "interval",
-            "max_steps", "lr", "min_lr", "warmup_steps", "save_every", "device", "dtype", "compile", "parallel", "out_dir")
+            "max_steps", "lr", "min_lr", "warmup_steps", "save_every", "device", "dtype", "compile", "parallel",
+            "out_dir")
     given = {key: getattr(config, key) for key in keys}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                str(ROOT / "distill.py"), *(f"--{key}={value}" for key, value in given.items())]

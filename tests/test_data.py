@@ -24,8 +24,8 @@ import tiktoken
 
 import data
 from data import (TokenBins, UserError, alive, build_bins, bytes_settings, expand_sources, file_sha256, import_optional,
-                  load_tokenizer, model_tokenizer, quickstart_documents, read_documents, read_file, read_meta, run_program,
-                  same_tokenizer, save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify, write_meta)
+                  load_tokenizer, model_tokenizer, quickstart_documents, read_documents, read_file, read_meta,
+                  run_program, same_tokenizer, save_tokenizer, saved_tokenizer, user_errors, verify, write_meta)
 
 ARTICLES = [f"Article {i}: " + f"{i * i} words é <|endoftext|> " * (i % 23) for i in range(400)]
 
@@ -201,6 +201,14 @@ def test_an_error_while_reading_is_one_line_of_the_programs_output(tmp_path):
     assert len(run.stderr.splitlines()) == 1 and not list(tmp_path.glob("bins/*.bin"))
 
 
+def test_a_file_that_requires_a_package_names_it(tmp_path, monkeypatch):
+    for name, package in (("a.txt.zst", "pyarrow"), ("a.parquet", "pyarrow.parquet")):
+        monkeypatch.setitem(sys.modules, package, None)
+        (tmp_path / name).write_bytes(b"")
+        message = refused(documents, tmp_path / name)
+        assert name in message and "pip install pyarrow" in message
+
+
 def test_an_unforeseen_error_is_told_with_its_source_and_the_fix():
     def read(error):
         with user_errors("file.x", "copy it again"):
@@ -234,6 +242,14 @@ def small_encoding(name: str, pattern: str = ".", merges: tuple[str, ...] = (), 
         ranks[token.encode()] = len(ranks)
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
                              special_tokens={"<|endoftext|>": len(ranks) + gap})
+
+
+@pytest.mark.parametrize("change", [dict(pattern=r"\w+|\W+"), dict(merges=("ab",)), dict(gap=4)], ids=str)
+def test_a_tiktoken_encoding_that_is_another_now_is_refused(tmp_path, monkeypatch, change):
+    monkeypatch.setattr("tiktoken.get_encoding", small_encoding)
+    meta = build(tmp_path, ["one", "two"], load_tokenizer("gpt2"))
+    monkeypatch.setattr("tiktoken.get_encoding", partial(small_encoding, **change))
+    assert "the tokenizer gpt2 is not the one" in refused(saved_tokenizer, tmp_path, meta["tokenizer"])
 
 
 def test_a_tiktoken_encoding_is_known_by_its_name_and_may_have_gaps_between_its_ids(tmp_path, monkeypatch):

@@ -120,8 +120,8 @@ def handled(number: signal.Signals, handler):
 def tiny(data_dir, teacher) -> dict:
     """The keys of a tiny run."""
     return dict(preset="paper", data_dir=str(data_dir), teacher=str(teacher), student="scratch:1x32", block_size=T,
-                batch_size=B, val_samples=5, test_samples=0, interval=2, max_steps=8, lr=3e-3, min_lr=3e-4, warmup_steps=2,
-                save_every=4, device="cpu")
+                batch_size=B, val_samples=5, test_samples=0, interval=2, max_steps=8, lr=3e-3, min_lr=3e-4,
+                warmup_steps=2, save_every=4, device="cpu")
 
 
 @pytest.fixture
@@ -154,13 +154,15 @@ def ted_has_a_first_stage():
 
 @pytest.fixture(scope="module")
 def straight(tiny, tmp_path_factory):
-    """A function: the folder of an arm's tiny run to which nothing happened, with a checkpoint of each step."""
+    """A function: the folder of an arm's tiny run to which nothing happened; ddk's and ted's save each step."""
     made = {}
 
     def run(method: str = "ddk") -> Path:
         if method not in made:
             made[method] = tmp_path_factory.mktemp("straight") / method
-            train(resolve_config({**tiny, "method": method, "out_dir": str(made[method]), "keep": 0, "save_every": 1}))
+            save_every = 1 if method in ("ddk", "ted") else 8
+            train(resolve_config({**tiny, "method": method, "out_dir": str(made[method]), "keep": 0,
+                                  "save_every": save_every}))
         return made[method]
     return run
 
@@ -314,6 +316,35 @@ def test_a_whole_run_follows_alg_1(config, data_dir, tmp_path):
     for line in read_lines(tmp_path / "run", "train"):
         assert line["kl"] > 0 and line["loss"] == pytest.approx(line["ce"] + 0.3 * line["kl"], rel=1e-5)
 
+    # What is counted
+    windows = TokenBins(data_dir, T).n_windows
+    for line in lines:
+        for name, domain in line["domains"].items():
+            assert domain["epochs"] == domain["tokens"] / T / windows[name]
+    assert [line["tokens"] for line in read_lines(tmp_path / "run", "train")] == [n * B * T for n in range(1, 9)]
+
+
+def test_the_time_that_is_left_is_told_from_the_steps_of_this_process(config, at, tmp_path, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+
+    def perf_counter():
+        clock.now += 1
+        return clock.now
+
+    monkeypatch.setattr(distill, "time", types.SimpleNamespace(perf_counter=perf_counter))
+    at["mixture", 0] = lambda: setattr(clock, "now", 1000.0)  # a slow first evaluation
+    at["train", 4] = TERM
+    with pytest.raises(SystemExit):
+        train(config())
+    train(config())
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for line in (line for line in lines if line["kind"] == "train"):
+        done = line["step"]
+        if line["step"] > 4:
+            done -= 4
+        assert line["tokens_per_s"] == B * T  # a step takes a second of this clock, and one passes between two
+        assert line["eta_s"] == pytest.approx((2 * done - 1) / done * (8 - line["step"]))
+
 
 @pytest.mark.parametrize("method", ARMS)
 def test_each_arm_draws_by_its_rule(straight, data_dir, method):
@@ -400,17 +431,11 @@ def test_three_updates_equal_three_written_out(config, data_dir, teacher, tmp_pa
         torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def cosine(n: int) -> list[float]:
-    """From 1e-2 to 1e-3 in n steps."""
-    return [1e-3 + 9e-3 * (1 + math.cos(math.pi * i / (n - 1))) / 2 for i in range(n)]
-
-
-@pytest.mark.parametrize("warmup_steps, lrs", [
-    (0, cosine(6)), (2, [5e-3, 1e-2, *cosine(4)]), (5, [2e-3, 4e-3, 6e-3, 8e-3, 1e-2, 1e-3]),
-    (20, [5e-4, 1e-3, 1.5e-3, 2e-3, 2.5e-3, 3e-3])])
-def test_the_learning_rate_warms_up_and_then_falls_as_a_cosine_to_the_last_step(config, tmp_path, warmup_steps, lrs):
-    train(config(method="cpt", lr=1e-2, min_lr=1e-3, max_steps=6, warmup_steps=warmup_steps, interval=10))
-    assert [line["lr"] for line in read_lines(tmp_path / "run", "train")] == pytest.approx(lrs)
+def test_a_grad_clip_of_0_does_not_clip(config, tmp_path):
+    for name, grad_clip in (("none", 0.0), ("high", 1e9)):
+        train(config(method="cpt", grad_clip=grad_clip, max_steps=2, interval=10, save_every=0,
+                     out_dir=str(tmp_path / name)))
+    assert read_lines(tmp_path / "none")[1:] == read_lines(tmp_path / "high")[1:]
 
 
 def test_one_pass_of_the_teacher_may_serve_several_of_the_student(config, straight, tmp_path, monkeypatch):
@@ -502,6 +527,39 @@ def test_bfloat16_computes_otherwise_than_float32(config, straight, tmp_path):
     train(config(dtype="bfloat16"))
     one, two = ([line["loss"] for line in read_lines(run, "train")] for run in (tmp_path / "run", straight()))
     assert one != two and one == pytest.approx(two, rel=0.02)
+
+    # The student's numbers too, not only the teacher's
+    runs = (tmp_path / "run", straight())
+    one, two = (read_lines(run, "mixture")[0]["domains"] for run in runs)
+    assert all(one[name]["student_ppl"] != two[name]["student_ppl"] for name in NAMES)
+    assert len({read_lines(run, "train")[0]["ce"] for run in runs}) == 2
+
+
+def test_fsdp_gathers_in_the_dtype_of_the_products_and_reduces_in_float32(monkeypatch):
+    wrapped = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(distill, "init_device_mesh", lambda *_, **__: None)
+    monkeypatch.setattr(distill, "set_model_state_dict", lambda *_, **__: None)
+    monkeypatch.setattr(distill, "fully_shard", lambda module, mesh, mp_policy: wrapped.append((module, mp_policy)))
+    student = new_student(layers=2)
+    distill.spread(student, Config(parallel="fsdp", dtype="bfloat16", device="cpu"), shard=True)
+    assert [module for module, _ in wrapped] == [*student.layers, student]
+    for _, policy in wrapped:
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+        assert not policy.cast_forward_inputs
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_with_checkpoint_activations_each_block_is_computed_a_second_time(config, again):
+    student = new_student(layers=2)
+    passes = []
+    for layer in student.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: passes.append(1))
+    distill.spread(student, resolve_auto(config(checkpoint_activations=again)), shard=False)
+    student(torch.arange(8)[None]).sum().backward()
+    assert len(passes) == (4 if again else 2)
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
@@ -599,6 +657,12 @@ def test_teds_filters_are_clipped_with_the_student_and_go_on_being_trained(confi
     assert before["teacher.0.weight"].equal(after["teacher.0.weight"])
 
 
+def test_teds_filters_follow_the_learning_rate(straight):
+    for line in read_lines(straight("ted"), "train"):
+        saved = optimizer_of(straight("ted") / f"step_{line['step']:08d}")["added_loss"]["optimizer"]
+        assert [group["lr"] for group in saved["param_groups"]] == [line["lr"]]
+
+
 # ------------ DoReMi --------------------------------------------------------------------------------------------------
 
 
@@ -623,6 +687,16 @@ def test_a_doremi_proxy_weighs_the_loss_by_its_excess(config, data_dir, teacher,
     weights = torch.tensor([alpha[i] / (0.75, 0.25)[i] for i in ids])[:, None]
     (line,) = read_lines(tmp_path / "run", "train")
     assert line["loss"] == pytest.approx(((weights * proxy).sum() / (weights.sum() * T)).item(), rel=1e-5)
+
+
+def test_a_domain_that_is_not_drawn_keeps_its_excess(config, data_dir, teacher):
+    ids, windows = first_batch(data_dir, {"letters": 1, "digits": 1, "signs": 0})
+    before = {"alpha": [0.2, 0.3, 0.5], "excess": [9.0, 9.0, 1.5], "total": [0.0] * 3}
+    sampler = MixtureSampler(TokenBins(data_dir, T).n_windows, B, seed=0)
+    _, state = distill.doremi_window_weights(before, new_student(), GPT.from_pretrained(teacher), windows, ids, sampler,
+                                             resolve_auto(config(method="doremi_proxy")))
+    assert state["excess"][2] == 1.5 and 9.0 not in state["excess"]
+    assert state["alpha"] == pytest.approx(exact_doremi(before["alpha"], state["excess"]), rel=1e-9)
 
 
 DOREMI = """
@@ -751,10 +825,12 @@ def test_the_next_windows_are_measured_at_the_end_and_steer_nothing(program, str
     end, = read_lines(tmp_path / "run", "end")
     without, = read_lines(straight(), "end")
     bins = TokenBins(data_dir, T)
-    models = {"student": GPT.from_pretrained(tmp_path / "run" / "step_00000008"), "teacher": GPT.from_pretrained(teacher)}
+    models = {"student": GPT.from_pretrained(tmp_path / "run" / "step_00000008"),
+              "teacher": GPT.from_pretrained(teacher)}
     for name in NAMES:
         tested = {key: value for key, value in end["domains"][name].items() if key.startswith("test_")}
-        assert without["domains"][name] == {key: end["domains"][name][key] for key in end["domains"][name].keys() - tested}
+        untested = end["domains"][name].keys() - tested
+        assert without["domains"][name] == {key: end["domains"][name][key] for key in untested}
         windows = torch.from_numpy(bins.val_windows(name, 8)[5:])
         for role, model in models.items():
             with torch.no_grad():
@@ -813,7 +889,8 @@ def test_ends_of_text_agree_in_all_files_of_a_checkpoint(config, straight, teach
     for name in ("tokenizer_meta.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(teacher / name, source)
     give_own_tokenizer(source)
-    build_bins(tmp_path / "bins", load_tokenizer(source), [("x", f"text {i} " * 99) for i in range(9)], val_fraction=0.3)
+    documents = [("x", f"text {i} " * 99) for i in range(9)]
+    build_bins(tmp_path / "bins", load_tokenizer(source), documents, val_fraction=0.3)
     folder = train(config(data_dir=str(tmp_path / "bins"), teacher="", method="cpt", student=str(source), max_steps=0))
     for settings in (transformers.AutoConfig.from_pretrained(folder),
                      transformers.GenerationConfig.from_pretrained(folder)):
@@ -825,6 +902,92 @@ def test_the_files_of_a_checkpoint_may_be_read_by_whom_the_umask_lets(config, tm
     folder = train(config(max_steps=0))
     os.umask(before)
     assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_no_rank_leaves_before_a_checkpoint_is_whole(tmp_path, monkeypatch, rank):
+    done = []
+    monkeypatch.setattr(distill, "save_checkpoint", lambda *_: done.append("saved"))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(dist, "barrier", lambda: done.append("barrier"))
+    distill.RunFolder(tmp_path).save(distill.TrainState(step=3), None, None, None, None, keep=2)
+    assert done == ["saved", "barrier"]
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_its_name_is(config, monkeypatch):
+    done = []
+    sync = distill.fsync
+    rename = os.replace
+
+    def fsync(path):
+        done.append(Path(path))
+        sync(path)
+
+    def replace(*paths):
+        done.append(paths)
+        rename(*paths)
+
+    monkeypatch.setattr(distill, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    folder = train(config(max_steps=0))
+    temporary = folder.with_name(folder.name + ".tmp")
+    moment = done.index((temporary, folder))
+    assert {temporary, *(temporary / path.name for path in folder.iterdir())} <= set(done[:moment])
+    assert folder.parent in done[moment + 1:]
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_folder_of_other_files_is_refused_and_left_alone(config, tmp_path, resume):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=f"^--out_dir={tmp_path / 'run'}: has files, and is not the folder of a run"):
+        train(config(resume=resume))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_with_no_more_than_a_lock_is_free_and_a_finished_run_keeps_its_configuration(config, tmp_path):
+    with distill.locked(tmp_path / "run"):
+        pass
+    train(config(max_steps=0))
+    record = (tmp_path / "run" / "config.json").read_bytes()
+    train(config(max_steps=0, timeout=77))
+    assert (tmp_path / "run" / "config.json").read_bytes() == record
+
+
+class Exited(BaseException):
+    """Stands for os._exit."""
+
+
+def leave(status: int):
+    raise Exited(status)
+
+
+@pytest.mark.parametrize("error, status, message", [
+    (SystemExit(138), 138, ""), (SystemExit(), 0, ""), (KeyboardInterrupt(), 130, ""), (BrokenPipeError(), 141, ""),
+    (UserError("--a: wrong"), 2, "error: --a: wrong\n"),
+    (RuntimeError("a mistake of ours"), 1, "Traceback .*RuntimeError: a mistake of ours\n"),
+    (RuntimeError("[x/gloo/pair.cc:5] Connection closed by peer"), 2, "error: another process is gone, .*\n"),
+    (dist.DistBackendError("NCCL error: remote process exited"), 2, "error: another process is gone, .*\n")], ids=repr)
+def test_what_ends_a_process_of_a_group_is_its_status_and_message(monkeypatch, capsys, error, status, message):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Exited) as ended, distill.process_group(Config(device="cpu")):
+        raise error
+    assert ended.value.args == (status,)
+    assert re.fullmatch(message, capsys.readouterr().err, re.DOTALL)
+
+
+def test_a_closed_output_ends_a_program_at_once_and_quietly(monkeypatch, capsys):
+    def main():
+        raise BrokenPipeError
+
+    monkeypatch.setattr(os, "_exit", leave)
+    with pytest.raises(Exited) as ended:
+        data.run_program(main)
+    assert ended.value.args == (141,) and capsys.readouterr().err == ""
 
 
 def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
@@ -852,8 +1015,13 @@ def test_tensorboard_and_wandb_get_the_numbers_of_every_line_once(config, sinks,
     assert [sink.keywords["purge_step"] for sink in sinks.tensorboard] == [1, 6]  # what a resumed run does anew
     first, second = (sink.keywords for sink in sinks.wandb)
     assert first["id"] == second["id"] and first["resume"] == "allow" and first["config"]["seed"] == 0
-    train(config(resume="never", max_steps=0))
-    assert sinks.wandb[2].keywords["id"] != first["id"]  # the run in W&B that was moved aside here is left alone
+
+
+def test_after_resume_never_wandb_gets_a_run_of_its_own(config, sinks):
+    for _ in range(2):
+        train(config(resume="never", max_steps=0))
+    first, second = (sink.keywords["id"] for sink in sinks.wandb)
+    assert first != second
 
 
 # ------------ Stopped and resumed -------------------------------------------------------------------------------------
@@ -1004,8 +1172,8 @@ def test_a_reader_of_the_output_that_has_had_enough_is_no_mistake(config, straig
 
 OTHER_VALUES = dict(
     domains="signs,digits,letters", method="kd", gamma=0.5, temperature=2.0, alpha=0.9, interval=4, val_samples=4,
-    mixture="letters=1,digits=1,signs=1", stop_ratio=0.01, test_samples=3, block_size=8, batch_size=4, max_steps=10, lr=1e-3,
-    min_lr=1e-4, warmup_steps=3, weight_decay=0.2, grad_clip=0.5, seed=1, dtype="bfloat16", student="scratch:1x64")
+    mixture="letters=1,digits=1,signs=1", stop_ratio=0.01, test_samples=3, block_size=8, batch_size=4, max_steps=10,
+    lr=1e-3, min_lr=1e-4, warmup_steps=3, weight_decay=0.2, grad_clip=0.5, seed=1, dtype="bfloat16", student="scratch:1x64")
 
 
 @pytest.mark.parametrize("keys", [*([key] for key in OTHER_VALUES), list(OTHER_VALUES)], ids="+".join)
@@ -1207,7 +1375,8 @@ def test_a_run_is_repeated_by_its_config_json(run_main, tiny, straight, sinks, t
         assert name in left or getattr(config, name) == saved[name]
     assert (config.seed, config.out_dir, config.device) == (3, "out/paper-ddk-3", "auto")
     # Values that are the class's defaults, but not the preset's, are repeated too.
-    assert run_main(distill, *words({**tiny, "preset": "quickstart", "interval": 1000, "out_dir": tmp_path / "odd"}))[0] == 0
+    odd = {**tiny, "preset": "quickstart", "interval": 1000, "out_dir": tmp_path / "odd"}
+    assert run_main(distill, *words(odd))[0] == 0
     repeated = parse_config([f"--config={tmp_path / 'odd'}/config.json"])
     assert (repeated.preset, repeated.interval, repeated.test_samples) == ("quickstart", 1000, 0)
     # A model's config.json is another thing.
@@ -1270,6 +1439,17 @@ def test_the_quickstart_is_the_default_where_no_folder_is_named(given):
     assert config.batch_size % 8 == 0  # torchrun --nproc_per_node=8 works as it is
 
 
+def test_the_quickstart_checks_its_main_run_before_it_trains_a_model(run_main, tmp_path, monkeypatch):
+    texts = ((name, f"{name} {i} " * 99) for name in distill.QUICKSTART_BYTES for i in range(20))
+    build_bins(tmp_path / "bins", load_tokenizer("bytes"), texts, val_fraction=0.3)
+    monkeypatch.setattr(distill, "train", None)
+    command = [f"--data_dir={tmp_path / 'bins'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
+    status, _, err = run_main(distill, *command)
+    assert status == 2 and "--val_samples=64: domain python" in err
+    status, _, err = run_main(distill, *command, "--block_size=4096")
+    assert (status, err) == (2, "error: --block_size=4096: the quickstart's models read at most 2048 tokens\n")
+
+
 def test_a_size_without_scratch_is_one_message(run_main):
     status, _, err = run_main(distill, "--student=2x64")
     expected = "error: --student=2x64: write scratch:LxD with D even, as in scratch:4x128, or layers:N\n"
@@ -1309,6 +1489,7 @@ MIXTURES = ["a", "letters=x", "letters=-1", "letters=0", "letters=inf", "letters
     (["--student=2x64"], {}, ["--student=2x64: write scratch:LxD"]),
     *(([f"--max_steps={n}", "--warmup_steps=8", *dry], {}, [f"--warmup_steps=8: .* --max_steps={n}"])
       for n in (1, 8) for dry in ([], ["--dry_run"])),
+    (["--teacher=4x128"], {}, ["--teacher=4x128: is trained already; for a folder of that name write ./4x128"]),
     (["--student="], {}, ["--student: name its folder, scratch:LxD or layers:N"]),
     (["--student=layers:2", "--teacher=", "--method=cpt"], {}, ["--student=layers:2: layers of which --teacher?"]),
     *((["--teacher=", f"--method={method}"], {}, [f"--teacher: --method={method} requires one"])
@@ -1475,7 +1656,8 @@ def test_the_bins_may_have_the_tokenizer_of_a_model_on_the_hub(run_main, hub, tm
 
 
 def test_a_model_on_the_hub_writes_text(run_main, hub):
-    status, out, err = run_main(model_program, "--model=you/teacher", "--prompt=abc", "--max_new_tokens=3", "--device=cpu")
+    status, out, err = run_main(model_program, "--model=you/teacher", "--prompt=abc", "--max_new_tokens=3",
+                                "--device=cpu")
     assert (status, err) == (0, "") and out.startswith("abc")
 
 

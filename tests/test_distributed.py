@@ -43,7 +43,8 @@ TIMEOUT = 300  # seconds after which something hangs
 # 12 windows divide by 1, 2 and 3 processes. 7 validation windows by neither: two processes with micro-batches of 3 take
 # 6 and 1, three with 2 the same, so that one process and then two have none of the last.
 GIVEN = dict(preset="paper", student="scratch:2x32", block_size=16, batch_size=12, val_samples=7, test_samples=5,
-             interval=5, max_steps=20, lr=3e-3, min_lr=3e-4, warmup_steps=2, save_every=10, keep=0, device="cpu", timeout=10)
+             interval=5, max_steps=20, lr=3e-3, min_lr=3e-4, warmup_steps=2, save_every=10, keep=0, device="cpu",
+             timeout=10)
 SHORT = dict(interval=4, max_steps=8, save_every=2, batch_size=4, val_samples=2)
 
 
@@ -429,8 +430,11 @@ def test_fsdp_shards_all_parameters_and_ddp_none(runs, name):
     world, keys, reference = LAYOUTS[name]
     whole = runs[reference][1][0]["models"]
     for rank in runs[name][1]:
-        assert rank["models"].keys() == whole.keys()  # cpt trains without the teacher that it has measured
-        for role in whole:
+        roles = {"student", "teacher"}
+        if keys.get("method") == "cpt":
+            roles = {"student"}  # training does without the teacher, which has been measured
+        assert rank["models"].keys() == roles
+        for role in roles:
             seen = rank["models"][role]
             sharded = keys.get("parallel") in ("fsdp", "hsdp")
             shards = sharded and (role == "student" or keys.get("shard_teacher", True))
@@ -544,7 +548,9 @@ def assert_nothing_is_lost(out_dir: Path):
     assert max(whole_checkpoints(out_dir), default=0) >= (last_step(out_dir) - 1) // 2 * 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT], ids=lambda n: n.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, *(
+    pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGHUP, signal.SIGUSR1, signal.SIGINT))],
+    ids=lambda number: number.name)
 def test_a_signal_saves_and_ends_with_128_and_its_number(start, straight, tmp_path, number):
     statuses, out, err = start(dict(what="signal", at=3, signal=number))
     assert (statuses, err) == ([128 + number], "")
@@ -554,6 +560,7 @@ def test_a_signal_saves_and_ends_with_128_and_its_number(start, straight, tmp_pa
     assert_same_to_the_bit(tmp_path / "run", straight)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_exits_at_once(start, tmp_path):
     statuses, out, err = start(dict(what="signal", at=3, signal=signal.SIGINT, times=2))
     assert (statuses, err) == ([130], "") and "saved as" not in out
@@ -577,7 +584,7 @@ def test_killed_before_any_operation_of_a_save_a_run_keeps_the_checkpoint_before
     assert not list(run.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("seed, kills", [(0, 6), *(
+@pytest.mark.parametrize("seed, kills", [(0, 2), *(
     pytest.param(seed, 20, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_killed_at_random_moments_a_run_loses_nothing(processes, given, straight, tmp_path, seed, kills):
     rng = random.Random(seed)
@@ -600,6 +607,7 @@ def test_killed_at_random_moments_a_run_loses_nothing(processes, given, straight
     assert_same_to_the_bit(run, straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [30_000, 200_000], ids=["for no weights", "for no optimizer"])
 def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(start, straight, tmp_path, room):
     folder = tmp_path / "run" / "step_00000004"
@@ -612,7 +620,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(start, straight, tm
     assert_same_to_the_bit(tmp_path / "run", straight)
 
 
-@pytest.mark.parametrize("world", [0, 2])
+@pytest.mark.parametrize("world", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_second_run_on_the_same_folder_is_refused_and_the_first_unharmed(
         processes, given, straight, tmp_path, world):
     run = tmp_path / "run"
@@ -789,6 +797,7 @@ def test_a_save_of_40_seconds_is_whole_before_any_process_leaves(torchrun, tmp_p
     assert whole_checkpoints(tmp_path / "run") == [5]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_job_of_torchrun_without_a_false_save(torchrun, tmp_path):
     launcher = torchrun(dict(what="pause", at=5), parallel="fsdp")
     pids = paused(tmp_path, 2)

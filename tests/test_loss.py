@@ -431,6 +431,12 @@ def test_perplexity_is_exp_of_the_mean_cross_entropy_over_the_tokenizers_ids():
     assert perplexities(gpt, val_windows(), 9, 3) == {"code": pytest.approx(9), "prose": pytest.approx(9)}
 
 
+def test_a_loss_whose_exponential_is_beyond_floats_is_a_large_perplexity():
+    gpt = small_gpt()
+    gpt.lm_head.weight.data *= 1e5
+    assert perplexities(gpt, val_windows(), 9, 3) == dict.fromkeys(["code", "prose"], math.exp(700))
+
+
 def test_perplexity_leaves_random_state_gradients_and_weights():
     gpt = small_gpt()
     gpt(val_windows()["code"]).logsumexp(dim=-1).sum().backward()

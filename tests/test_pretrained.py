@@ -245,6 +245,16 @@ def test_the_parameters_logged_are_transformers(run, models):
     assert list(read_lines(run, "run")[0]["parameters"].values()) == counted
 
 
+def test_layers_of_a_teacher_that_is_stored_in_bfloat16_are_trained_in_float32(keys, models, tmp_path):
+    teacher, _ = models()
+    rounded = tmp_path / "rounded"
+    GPT.from_pretrained(teacher, torch.bfloat16).save_pretrained(rounded)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(teacher / name, rounded)
+    folder = train(resolve_config(keys(rounded, "layers:2", tmp_path / "run", max_steps=0)))
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}
+
+
 def test_a_student_that_is_stored_in_bfloat16_is_trained_and_exported_in_float32(keys, models, tmp_path):
     teacher, student = models()
     rounded = tmp_path / "rounded"

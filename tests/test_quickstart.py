@@ -13,7 +13,7 @@ import pytest
 from conftest import read_lines
 
 ROOT = Path(__file__).parent.parent
-SMALL = "--pretrain_steps=4 --max_steps=4 --interval=2 --val_samples=2 --batch_size=8 --warmup_steps=1"
+SMALL = "--pretrain_steps=4 --max_steps=4 --interval=2 --val_samples=2 --test_samples=2 --batch_size=8 --warmup_steps=1"
 
 
 def run(folder: Path, command: str) -> str:
