@@ -377,17 +377,30 @@ def write_report(results: dict, setting: str, folder: Path):
 
 
 def gain(results: dict, other: str, measure: str) -> list[float]:
-    """How much lower the measure is under DDK than under the other arm, as a share, at each seed that both have."""
+    """How much lower the measure is under DDK than under the other arm, in percent, at each seed that both have."""
     seeds = results.get("ddk", {}).keys() & results.get(other, {}).keys()
-    return [1 - results["ddk"][seed][measure] / results[other][seed][measure] for seed in sorted(seeds, key=int)]
+    return [100 * (1 - results["ddk"][seed][measure] / results[other][seed][measure])
+            for seed in sorted(seeds, key=int)]
+
+
+def gains_table(paths: list[Path]) -> list[str]:
+    """How much lower DDK's ratios end than KD's and equal sampling's in the settings whose results the files hold."""
+    lines = ["| setting | seeds | first ratios, largest − smallest | over | worst ratio, % | mean ratio, % |",
+             "|---" * 6 + "|"]
+    for path in paths:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        difference = statistics.mean(first_difference(one) for one in results["ddk"].values())
+        for other in ("kd", "ddk_es"):
+            worst = gain(results, other, "worst_ratio")
+            if worst:
+                mean = gain(results, other, "mean_ratio")
+                lines.append(f"| {path.stem} | {len(worst)} | {difference:.2f} | `{other}` | "
+                             f"{format_mean(worst, '+', 1)} | {format_mean(mean, '+', 1)} |")
+    return lines
 
 
 def write_gains(paths: list[Path], folder: Path):
-    """What DDK gains over KD and equal sampling in each setting, against how unequal the ratios were at the start.
-
-    Eq. 1 and 2 exponentiate ratios, so it is their difference that counts: the largest minus the smallest."""
-    lines = ["| setting | seeds | first ratios, largest − smallest | over | worst ratio, % | mean ratio, % |",
-             "|---" * 6 + "|"]
+    """gains.md, and gains.png: the gains of DDK against how unequal the ratios were at the start."""
     figure = import_optional("matplotlib.figure", "figures").Figure(figsize=(10, 3.6), layout="constrained")
     axes = dict(zip(("kd", "ddk_es"), figure.subplots(1, 2, sharex=True)))
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -395,15 +408,12 @@ def write_gains(paths: list[Path], folder: Path):
         results = json.loads(path.read_text(encoding="utf-8"))
         difference = statistics.mean(first_difference(one) for one in results["ddk"].values())
         for other, ax in axes.items():
-            worst = [100 * value for value in gain(results, other, "worst_ratio")]
-            mean = [100 * value for value in gain(results, other, "mean_ratio")]
-            if not worst:
-                continue
-            lines.append(f"| {path.stem} | {len(worst)} | {difference:.2f} | `{other}` | "
-                         f"{format_mean(worst, '+', 1)} | {format_mean(mean, '+', 1)} |")
-            for values, marker, label in ((worst, "o", f"{path.stem}, worst ratio"), (mean, "s", "mean ratio")):
-                ax.plot([difference] * len(values), values, marker, color=colour, alpha=0.3, markersize=3)
-                ax.plot([difference], [statistics.mean(values)], marker, color=colour, label=label)
+            for measure, marker in (("worst_ratio", "o"), ("mean_ratio", "s")):
+                values = gain(results, other, measure)
+                if values:
+                    ax.plot([difference] * len(values), values, marker, color=colour, alpha=0.3, markersize=3)
+                    ax.plot([difference], [statistics.mean(values)], marker, color=colour,
+                            label=f"{path.stem}, {MEASURES[measure]}")
     for other, ax in axes.items():
         ax.axhline(0, color="#000000", linewidth=0.5)
         ax.set(xlabel="largest − smallest ratio before the runs", title=f"gain of ddk over {other}, %")
@@ -412,13 +422,14 @@ def write_gains(paths: list[Path], folder: Path):
     figure.legend(handles, labels, loc="outside right", fontsize="small")
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "gains.png", dpi=110)
-    text = "\n".join(lines) + "\n"
+    text = "\n".join(gains_table(paths)) + "\n"
     write_text(folder / "gains.md", text)
     print(text)
 
 
 def first_difference(one: dict) -> float:
-    """The largest minus the smallest ratio of a run before its first step."""
+    """The largest minus the smallest ratio of a run before its first step. Eq. 1 exponentiates ratios, so this is how
+    unequal they are."""
     first = [ratios[0] for ratios in one["ratio"].values()]
     return max(first) - min(first)
 

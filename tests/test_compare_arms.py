@@ -62,7 +62,7 @@ def test_perplexities_stand_beside_the_teachers():
 
 def test_gains_are_shares_by_seed_and_a_row_for_each_setting_and_arm(tmp_path, capsys):
     results = made_up(ddk=[1.0, 3.0], kd=[2.0, 4.0], ddk_es=[1.0, 2.0])
-    assert gain(results, "kd", "worst_ratio") == [0.5, 0.25] and gain(results, "cpt", "mean_ratio") == []
+    assert gain(results, "kd", "worst_ratio") == [50, 25] and gain(results, "cpt", "mean_ratio") == []
     for one in results["ddk"].values():
         one["ratio"] = {"code": [3.0, 1.0], "prose": [1.5, 1.0]}
     for name in ("one", "two"):

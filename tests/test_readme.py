@@ -5,12 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from compare_arms import ARMS as COMPARED
-from compare_arms import MEASURES, domains_table, table, verdicts
+from compare_arms import MEASURES, SETTINGS, domains_table, gains_table, table, verdicts
 from conftest import read_lines
 
 from distill import ARMS, Config
@@ -67,6 +68,16 @@ def test_the_tables_follow_from_the_results_beside_them():
         results = json.loads(path.read_text(encoding="utf-8"))
         for line in [*table(results, COMPARED, MEASURES), *domains_table(results, COMPARED), *verdicts(results)]:
             assert line in results_page
+
+
+def test_the_results_are_of_the_settings_that_their_commands_have():
+    paths = list((ROOT / "assets").glob("*.json"))
+    for path in paths:
+        for runs in json.loads(path.read_text(encoding="utf-8")).values():
+            for one in runs.values():
+                assert one["experiment"]["setting"] == asdict(SETTINGS[path.stem])
+    results_page = (ROOT / "assets" / "RESULTS.md").read_text(encoding="utf-8")
+    assert all(line in results_page for line in gains_table(paths))
 
 
 def test_every_test_that_is_named_as_proof_is_there():
