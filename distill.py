@@ -1414,7 +1414,7 @@ def contradictions(config: Config) -> list[str]:
     # Models
     for role, source in (("teacher", config.teacher), ("student", config.student)):
         if role == "teacher" and is_made(source):
-            problems.append(f"--teacher={source}: is trained already; for a folder of that name write ./{source}")
+            problems.append(f"--teacher={source}: name a trained model; for a folder of that name write ./{source}")
         elif role == "student" and is_made(source):
             if not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*", source):
                 problems.append(f"--student={source}: write scratch:LxD with D even, as in scratch:4x128, or layers:N")

@@ -1489,7 +1489,7 @@ MIXTURES = ["a", "letters=x", "letters=-1", "letters=0", "letters=inf", "letters
     (["--student=2x64"], {}, ["--student=2x64: write scratch:LxD"]),
     *(([f"--max_steps={n}", "--warmup_steps=8", *dry], {}, [f"--warmup_steps=8: .* --max_steps={n}"])
       for n in (1, 8) for dry in ([], ["--dry_run"])),
-    (["--teacher=4x128"], {}, ["--teacher=4x128: is trained already; for a folder of that name write ./4x128"]),
+    (["--teacher=4x128"], {}, ["--teacher=4x128: name a trained model; for a folder of that name write ./4x128"]),
     (["--student="], {}, ["--student: name its folder, scratch:LxD or layers:N"]),
     (["--student=layers:2", "--teacher=", "--method=cpt"], {}, ["--student=layers:2: layers of which --teacher?"]),
     *((["--teacher=", f"--method={method}"], {}, [f"--teacher: --method={method} requires one"])
