@@ -385,8 +385,9 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
 def settings_digest(settings: dict) -> str:
     """Identity of what decides the encoding in a tokenizer.json, however the file is serialised."""
     model = dict(settings["model"])
-    merges = model.pop("merges", [])
-    return digest(model, merges, settings["added_tokens"], settings["normalizer"], settings["pre_tokenizer"])
+    merges = model.pop("merges", None) or []
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    return digest(model, pairs, settings["added_tokens"], settings["normalizer"], settings["pre_tokenizer"])
 
 
 def bytes_settings() -> dict:

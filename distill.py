@@ -1355,11 +1355,12 @@ def parse_mixture(text: str) -> dict[str, float]:
     return weights
 
 
-def is_made(source: str) -> bool:
-    """Whether `source` is of a student to be made, scratch:LxD or layers:N, and no folder or name on the Hub.
+SIZE_ALONE = r"\d+x\d+"  # LxD without the scratch: before it
 
-    LxD alone counts too, so that it is asked to be scratch:LxD."""
-    return re.match(r"(scratch|layers)(:|$)|\d+x\d+$", source) is not None
+
+def is_made(source: str) -> bool:
+    """Whether a student is made anew, or of the teacher's layers: not a folder, and no name on the Hub."""
+    return source.partition(":")[0] in ("scratch", "layers")
 
 
 def read_model_config(role: str, source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
@@ -1418,7 +1419,11 @@ def contradictions(config: Config) -> list[str]:
         elif role == "student" and is_made(source):
             if not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*", source):
                 problems.append(f"--student={source}: write scratch:LxD with D even, as in scratch:4x128, or layers:N")
-        elif source and not os.path.isdir(source) and not re.fullmatch(HUB_NAME, source):
+        elif not source or os.path.isdir(source):
+            continue
+        elif re.fullmatch(SIZE_ALONE, source):
+            problems.append(f"--{role}={source}: no such folder; a new student is --student=scratch:{source}")
+        elif not re.fullmatch(HUB_NAME, source):
             problems.append(f"--{role}={source}: no such folder, and no name on the Hugging Face Hub, OWNER/MODEL")
     if not config.preset:
         problems.append(f"--preset: name one, since it sets what a step is: {describe_presets()}")
@@ -2062,7 +2067,7 @@ def resolve_config(given: dict) -> Config:
     preset = given.get("preset", "")
     if not preset:
         student = given.get("student", "")
-        names_student = student and not is_made(student)
+        names_student = student and not is_made(student) and not re.fullmatch(SIZE_ALONE, student)
         if not given.get("teacher") and not names_student:
             preset = "quickstart"
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})

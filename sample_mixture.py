@@ -275,8 +275,11 @@ def read_metrics(path: Path) -> list[dict]:
         whole_lines = text[:text.rfind("\n") + 1].splitlines()
         metrics = [json.loads(line) for line in whole_lines]
         for line in metrics:
-            if "kind" not in line or not isinstance(line["step"], int):
-                raise ValueError("each line requires a kind and a step")
+            expected = {"kind", "step"}
+            if line["kind"] == "mixture":
+                expected |= {"t", "r", "domains"}
+            if not expected <= line.keys() or not isinstance(line["step"], int):
+                raise ValueError(f"a {line['kind']} line requires {' '.join(sorted(expected))}")
     return metrics
 
 

@@ -25,7 +25,8 @@ import tiktoken
 import data
 from data import (TokenBins, UserError, alive, build_bins, bytes_settings, expand_sources, file_sha256, import_optional,
                   load_tokenizer, model_tokenizer, quickstart_documents, read_documents, read_file, read_meta,
-                  run_program, same_tokenizer, save_tokenizer, saved_tokenizer, user_errors, verify, write_meta)
+                  run_program, same_tokenizer, save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify,
+                  write_meta)
 
 ARTICLES = [f"Article {i}: " + f"{i * i} words é <|endoftext|> " * (i % 23) for i in range(400)]
 
@@ -335,6 +336,7 @@ def test_differently_serialised_files_of_one_tokenizer_have_one_fingerprint(tmp_
     pairs = [word.split(" ") for word in words]
     a = {**bpe_settings, "model": {**model, "merges": pairs}}
     b = {**bpe_settings, "model": {**model, "merges": words, "vocab": dict(reversed(model["vocab"].items()))}}
+    assert settings_digest(a) == settings_digest(b)
     save_bpe(tmp_path / "a", a)
     save_bpe(tmp_path / "b", dict(reversed(b.items())), indent=3, ensure_ascii=False)
     assert load_tokenizer(tmp_path / "a").fingerprint == load_tokenizer(tmp_path / "b").fingerprint

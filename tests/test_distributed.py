@@ -584,7 +584,7 @@ def test_killed_before_any_operation_of_a_save_a_run_keeps_the_checkpoint_before
     assert not list(run.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("seed, kills", [(0, 2), *(
+@pytest.mark.parametrize("seed, kills", [(0, 6), *(
     pytest.param(seed, 20, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_killed_at_random_moments_a_run_loses_nothing(processes, given, straight, tmp_path, seed, kills):
     rng = random.Random(seed)

@@ -227,7 +227,7 @@ def test_counts_are_the_batch_times_probs_to_within_one():
     rng = np.random.default_rng(0)
     mixtures = [[0.1] * 10] * 20
     mixtures += [[1 / 3] * 3, [1 / 49] * 49, [0, 0.3, 0, 0.7, 0], [1, 0, 0], [0, 0, 1], [1e-9, 1, 1e-9]]
-    mixtures += [rng.dirichlet(np.full(n, 0.4)) * (rng.random(n) < 0.7) for n in rng.integers(2, 12, 40)]
+    mixtures += [rng.dirichlet(np.full(n, 0.4)) * (rng.random(n) < 0.7) for n in rng.integers(2, 12, 150)]
     for mixture in filter(np.any, mixtures):
         batch_size = int(rng.choice([1, 7, 64, 250]))
         sampler = MixtureSampler({f"d{i}": 50 for i in range(len(mixture))}, batch_size, seed=0)
@@ -461,10 +461,10 @@ def changed(index, **values) -> list[dict]:
 
 @pytest.mark.parametrize("lines", [
     [], LINES[:1], LINES[1:], changed(0, rule=None), changed(0, rule="other"), changed(0, base=None),
-    changed(0, config={}), changed(1, r=None), changed(1, domains=None), [[1]], [{}],
+    changed(0, config={}), changed(1, t=None), changed(1, r=None), changed(1, domains=None), [[1]], [{}],
     changed(1, domains={"x": {"student_ppl": 8, "teacher_ppl": 4}}), changed(1, domains=domains([0.5, 4])),
     b"\x89PNG\r\n\x1a\n\xff\xfe\n", b'{"kind": "run", "st\n{"kind": "end"}\n'],
-    ids=["empty", "no mixture line", "no run line", "no rule", "unknown rule", "no base", "no alpha", "no r",
+    ids=["empty", "no mixture line", "no run line", "no rule", "unknown rule", "no base", "no alpha", "no t", "no r",
          "no domains", "no object", "no kind", "no y", "no perplexity", "binary", "torn in the middle"])
 def test_metrics_that_no_run_writes_are_refused(program, metrics, lines):
     if isinstance(lines, bytes):
