@@ -245,6 +245,23 @@ def table(results: dict, names, measures) -> list[str]:
     return lines
 
 
+def ablations_table(results: dict) -> list[str]:
+    """A row for each ablation that has run, and its differences from DDK, paired by seed: above 0 is worse than DDK."""
+    measures = ("worst_ratio", "mean_ratio")
+    lines = ["| | seeds | " + " | ".join(f"{MEASURES[measure]} | less `ddk`'s" for measure in measures) + " |",
+             "|---" * 6 + "|"]
+    for name in ABLATIONS:
+        if name not in results:
+            continue
+        row = f"| `{name}` | {len(results[name])} |"
+        for measure in measures:
+            differences = paired(results, name, "ddk", measure)
+            row += f" {format_mean([one[measure] for one in results[name].values()])} |"
+            row += f" {format_mean(differences, '+')} |" if differences else " |"
+        lines.append(row)
+    return lines
+
+
 def domains_table(results: dict, names) -> list[str]:
     """Perplexity on the test windows per domain: the teacher's, and each arm's mean over seeds with its mean ratio."""
     ends = {name: [one["end"] for one in results[name].values()] for name in names if name in results}
@@ -365,7 +382,7 @@ def write_report(results: dict, setting: str, folder: Path):
              "Perplexity of each domain's test windows, and its ratio to the teacher's:", "",
              *domains_table(results, ARMS), ""]
     if results.keys() & ABLATIONS.keys():
-        lines += ["DDK with one value changed:", "", *table(results, ["ddk", *ABLATIONS], MEASURES), ""]
+        lines += ["DDK with one value changed:", "", *ablations_table(results), ""]
     lines += ["The paper's claims, by paired differences over seeds, decided at 95 % (Student's t):", "",
               *verdicts(results)]
     text = "\n".join(lines) + "\n"
@@ -383,29 +400,27 @@ def gain(results: dict, other: str, measure: str) -> list[float]:
             for seed in sorted(seeds, key=int)]
 
 
-def gains_table(paths: list[Path]) -> list[str]:
-    """How much lower DDK's ratios end than KD's and equal sampling's in the settings whose results the files hold."""
+def gains_table(settings: dict[str, dict]) -> list[str]:
+    """How much lower DDK's ratios end than KD's and equal sampling's. settings: name → what its runs gave."""
     lines = ["| setting | seeds | first ratios, largest − smallest | over | worst ratio, % | mean ratio, % |",
              "|---" * 6 + "|"]
-    for path in paths:
-        results = json.loads(path.read_text(encoding="utf-8"))
+    for setting, results in settings.items():
         difference = statistics.mean(first_difference(one) for one in results["ddk"].values())
         for other in ("kd", "ddk_es"):
             worst = gain(results, other, "worst_ratio")
             if worst:
                 mean = gain(results, other, "mean_ratio")
-                lines.append(f"| {path.stem} | {len(worst)} | {difference:.2f} | `{other}` | "
+                lines.append(f"| {setting} | {len(worst)} | {difference:.2f} | `{other}` | "
                              f"{format_mean(worst, '+', 1)} | {format_mean(mean, '+', 1)} |")
     return lines
 
 
-def write_gains(paths: list[Path], folder: Path):
+def write_gains(settings: dict[str, dict], folder: Path):
     """gains.md, and gains.png: the gains of DDK against how unequal the ratios were at the start."""
     figure = import_optional("matplotlib.figure", "figures").Figure(figsize=(10, 3.6), layout="constrained")
     axes = dict(zip(("kd", "ddk_es"), figure.subplots(1, 2, sharex=True)))
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-    for path, colour in zip(paths, itertools.cycle(colours)):
-        results = json.loads(path.read_text(encoding="utf-8"))
+    for (setting, results), colour in zip(settings.items(), itertools.cycle(colours)):
         difference = statistics.mean(first_difference(one) for one in results["ddk"].values())
         for other, ax in axes.items():
             for measure, marker in (("worst_ratio", "o"), ("mean_ratio", "s")):
@@ -413,7 +428,7 @@ def write_gains(paths: list[Path], folder: Path):
                 if values:
                     ax.plot([difference] * len(values), values, marker, color=colour, alpha=0.3, markersize=3)
                     ax.plot([difference], [statistics.mean(values)], marker, color=colour,
-                            label=f"{path.stem}, {MEASURES[measure]}")
+                            label=f"{setting}, {MEASURES[measure]}")
     for other, ax in axes.items():
         ax.axhline(0, color="#000000", linewidth=0.5)
         ax.set(xlabel="largest − smallest ratio before the runs", title=f"gain of ddk over {other}, %")
@@ -422,7 +437,7 @@ def write_gains(paths: list[Path], folder: Path):
     figure.legend(handles, labels, loc="outside right", fontsize="small")
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "gains.png", dpi=110)
-    text = "\n".join(gains_table(paths)) + "\n"
+    text = "\n".join(gains_table(settings)) + "\n"
     write_text(folder / "gains.md", text)
     print(text)
 
@@ -482,7 +497,8 @@ def main():
     teacher_dir = Path(args.out_dir or f"out/compare-{origin}") / "teacher"
     import_optional("matplotlib", "figures")  # asked for now, and not after hours
     if args.gains:
-        write_gains([Path(name) for name in args.gains.split(",")], Path(args.assets or "out"))
+        settings = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in map(Path, args.gains.split(","))}
+        write_gains(settings, Path(args.assets or "out"))
         return
     if (setting.teacher is None) != os.path.isdir(args.teacher):
         raise UserError(f"--teacher={args.teacher}: name the folder of a model, for --setting=real alone")

@@ -10,8 +10,8 @@ from pathlib import Path
 import compare_arms
 import pytest
 import torch
-from compare_arms import (ABLATIONS, ARMS, CLAIMS, MEASURES, chosen_arms, domains_table, gain, mean_and_error, paired,
-                          table, verdicts, write_gains)
+from compare_arms import (ABLATIONS, ARMS, CLAIMS, MEASURES, ablations_table, chosen_arms, domains_table, gain,
+                          mean_and_error, paired, table, verdicts, write_gains)
 
 from model import GPT, GPTConfig
 
@@ -54,6 +54,14 @@ def test_the_table_has_a_line_for_each_arm_that_ran():
     assert lines[2:] == ["| `ddk` | 2 | 1.500 ± 0.500 |", "| `kd` | 2 | 3.000 ± 1.000 |", "| `cpt` | 1 | 3.000 |"]
 
 
+def test_an_ablation_is_compared_with_ddk_at_the_seeds_that_both_have():
+    results = made_up(**{"ddk": [1.0, 2.0, 9.0], "alpha=1.0": [1.5, 3.5], "interval=10": [2.0]})
+    difference = "+1.000 ± 0.500"
+    assert ablations_table(results)[2:] == [
+        "| `interval=10` | 1 | 2.000 | +1.000 | 2.000 | +1.000 |",
+        f"| `alpha=1.0` | 2 | 2.500 ± 1.000 | {difference} | 2.500 ± 1.000 | {difference} |"]
+
+
 def test_perplexities_stand_beside_the_teachers():
     ends = [{"code": {"test_student_ppl": ppl, "test_teacher_ppl": 2.0, "test_ratio": ppl / 2}} for ppl in (4.0, 5.0)]
     results = {"ddk": {"0": {"end": ends[0]}, "1": {"end": ends[1]}}}
@@ -65,9 +73,7 @@ def test_gains_are_shares_by_seed_and_a_row_for_each_setting_and_arm(tmp_path, c
     assert gain(results, "kd", "worst_ratio") == [50, 25] and gain(results, "cpt", "mean_ratio") == []
     for one in results["ddk"].values():
         one["ratio"] = {"code": [3.0, 1.0], "prose": [1.5, 1.0]}
-    for name in ("one", "two"):
-        (tmp_path / f"{name}.json").write_text(json.dumps(results))
-    write_gains([tmp_path / "one.json", tmp_path / "two.json"], tmp_path)
+    write_gains({"one": results, "two": results}, tmp_path)
     rows = (tmp_path / "gains.md").read_text().splitlines()[2:]
     assert rows[0] == "| one | 2 | 1.50 | `kd` | +37.5 ± 12.5 | +37.5 ± 12.5 |" and len(rows) == 4
     assert (tmp_path / "gains.png").stat().st_size > 500

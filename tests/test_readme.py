@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from compare_arms import ABLATIONS
 from compare_arms import ARMS as COMPARED
-from compare_arms import MEASURES, SETTINGS, domains_table, gains_table, table, verdicts
+from compare_arms import MEASURES, SETTINGS, ablations_table, domains_table, gains_table, table, verdicts
 from conftest import read_lines
 
 from distill import ARMS, Config
@@ -66,18 +67,21 @@ def test_the_tables_follow_from_the_results_beside_them():
     results_page = (ROOT / "assets" / "RESULTS.md").read_text(encoding="utf-8")
     for path in (ROOT / "assets").glob("*.json"):
         results = json.loads(path.read_text(encoding="utf-8"))
-        for line in [*table(results, COMPARED, MEASURES), *domains_table(results, COMPARED), *verdicts(results)]:
+        lines = [*table(results, COMPARED, MEASURES), *domains_table(results, COMPARED), *verdicts(results)]
+        if results.keys() & ABLATIONS.keys():
+            lines += ablations_table(results)
+        for line in lines:
             assert line in results_page
 
 
 def test_the_results_are_of_the_settings_that_their_commands_have():
-    paths = list((ROOT / "assets").glob("*.json"))
-    for path in paths:
-        for runs in json.loads(path.read_text(encoding="utf-8")).values():
+    settings = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "assets").glob("*.json")}
+    for name, results in settings.items():
+        for runs in results.values():
             for one in runs.values():
-                assert one["experiment"]["setting"] == asdict(SETTINGS[path.stem])
+                assert one["experiment"]["setting"] == asdict(SETTINGS[name])
     results_page = (ROOT / "assets" / "RESULTS.md").read_text(encoding="utf-8")
-    assert all(line in results_page for line in gains_table(paths))
+    assert all(line in results_page for line in gains_table(settings))
 
 
 def test_every_test_that_is_named_as_proof_is_there():
