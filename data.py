@@ -803,7 +803,7 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
                 yield domain.val, raw
 
 
-def next_batch(assigned: Iterator[tuple[BinWriter, bytes]]) -> Iterator[tuple[BinWriter, bytes]]:
+def take_batch(assigned: Iterator[tuple[BinWriter, bytes]]) -> Iterator[tuple[BinWriter, bytes]]:
     """The next BATCH_BYTES, about, of what split_documents yields."""
     batch_bytes = 0
     for writer, raw in assigned:
@@ -838,7 +838,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
 
     # Encode a batch over all domains at a time, and append each document to its bin.
     assigned = split_documents(documents, domains, out_dir, dtype, val_fraction, val_bytes)
-    while batch := list(next_batch(assigned)):
+    while batch := list(take_batch(assigned)):
         encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
         for (writer, raw), ids in zip(batch, encoded, strict=True):
             writer.append(np.append(ids, tokenizer.eot), len(raw))
@@ -904,11 +904,11 @@ def _quickstart_texts(name: str) -> Iterator[str]:
         yield from pydoc_data.topics.topics.values()
     source = QUICKSTART[name]
     folder = Path(importlib.util.find_spec(source["module"]).origin).parent
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*" + source["suffix"])]
+    paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*" + source["suffix"])]
     # By the hashes of their names, so that the first few megabytes are a sample of all files.
-    for name in sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        if not re.search(source["left_out"], name):
-            for _, text in read_file(folder / name, "text", Counter()):
+    for path in sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest()):
+        if not re.search(source["left_out"], path):
+            for _, text in read_file(folder / path, "text", Counter()):
                 yield source["extract"](text)
 
 

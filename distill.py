@@ -55,14 +55,19 @@ from data import (HUB_NAME, MODEL_FILES, TOKENIZER_FILES, TOKENIZER_META, TokenB
                   quickstart_documents, read_meta, report_error, run_program, same_tokenizer, save_tokenizer,
                   saved_tokenizer, user_errors, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
-from sample_mixture import RULES, MixtureSampler, read_metrics
+from sample_mixture import RULES, MixtureSampler, read_metrics, softmax
+
+# The first part calls five helpers before a reader meets them. rank_slice: this rank's windows of a batch. over_ranks:
+# a sum over all ranks. on_rank_0: call a function on rank 0, and give its result to all. refuse: end all ranks with a
+# message. alive: print a line every 30 seconds while a function runs.
 
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
 
-# Sets of defaults. Config's own are the paper's, so the presets of its pairs only name the models. The paper gives the
-# tokens of a step, but not how they are cut into windows. Weight decay, clipping and AdamW's betas are ours.
+# Sets of defaults. Config's own are the paper's values, so the presets of the paper's pairs only name the models. Where
+# the paper gives no value the choice is ours: how the tokens of a step are cut into windows, weight decay, clipping,
+# AdamW's betas.
 PRESETS = {
     "quickstart": dict(interval=25, val_samples=64, test_samples=64,
                        block_size=256, batch_size=8, max_steps=300, lr=1e-3, min_lr=1e-4, warmup_steps=20,
@@ -81,14 +86,16 @@ PRESETS = {
 class Arm:
     """A method that the paper compares. The defaults are DDK's, so a row of ARMS says what differs."""
     help: str
-    rule: str = "ddk"  # what draws the data: a row of sample_mixture.RULES
-    divergence: str | None = "forward"  # as in Eq. 3, or "reverse"; None: cross-entropy alone
-    needs_teacher: bool = True
-    # A term besides Eq. 3: a class with the methods of TED
+    rule: str = "ddk"  # the mixture rule, a key of sample_mixture.RULES
+    divergence: str | None = "forward"  # `direction` of Eq. 3, "forward" or "reverse"; None: cross-entropy alone
+    needs_teacher: bool = True  # in training; where one is named it is measured in any case
+    # A term besides Eq. 3: a class with TED's methods. __init__ may register hooks on the layers. pretrain runs once,
+    # before the first step. sum_over_tokens gives the term of a micro-batch. reduce_gradients (returns a list), update,
+    # state_dict and load_state_dict are for parameters of its own.
     added_loss: type | None = None
     # A weight for each window of a batch: a function with the arguments of doremi_window_weights
     weigh_windows: Callable | None = None
-    # Called with (config, state) after the last step
+    # Called with (config, state) by `report`, each time the command finds the run finished
     at_end: Callable | None = None
 
 
@@ -110,7 +117,7 @@ def key(default, help: str, minimum: float = -math.inf, maximum: float = math.in
 
 
 def free_key(default, help: str, **limits):
-    """A key that does not change the experiment: a run may be resumed with another value."""
+    """A key that may have another value when the run is resumed. Models and bins are compared by content instead."""
     return key(default, help, may_change=True, **limits)
 
 
@@ -122,8 +129,8 @@ class Config:
     preset: str = free_key("", "set of defaults (default: quickstart, unless teacher or student names a model)",
                            choices=PRESETS)
     teacher: str = free_key("", "folder of the teacher in Hugging Face's format, or its name on the Hub: OWNER/MODEL")
-    student: str = free_key("", "the same of the student; scratch:LxD: L new layers, D wide; layers:N: N evenly spaced "
-                                "layers of the teacher")
+    student: str = free_key("", "the student's folder or name; or scratch:LxD, L new layers, D wide; or layers:N, N "
+                                "evenly spaced layers of the teacher")
     data_dir: str = free_key("", "folder of the bins, made by data.py (default: data/PRESET)")
     out_dir: str = free_key("", "folder of the run (default: out/PRESET-METHOD-SEED)")
     domains: str = key("", "name,name,… of the bins' domains (default: all)")
@@ -155,8 +162,10 @@ class Config:
     micro_batch_size: int = free_key(0, "windows per forward pass; 0: all of a rank's windows", minimum=0)
     teacher_micro_batch_size: int = free_key(0, "windows per forward pass of the teacher, a multiple of "
                                                 "micro_batch_size; 0: equal to it", minimum=0)
-    dtype: str = key("auto", "of the matrix products; auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
-    compile: str = free_key("auto", "torch.compile; auto: on cuda", choices=("auto", "true", "false"))
+    dtype: str = key("auto", "dtype of the matrix products; auto: bfloat16 on cuda, else float32",
+                     choices=("auto", "float32", "bfloat16"))
+    compile: str = free_key("auto", "torch.compile of the models' blocks; auto: on cuda. The loss is compiled wherever "
+                                    "that pays", choices=("auto", "true", "false"))
     device: str = free_key("auto", "auto: cuda, then mps, then cpu")
     parallel: str = free_key("auto", "under torchrun; auto: fsdp (FSDP2) on GPUs, ddp on CPUs; hsdp: sharded within a "
                                      "node, replicated across nodes", choices=("auto", "none", "ddp", "fsdp", "hsdp"))
@@ -188,14 +197,14 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
     the smaller number of rows), both logits cut before the softmax; there is no T² factor. direction "forward" puts the
     teacher first, as in Eq. 3; "reverse" puts the student first, as in MiniLLM. The sums, weighted by `token_weights`
     (…) if given, are divided by `num_tokens` (default: the number of targets that count). ce and kl are detached.
-    Raises ValueError on another direction, or if vocab_size exceeds the rows of a head."""
+    Given a teacher, raises ValueError on another direction, or if vocab_size exceeds the rows of a head."""
     counted = targets != -100
     weights = counted if token_weights is None else counted * token_weights
     if num_tokens is None:
         num_tokens = counted.sum().clamp(min=1)
 
-    # Cross-entropy. The target is found by comparing ids, which torch.compile fuses with the softmax; a gather it does
-    # not. An ignored target equals no id.
+    # Cross-entropy. The target's log-probability is found by comparing ids, since torch.compile fuses that with the
+    # softmax, but not a gather. An ignored target equals no id, so its loss is 0.
     z_S = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
     log_s = F.log_softmax(z_S, dim=-1)
     is_target = torch.arange(z_S.shape[-1], device=targets.device) == targets.unsqueeze(-1)
@@ -233,7 +242,7 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
 @alive("measuring perplexities")
 @torch.no_grad()
 def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, micro_batch_size: int,
-                 autocast=nullcontext()) -> dict[str, float]:
+                 precision=nullcontext()) -> dict[str, float]:
     """The paper's ℓ, name → exp of the mean next-token cross-entropy over a domain's windows (n, block_size + 1).
 
     Over the tokenizer's ids alone (`vocab_size`), for teacher and student alike, with `micro_batch_size` windows per
@@ -248,31 +257,34 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
         for batch in domain_windows.split(per_rank * world_size()):
             # Every rank takes its share, filled up with ignored targets: FSDP requires equally many forward passes on
             # all ranks, and torch.compile one shape.
-            mine = batch[rank()::world_size()]
-            missing = (0, 0, 0, per_rank - len(mine))  # F.pad counts from the last dimension: no columns, then the rows
-            inputs = F.pad(mine[:, :-1], missing)
-            targets = F.pad(mine[:, 1:], missing, value=-100).to(device)
+            my_windows = batch[rank()::world_size()]
+            n_missing = per_rank - len(my_windows)
+            padding = (0, 0, 0, n_missing)  # no columns, n_missing rows at the end
+            inputs = F.pad(my_windows[:, :-1], padding).to(device)
+            targets = F.pad(my_windows[:, 1:], padding, value=-100).to(device)
 
             def cross_entropy_sum(hidden, head):
                 # Divided by 1: the sum, not the mean
                 _, ce, _ = distillation_loss(hidden, head[:vocab_size], None, None, targets, num_tokens=1)
                 return ce
 
-            with autocast:
-                ce = model(inputs.to(device), loss_fn=cross_entropy_sum)
+            with precision:
+                ce = model(inputs, loss_fn=cross_entropy_sum)
             ce_sum += ce.cpu().double()
 
         # Sums over counts, so that it does not matter how the windows were split
         mean_ce = over_ranks(ce_sum).item() / domain_windows[:, 1:].numel()
         if not math.isfinite(mean_ce):
             refuse(f"domain {name}: the loss of a model is {mean_ce}; its weights are damaged, or --dtype too coarse")
-        ppl[name] = math.exp(min(mean_ce, 700.0))
+        ppl[name] = math.exp(min(mean_ce, 700.0))  # exp overflows from 710 on
     return ppl
 
 
 def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampler, block_size: int) -> dict[str, dict]:
-    """What is known of each domain after an evaluation: name → its numbers. They are logged, plotted, and shown in the
-    table at the end; another number per domain is one more line here."""
+    """The numbers of each domain after an evaluation, which are logged, plotted, and shown in the table at the end.
+
+    Another number that follows from these arguments is one more line here. One that needs a model is a function such as
+    `perplexities`, called beside it in `train`, and an argument of this function."""
     domains = {}
     for i, name in enumerate(sampler.names):
         domains[name] = {
@@ -296,7 +308,7 @@ def with_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") 
 
 @dataclass
 class TrainState:
-    """Everything that a run continues from, besides weights and optimizer. JSON-able; saved in each checkpoint."""
+    """Everything that a run continues from, besides tensors: weights, optimizer, added loss. Saved as JSON."""
     step: int = 0  # finished updates
     finished: bool = False
     teacher_ppl: dict | None = None  # ℓ_T: name → perplexity, measured once; None for each where there is no teacher
@@ -309,7 +321,8 @@ class TrainState:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of update step + 1: linear up to lr in warmup_steps, then cosine to min_lr at the last update."""
+    """Learning rate of the update that follows `step` finished ones: linear warm-up to lr, then cosine to min_lr, which
+    the last update has."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     decay_steps = config.max_steps - 1 - config.warmup_steps
@@ -339,14 +352,15 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
     student: in its DistributedDataParallel wrapper if it has one. windows: this rank's, (n, block_size + 1) int64.
     window_weights: of the whole batch, (batch_size,); 1 for all but DoReMi's proxy. added_loss: see TED, or None.
     Raises UserError, before the update, if the loss or the gradient is not finite."""
-    # The tokens of the whole batch, each counted by its weight. Every loss is a sum divided by this number, so those of
-    # micro-batches and ranks, and their gradients, add up to Eq. 3's mean.
     arm = ARMS[config.method]
+
+    # The tokens of the whole batch, each counted by its weight. The losses of all micro-batches and ranks are sums over
+    # their tokens, divided by this number. So they, and their gradients, add up to Eq. 3's mean.
     num_tokens = (window_weights.sum() * config.block_size).to(windows.device)
     my_weights = window_weights[rank_slice(config)].to(windows.device)
 
     # Forward and backward passes, one micro-batch at a time
-    totals = torch.zeros(3, device=windows.device)
+    totals = torch.zeros(3, device=windows.device)  # loss, ce and kl of this rank
     teacher_hidden = None
     teacher_head = None
     for start in range(0, len(windows), config.micro_batch_size):
@@ -355,14 +369,15 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
         targets = windows[rows, 1:]
         token_weights = my_weights[rows, None].expand_as(targets)
 
-        # The teacher's hidden states and head, made for one micro-batch or several; logits are made inside the loss.
-        offset = start % config.teacher_micro_batch_size
+        # The teacher's hidden states; logits are made inside the loss. One forward pass of it serves one or more
+        # micro-batches of the student, of which this one begins at row `offset`.
         if arm.divergence is not None:
+            offset = start % config.teacher_micro_batch_size
             if offset == 0:
-                teacher_rows = windows[start:start + config.teacher_micro_batch_size, :-1]
+                teacher_inputs = windows[start:start + config.teacher_micro_batch_size, :-1]
                 with torch.no_grad(), autocast(config):
-                    teacher_batch_hidden, teacher_head = teacher(teacher_rows, loss_fn=hidden_and_head)
-            teacher_hidden = teacher_batch_hidden[offset:offset + config.micro_batch_size]
+                    all_teacher_hidden, teacher_head = teacher(teacher_inputs, loss_fn=hidden_and_head)
+            teacher_hidden = all_teacher_hidden[offset:offset + config.micro_batch_size]
 
         reduce_in_last_pass_only(student, rows.stop >= len(windows), config)
 
@@ -380,25 +395,26 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
         # Gradients of the ranks have to be added up, but DDP and FSDP average them.
         (loss * world_size()).backward()
         totals += torch.stack((loss, ce, kl)).detach()
-    clear_forward_record(teacher)
+    clear_forward_record(teacher)  # FSDP2 would keep one of each forward pass
 
-    # Clip the gradient
+    # Clip the gradient; its norm is over all parameters, those of an added loss too.
     parameters = list(student.parameters())
     if added_loss is not None:
         parameters += added_loss.reduce_gradients()
-    grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
+    max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
+    grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
     if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
+        grad_norm = grad_norm.full_tensor()  # of all shards
     grad_norm = grad_norm.item()
 
-    # Summed over ranks, so that all of them stop, or none.
+    # Stop where training has gone wrong. The sums are over all ranks, so that all of them stop, or none.
     loss, ce, kl = over_ranks(totals).tolist()
     if not math.isfinite(loss + grad_norm):
         refuse(f"step {step}: loss {loss}, gradient norm {grad_norm}. The update was not made, and nothing is saved. "
                f"Lower --lr={config.lr}, with --resume=never, or check the data: python data.py "
                f"--verify={config.data_dir}")
 
-    # Update
+    # One step of AdamW, with this step's learning rate
     lr = learning_rate(step, config)
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -426,8 +442,9 @@ def train(config: Config) -> Path:
     arm = ARMS[config.method]
 
     with RunFolder(Path(config.out_dir)) as run:
-        # Check everything that is cheap, and find the checkpoint to continue from.
-        bins, model_configs, state, resumed = on_rank_0(run.open, config)
+        # Check everything that is cheap. Then find the checkpoint to continue from: `resumed` is its folder, or None.
+        bins, model_configs = on_rank_0(preflight, config)
+        state, resumed = on_rank_0(run.open, config, bins)
         if state.finished:
             print(f"{config.out_dir}: this run is finished (step {state.step})")
             return resumed
@@ -444,10 +461,12 @@ def train(config: Config) -> Path:
         teacher, student, added_loss = load_models(config, model_configs, resumed)
         optimizer = make_optimizer(student, config)
 
-        # Continue from the checkpoint, or start: the teacher is measured once in a run.
+        # measure(model, windows) is ℓ, name → perplexity, in the same way for both models.
         measure = functools.partial(perplexities, vocab_size=bins.vocab_size, micro_batch_size=config.micro_batch_size,
-                                    autocast=autocast(config))
-        if resumed:
+                                    precision=autocast(config))
+
+        # Continue from the checkpoint, or start: ℓ_T is measured once in a run, and TED's filters are trained.
+        if resumed is not None:
             load_checkpoint(resumed, state, sampler, student, optimizer, added_loss)
         else:
             state.teacher_ppl = dict.fromkeys(bins.names)
@@ -461,10 +480,13 @@ def train(config: Config) -> Path:
                     versions=environment(), parameters=count_parameters(teacher=teacher, student=student))
         if not arm.needs_teacher:
             teacher = None  # it has been measured, and training does without
+
+        # DDP wraps the student for the forward passes of training only; FSDP has sharded it in place.
         wrapped_student = student
         if config.parallel == "ddp":
             wrapped_student = DistributedDataParallel(student, gradient_as_bucket_view=True)
 
+        # The loop. From here on a signal waits for the end of a step or an evaluation.
         run.catch_signals()
         first_step = state.step
         while True:
@@ -483,11 +505,14 @@ def train(config: Config) -> Path:
                 if state.step == 0:
                     state.first_domains = state.domains
                     print_table(state.domains, state.domains)
-                if config.stop_ratio > 0:
-                    last = last or worst_ratio(state.domains) <= config.stop_ratio
+                if config.stop_ratio > 0 and worst_ratio(state.domains) <= config.stop_ratio:
+                    last = True
+
+            # After the last step: measure on the test windows too, which r never follows.
             if last:
-                for name, ppl in measure(student, test_windows).items():
-                    state.domains[name].update(with_ratio(ppl, state.test_teacher_ppl[name], prefix="test_"))
+                for name, test_ppl in measure(student, test_windows).items():
+                    tested = with_ratio(test_ppl, state.test_teacher_ppl[name], prefix="test_")
+                    state.domains[name].update(tested)
                 run.log("end", state.step, domains=state.domains)
 
             # Save: every save_every steps, at the end, and when a signal asks for it.
@@ -514,19 +539,19 @@ def train(config: Config) -> Path:
                     state.weights_state, student, teacher, windows, domain_ids, sampler, config)
 
             # One update of the student
-            measured = training_step(state.step, wrapped_student, teacher, optimizer, windows, window_weights,
+            step_log = training_step(state.step, wrapped_student, teacher, optimizer, windows, window_weights,
                                      added_loss=added_loss, vocab_size=bins.vocab_size, config=config)
             state.step += 1
 
             # Log
             now = time.perf_counter()
             tokens_per_step = config.batch_size * config.block_size
-            measured["tokens"] = state.step * tokens_per_step
-            measured["tokens_per_s"] = tokens_per_step / (now - started)
-            measured["eta_s"] = (now - loop_started) / (state.step - first_step) * (config.max_steps - state.step)
-            run.log("train", state.step, **measured)
+            step_log["tokens"] = state.step * tokens_per_step
+            step_log["tokens_per_s"] = tokens_per_step / (now - started)
+            step_log["eta_s"] = (now - loop_started) / (state.step - first_step) * (config.max_steps - state.step)
+            run.log("train", state.step, **step_log)
             if line_is_due(state.step, first_step, now - last_line, now - started, config):
-                print_progress(state.step, measured, student, teacher, config)
+                print_progress(state.step, step_log, student, teacher, config)
                 last_line = now
 
 
@@ -555,10 +580,13 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
         token_weights = torch.ones_like(targets)
     token_weights = token_weights.flatten()
 
-    # A tensor, since torch.compile would recompile for each new value of a Python number
+    # What may change between steps is a tensor: torch.compile would recompile for each new value of a Python number.
     if num_tokens is None:
         num_tokens = (targets != -100).sum().clamp(min=1)
     equation["num_tokens"] = torch.as_tensor(num_tokens, device=hidden.device)
+    if "gamma" in equation:
+        loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        equation["gamma"] = hidden.new_full((), equation["gamma"], dtype=loss_dtype)
 
     # Chunks of one shape, for the same reason: a power of two, and the last one is filled up with ignored targets.
     if chunk_size is None:
@@ -660,7 +688,8 @@ def eq3_of_chunk(student_logits, teacher_logits, targets, token_weights, equatio
 
 @functools.cache
 def compile_eq3():
-    """eq3_of_chunk with its passes over the logits fused; as it stands, with one warning, where torch.compile fails."""
+    """eq3_of_chunk, compiled, so that its passes over the logits are fused. If torch.compile fails here, it warns once
+    and runs uncompiled, in slices."""
     compiled = torch.compile(eq3_of_chunk, dynamic=False)
     works = True
 
@@ -678,7 +707,7 @@ def compile_eq3():
 
 
 def eq3_in_slices(student_logits, teacher_logits, targets, token_weights, equation: dict, wants_gradient: bool):
-    """eq3_of_chunk on a sixteenth of the tokens at a time: not fused, it holds a dozen copies of the logits."""
+    """eq3_of_chunk on a sixteenth of the tokens at a time, since uncompiled it holds a dozen copies of the logits."""
     totals = 0
     n = math.ceil(len(targets) / 16)
     for start in range(0, len(targets), n):
@@ -782,7 +811,7 @@ def process_group(config: Config):
     except BaseException as error:
         # A process that ends makes the collectives of the others fail.
         if isinstance(error, RuntimeError) and re.search("gloo|NCCL|Connection (closed|reset|refused)", str(error)):
-            reason = str(error).splitlines()[0]
+            reason = " ".join(str(error).split())[:600]  # NCCL's own cause is on its second line
             error = UserError(f"another process is gone, or silent for {config.timeout} minutes ({reason}); the same "
                               "command continues from the last checkpoint")
         status = report_error(error)
@@ -805,8 +834,7 @@ def resolve_auto(config: Config) -> Config:
     on_cuda = device.type == "cuda"
     parallel = "none"
     if dist.is_initialized():
-        shardable = ARMS[config.method].added_loss is None
-        parallel = "fsdp" if on_cuda and shardable else "ddp"
+        parallel = "fsdp" if on_cuda and can_shard(config) else "ddp"
     choices = {
         "device": str(device),
         "dtype": "bfloat16" if on_cuda else "float32",
@@ -819,6 +847,11 @@ def resolve_auto(config: Config) -> Config:
     if config.teacher_micro_batch_size == 0:
         config = replace(config, teacher_micro_batch_size=config.micro_batch_size)
     return config
+
+
+def can_shard(config: Config) -> bool:
+    """An added loss reads whole layers, so FSDP is not for it."""
+    return ARMS[config.method].added_loss is None
 
 
 def is_sharded(config: Config) -> bool:
@@ -880,7 +913,7 @@ def read_model(source: str, config: Config, model_config: GPTConfig, dtype: torc
 
 
 def spread(model: GPT, config: Config, shard: bool):
-    """Put the model that rank 0 read on the device of every rank: whole, or sharded by FSDP2 over all or over a node's.
+    """Put the model that rank 0 read on every rank's device: whole, or sharded over all ranks, or those of a node.
 
     FSDP2 gathers one block at a time, in the dtype of the products, and reduces gradients in float32. Without
     `cast_forward_inputs` the rotary tables stay float32."""
@@ -912,6 +945,8 @@ def spread(model: GPT, config: Config, shard: bool):
         devices = int(os.environ["LOCAL_WORLD_SIZE"])  # of a node
         nodes = world_size() // devices
         mesh = init_device_mesh(device_type, (nodes, devices), mesh_dim_names=("replicate", "shard"))
+        for group in mesh.get_all_groups():  # they would have the backend's own timeout
+            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=config.timeout), group)
     else:
         mesh = init_device_mesh(device_type, (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
@@ -926,9 +961,9 @@ def spread(model: GPT, config: Config, shard: bool):
 
 
 def reduce_in_last_pass_only(student: nn.Module, is_last: bool, config: Config):
-    """Before each backward pass of a step: over which ranks it reduces the gradients.
+    """Called before each micro-batch: DDP reduces the gradients over ranks in the step's last backward pass only.
 
-    DDP reduces in the last pass only. FSDP reduces in each, so as to hold shards alone; across nodes, in the last."""
+    FSDP reduces them in each, so that a rank holds no more than its shard; hsdp across nodes in the last only."""
     if config.parallel == "ddp":
         student.require_backward_grad_sync = is_last
     elif config.parallel == "hsdp":
@@ -969,11 +1004,10 @@ class RunFolder(ExitStack):
         self.wandb = None
         self.received_signal = 0
 
-    def open(self, config: Config) -> tuple[TokenBins, dict[str, GPTConfig], TrainState, Path | None]:
-        """Check all that is cheap, lock the folder, and find the checkpoint to continue from.
+    def open(self, config: Config, bins: TokenBins) -> tuple[TrainState, Path | None]:
+        """Lock the folder, and find the checkpoint to continue from.
 
-        Returns the bins, the models' configurations, the training state, and the checkpoint's folder (None: start)."""
-        bins, model_configs = preflight(config)
+        Returns the training state and the checkpoint's folder (None: start)."""
         record = {"config": asdict(config), "content": experiment_content(config, bins)}
 
         # Take the folder for this process alone, if it is a run's.
@@ -1007,7 +1041,7 @@ class RunFolder(ExitStack):
         if not state.finished:
             write_text(self.out_dir / "config.json", json.dumps(record, indent=1))
             self.open_logs(config, state.step)
-        return bins, model_configs, state, resumed
+        return state, resumed
 
     def open_logs(self, config: Config, step: int):
         self.metrics = self.enter_context(open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8"))
@@ -1259,7 +1293,9 @@ def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, st
     Raises UserError if the sampler's state is of other domains."""
     with user_errors(folder / "train_state.json", NOT_AS_SAVED):
         sampler.load_state_dict(state.sampler)
-    saved = on_rank_0(read_optimizer, folder, share=False) or {"optimizer": {}, "added_loss": None}
+    saved = on_rank_0(read_optimizer, folder, share=False)
+    if rank() != 0:  # these ranks get their part from rank 0
+        saved = {"optimizer": {}, "added_loss": None}
     if added_loss is not None:
         added_loss.load_state_dict(on_rank_0(saved.get, "added_loss"))
     if state.step > 0:
@@ -1272,7 +1308,7 @@ def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, st
 def read_optimizer(folder: Path) -> dict:
     with user_errors(folder / "optimizer.pt", NOT_AS_SAVED):
         try:
-            return torch.load(folder / "optimizer.pt", weights_only=True)
+            return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:  # its own message advises to unpickle everything
             raise ValueError("it holds more than tensors") from None
 
@@ -1476,7 +1512,7 @@ def contradictions(config: Config) -> list[str]:
     elif config.parallel == "hsdp" and world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):
         problems.append("--parallel=hsdp: there is one node; take fsdp (for --dry_run set LOCAL_WORLD_SIZE to the GPUs "
                         "of a node)")
-    if is_sharded(config) and arm.added_loss is not None:
+    if is_sharded(config) and not can_shard(config):
         problems.append(f"--method={config.method}: not with {config.parallel}; take --parallel=ddp")
     if arm.added_loss is not None and teacher_per_pass != student_per_pass:
         problems.append(f"--teacher_micro_batch_size={teacher_per_pass}: --method={config.method} compares layers of "
@@ -1530,7 +1566,7 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
     """Print what a run would take, from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says."""
     # Each model: its size, and its bytes on a device
     world = int(os.environ.get("WORLD_SIZE", 1))
-    sharded = world > 1 and config.parallel != "ddp" and ARMS[config.method].added_loss is None
+    sharded = world > 1 and config.parallel != "ddp" and can_shard(config)
     shards = world
     if config.parallel == "hsdp":
         shards = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -1607,11 +1643,11 @@ def line_is_due(step: int, first_step: int, since_line: float, step_time: float,
     return is_end or step % config.log_every == 0 or since_line + step_time > 30
 
 
-def print_progress(step: int, measured: dict, student: GPT, teacher: GPT | None, config: Config):
-    minutes, seconds = divmod(int(measured["eta_s"]), 60)
-    print(f"step {step}/{config.max_steps}  loss {measured['loss']:.3f}  ce {measured['ce']:.3f}  "
-          f"kl {measured['kl']:.3f}  lr {measured['lr']:.1e}  {measured['tokens_per_s']:,.0f} tokens/s  "
-          f"{usage(student, teacher, measured['tokens_per_s'], config)}  ETA {minutes}:{seconds:02d}", flush=True)
+def print_progress(step: int, step_log: dict, student: GPT, teacher: GPT | None, config: Config):
+    minutes, seconds = divmod(int(step_log["eta_s"]), 60)
+    print(f"step {step}/{config.max_steps}  loss {step_log['loss']:.3f}  ce {step_log['ce']:.3f}  "
+          f"kl {step_log['kl']:.3f}  lr {step_log['lr']:.1e}  {step_log['tokens_per_s']:,.0f} tokens/s  "
+          f"{usage(student, teacher, step_log['tokens_per_s'], config)}  ETA {minutes}:{seconds:02d}", flush=True)
 
 
 # ------------ Baseline: TED -------------------------------------------------------------------------------------------
@@ -1730,8 +1766,7 @@ def doremi_update(alpha, excess, step_size: float = 1.0, smoothing: float = 1e-3
 
     alpha: the last weights. excess, λ: the proxy's loss above the reference's, nats per token, per domain."""
     log_alpha = np.log(np.asarray(alpha, dtype=np.float64)) + step_size * np.asarray(excess)
-    alpha = np.exp(log_alpha - log_alpha.max())
-    return (1 - smoothing) * alpha / alpha.sum() + smoothing / len(alpha)
+    return (1 - smoothing) * softmax(log_alpha) + smoothing / len(log_alpha)
 
 
 @torch.no_grad()
@@ -1834,7 +1869,12 @@ def report(config: Config, folder: Path):
 def print_table(first_domains: dict[str, dict], domains: dict[str, dict], tested: bool = False):
     """One row per domain, one column per number of measured_domains, as first → last where it has changed; with
     `tested`, those on the test windows instead."""
-    columns = [column for column in next(iter(domains.values())) if column.startswith("test_") == tested]
+    first_row = next(iter(domains.values()))
+    columns = []
+    for column in first_row:
+        is_test_column = column.startswith("test_")
+        if is_test_column == tested:
+            columns.append(column)
     print(f"{'':14}" + "".join(f"{column:>20}" for column in columns))
     for name, domain in domains.items():
         row = f"{name:14}"
@@ -1999,7 +2039,7 @@ OTHER_NAMES = {
 }
 
 
-# What belongs to a place, a machine or an occasion
+# Keys that --config does not take from a run: they belong to its folder, its machine or its occasion.
 NOT_REPEATED = ("config", "out_dir", "resume", "dry_run", "device", "parallel", "compile", "micro_batch_size",
                 "teacher_micro_batch_size")
 

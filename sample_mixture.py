@@ -2,7 +2,8 @@
 
 `discrepancy_factor` is Eq. 1 and `smooth_update` is Eq. 2. RULES is the table of mixture rules: what each arm draws by.
 `MixtureSampler` draws the batches. Nothing here depends on torch, on models or on ranks. As a program, this file shows
-the mixture of a run, replays r from the perplexities that the run logged, and plots the paper's Fig. 3:
+how batches are drawn from a folder of bins, replays r from the perplexities that a run logged, and plots the paper's
+Fig. 3:
 
     python sample_mixture.py --data_dir=data/quickstart
     python sample_mixture.py --metrics=out/quickstart-ddk-0/metrics.jsonl --alpha=0.8 --plot=mixture.png
@@ -77,9 +78,10 @@ def checked_weights(name: str, weights, N: int) -> np.ndarray:
 
 # ------------ The table of mixture rules ------------------------------------------------------------------------------
 # A rule is called after each evaluation: at t = 0, before training, and after every K steps. It gets its own state
-# (None at t = 0), the perplexities just measured, the base proportions (the natural ones, or --mixture's) and α. It
-# returns r, which the next K steps draw by, and its new state: a dict of lists and numbers, empty if there is nothing
-# to remember, saved in every checkpoint.
+# (None at t = 0), the perplexities just measured (those of the teacher are None if the run has no teacher), the base
+# proportions (the natural ones, or --mixture's) and α; all in the order of the domains. It returns r, which the next K
+# steps draw by, and its new state: a dict of lists and numbers, empty if there is nothing to remember, saved in every
+# checkpoint.
 # The training loop and `--metrics` both call it through RULES: a new rule is one function and one line of the table.
 
 
@@ -121,7 +123,10 @@ RULES = {
 # ------------ Drawing batches -----------------------------------------------------------------------------------------
 
 
-WALK, START, PLACES = 1, 2, 3  # what a hash is used for, so that no two uses share random numbers
+# The second word of each hash says what it is for, so that no two uses share random numbers.
+WALK = 1  # the order of a domain's windows in an epoch
+START = 2  # the random start of a batch's systematic sampling
+PLACES = 3  # the places of the domains in a batch
 
 
 class MixtureSampler:
@@ -142,7 +147,7 @@ class MixtureSampler:
         self.drawn = np.zeros(len(self.names), dtype=np.int64)  # windows drawn so far, per domain
         self.probs = self.n_windows  # the natural proportions
 
-        # Keyed by name, so that the order of a domain does not depend on which other domains there are.
+        # A number for each domain, made from its name: the order of its windows does not depend on the other domains.
         domain_keys = []
         for name in self.names:
             name_hash = hashlib.sha256(name.encode()).digest()
@@ -175,13 +180,16 @@ class MixtureSampler:
 
         # Systematic sampling: B evenly spaced points with one random start, over the domains laid end to end. Every
         # domain gets B · probs windows to within one at every step, not only on average.
-        start = int(random_hash(self.seed, START, self.step)[0] >> np.uint64(32)) / 2**32  # in [0, 1), exact
+        top_bits = int(random_hash(self.seed, START, self.step)[0] >> np.uint64(32))
+        start = top_bits / 2**32  # in [0, 1), exact
         edges = np.append(0, np.cumsum(self.probs))
         edges /= edges[-1]  # ends at exactly 1, and a last domain of probability 0 stays empty
-        counts = np.diff(np.ceil(B * edges - start)).astype(np.int64)  # the ceil counts the points below an edge
+        points_below = np.ceil(B * edges - start)  # how many of start, start + 1, start + 2, … lie below each edge
+        counts = np.diff(points_below).astype(np.int64)
 
         # Shuffle the places of the batch among the domains.
-        places = keyed_permutation(np.arange(B), B, random_hash(self.seed, PLACES, self.step)).astype(np.int64)
+        key = random_hash(self.seed, PLACES, self.step)
+        places = keyed_permutation(np.arange(B), B, key).astype(np.int64)
         domain_ids = np.repeat(np.arange(len(counts)), counts)[places]
 
         # Within a domain, the windows come in the order of its walk.
@@ -218,7 +226,8 @@ class MixtureSampler:
 
 
 def random_hash(*words) -> np.ndarray:
-    """A pseudo-random uint64 for each row of `words`: integers, or arrays of them that broadcast. At least 1-d."""
+    """A pseudo-random uint64 that depends on all `words`: integers, or arrays of them that broadcast. Returns an array
+    of the broadcast shape, (1,) for integers alone."""
     state = np.zeros(1, dtype=np.uint64)
     for word in words:
         if isinstance(word, int):
@@ -236,17 +245,22 @@ def mix_bits(x: np.ndarray) -> np.ndarray:
 
 
 def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """The element at `index` of the pseudo-random permutation of 0 … n−1 that `key` selects. All are (B,) uint64.
+    """The element at `index` of the pseudo-random permutation of 0 … n−1 that `key` selects. Returns uint64.
 
-    Nothing is stored, so a domain of 1e9 windows costs no more than one of ten. A Feistel network permutes the cells of
-    a grid that just covers n: each round shifts one coordinate by a hash of the other, which can be undone, so the
-    whole is a bijection. A result beyond n (fewer than one in √n) is permuted again until it falls inside."""
+    The arguments are arrays of integers that broadcast. Nothing is stored, so a domain of 1e9 windows costs no more
+    than one of ten. A Feistel network permutes the cells of a grid of at least n cells: each round shifts one
+    coordinate by a hash of the other. That can be undone, so the whole is a bijection. A result of n or more (fewer
+    than one in √n) is permuted again until it is below n."""
     index, n, key = np.broadcast_arrays(index, n, key)
     index = index.astype(np.uint64)
     n = n.astype(np.uint64)
     key = key.astype(np.uint64)
+
+    # The grid: about √n rows, and as many columns as it takes to hold n cells
     grid_rows = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
     grid_columns = (n + grid_rows - np.uint64(1)) // grid_rows
+
+    # Permute all cells, and then again those that lie outside 0 … n−1.
     pending = np.arange(index.size)
     while pending.size:
         rows = grid_rows[pending]

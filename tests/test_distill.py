@@ -982,7 +982,8 @@ def leave(status: int):
     (UserError("--a: wrong"), 2, "error: --a: wrong\n"),
     (RuntimeError("a mistake of ours"), 1, "Traceback .*RuntimeError: a mistake of ours\n"),
     (RuntimeError("[x/gloo/pair.cc:5] Connection closed by peer"), 2, "error: another process is gone, .*\n"),
-    (dist.DistBackendError("NCCL error: remote process exited"), 2, "error: another process is gone, .*\n")], ids=repr)
+    (dist.DistBackendError("NCCL error in: x.cpp\nLast error:\nno room in /dev/shm"), 2,
+     "error: another process is gone, .*no room in /dev/shm.*\n")], ids=repr)
 def test_what_ends_a_process_of_a_group_is_its_status_and_message(monkeypatch, capsys, error, status, message):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)

@@ -383,7 +383,7 @@ def test_what_changes_between_steps_compiles_nothing_anew(fresh_compiler, monkey
     for step in range(20):
         inputs = example(shape=(20 + step,), dtype=torch.float32)
         with torch.compiler.set_stance(stance):
-            loss, _, _ = distillation_loss(*inputs, num_tokens=10.5 + step, chunk_size=8,
+            loss, _, _ = distillation_loss(*inputs, num_tokens=10.5 + step, gamma=0.1 + 0.01 * step, chunk_size=8,
                                            token_weights=(1 + step) * weights_like(inputs[4]))
             loss.backward()
             with torch.no_grad():  # an evaluation
