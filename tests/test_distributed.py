@@ -316,7 +316,7 @@ LAYOUTS = {  # name: (processes, keys, the run of one process that it equals)
     "ddp2, teacher in one pass": (2, dict(parallel="ddp", micro_batch_size=1, teacher_micro_batch_size=3), "one"),
     "auto3": (3, dict(), "one"),
     "fsdp3": (3, dict(parallel="fsdp", micro_batch_size=2), "one"),
-    "hsdp4": (4, dict(parallel="hsdp", micro_batch_size=1, teacher_micro_batch_size=3, timeout=7), "one"),
+    "hsdp4": (4, dict(parallel="hsdp", micro_batch_size=1, teacher_micro_batch_size=3), "one"),
 }
 STOPS = {  # name: (the event, the run's outcome, its last step): between two evaluations, just before one, at the end
     "at 7": (dict(what="signal", at=7, rank=1, signal=signal.SIGUSR1), 128 + signal.SIGUSR1, 7),
@@ -445,7 +445,7 @@ def test_fsdp_shards_all_parameters_and_ddp_none(runs, name):
             assert seen["block by block"] == shards and seen["elements"] == whole[role]["elements"]
             # The odd row out of 257, and norms of 32 over 3 ranks, make shares uneven.
             assert seen["here"] == pytest.approx(seen["elements"] / (shares if shards else 1), rel=0.05)
-            assert seen["minutes"] == ([keys.get("timeout", 30)] if shards else [])
+            assert seen["minutes"] == ([GIVEN["timeout"]] if shards else [])
             rounded = role == "teacher" and "bfloat16" in name
             assert seen["dtype"] == ("torch.bfloat16" if rounded else "torch.float32")
 
