@@ -514,7 +514,8 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
     for word in sources:
         name, equals, pattern = word.partition("=")
         if labelled:
-            name, pattern = "", word
+            name = ""
+            pattern = word
         elif not equals:
             raise UserError(f"{word}: write NAME=GLOB or NAME=FOLDER; or name the --domain_key of labelled records")
 
@@ -985,7 +986,8 @@ def main():
     # Show what was built.
     print(f"{'domain':24}{'documents':>14}{'MB of text':>14}{'train tokens':>18}{'val tokens':>16}")
     for name, domain in meta["domains"].items():
-        train, val = domain["train"], domain["val"]
+        train = domain["train"]
+        val = domain["val"]
         print(f"{name:24}{train['documents'] + val['documents']:14,}{(train['bytes'] + val['bytes']) / 1e6:14,.1f}"
               f"{train['tokens']:18,}{val['tokens']:16,}")
     print(f"wrote {arguments.out_dir}")

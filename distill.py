@@ -1395,7 +1395,9 @@ SIZE_ALONE = r"\d+x\d+"  # LxD without the scratch: before it
 
 
 def is_made(source: str) -> bool:
-    """Whether a student is made anew, or of the teacher's layers: not a folder, and no name on the Hub."""
+    """Whether a student is made anew, or of the teacher's layers: not a folder, and no name on the Hub.
+
+    Another kind of student is added here, and in `contradictions`, `read_model_config` and `read_model`."""
     return source.partition(":")[0] in ("scratch", "layers")
 
 
@@ -1674,7 +1676,8 @@ class TED:
         for role, model in (("student", student), ("teacher", teacher)):
             self.filters[role] = nn.ModuleList()
             for pair in range(pairs):  # evenly spaced layers, the last among them
-                layer = model.layers[round((pair + 1) * len(model.layers) / pairs) - 1]
+                depth = round((pair + 1) * len(model.layers) / pairs)
+                layer = model.layers[depth - 1]
                 layer.register_forward_hook(functools.partial(self.keep_output, role, pair))
                 linear = nn.Linear(model.config.hidden_size, width, bias=False, device=config.device)
                 nn.init.eye_(linear.weight)
@@ -1789,7 +1792,10 @@ def doremi_window_weights(state: dict | None, proxy: GPT, reference: GPT, window
 
         def token_losses(hidden, head):
             # One window at a time, so that the logits of one alone are held
-            losses = [F.cross_entropy(F.linear(h, head).float(), t, reduction="none") for h, t in zip(hidden, targets)]
+            losses = []
+            for window_hidden, window_targets in zip(hidden, targets):
+                logits = F.linear(window_hidden, head).float()
+                losses.append(F.cross_entropy(logits, window_targets, reduction="none"))
             return torch.stack(losses)
 
         with autocast(config):
@@ -1841,7 +1847,8 @@ def print_teacher_warnings(domains: dict[str, dict], vocab_size: int):
             print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): HARDLY TRAINED, "
                   "LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
         elif domain["ratio"] < 1:
-            print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY {1 / domain['ratio']:.2f}")
+            print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
+                  f"{1 / domain['ratio']:.2f}")
 
 
 def report(config: Config, folder: Path):

@@ -83,6 +83,7 @@ def checked_weights(name: str, weights, N: int) -> np.ndarray:
 # steps draw by, and its new state: a dict of lists and numbers, empty if there is nothing to remember, saved in every
 # checkpoint.
 # The training loop and `--metrics` both call it through RULES: a new rule is one function and one line of the table.
+# Its own coefficients are constants in it, since another argument would change all rules and both calls.
 
 
 def natural_rule(state, student_ppl, teacher_ppl, base, alpha):
