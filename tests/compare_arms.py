@@ -497,7 +497,9 @@ def main():
     teacher_dir = Path(args.out_dir or f"out/compare-{origin}") / "teacher"
     import_optional("matplotlib", "figures")  # asked for now, and not after hours
     if args.gains:
-        settings = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in map(Path, args.gains.split(","))}
+        settings = {}
+        for path in map(Path, args.gains.split(",")):
+            settings[path.stem] = json.loads(path.read_text(encoding="utf-8"))
         write_gains(settings, Path(args.assets or "out"))
         return
     if (setting.teacher is None) != os.path.isdir(args.teacher):
