@@ -12,7 +12,8 @@ import pytest
 import torch
 from compare_arms import ABLATIONS
 from compare_arms import ARMS as COMPARED
-from compare_arms import MEASURES, SETTINGS, ablations_table, domains_table, gains_table, table, verdicts
+from compare_arms import (MEASURES, SETTINGS, ablations_table, domains_table, format_mean, gains_table, table,
+                          verdicts)
 from conftest import read_lines
 
 from distill import ARMS, Config
@@ -72,6 +73,11 @@ def test_the_tables_follow_from_the_results_beside_them():
             lines += ablations_table(results)
         for line in lines:
             assert line in results_page
+    quickstart = json.loads((ROOT / "assets" / "quickstart.json").read_text(encoding="utf-8"))
+    for name in COMPARED:
+        worst, mean = (format_mean([one[measure] for one in quickstart[name].values()])
+                       for measure in ("worst_ratio", "mean_ratio"))
+        assert f"| `{name}` | {worst} | {mean} |" in README
 
 
 def test_the_results_are_of_the_settings_that_their_commands_have():
