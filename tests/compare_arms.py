@@ -499,6 +499,8 @@ def main():
     if args.gains:
         settings = {}
         for path in map(Path, args.gains.split(",")):
+            if not path.is_file():
+                raise UserError(f"--gains={path}: no such file; name results.json files of finished comparisons")
             settings[path.stem] = json.loads(path.read_text(encoding="utf-8"))
         write_gains(settings, Path(args.assets or "out"))
         return
