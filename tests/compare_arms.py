@@ -405,7 +405,7 @@ def gains_table(settings: dict[str, dict]) -> list[str]:
     lines = ["| setting | seeds | first ratios, largest − smallest | over | worst ratio, % | mean ratio, % |",
              "|---" * 6 + "|"]
     for setting, results in settings.items():
-        difference = statistics.mean(first_difference(one) for one in results["ddk"].values())
+        difference = first_difference(results)
         for other in ("kd", "ddk_es"):
             worst = gain(results, other, "worst_ratio")
             if worst:
@@ -421,7 +421,7 @@ def write_gains(settings: dict[str, dict], folder: Path):
     axes = dict(zip(("kd", "ddk_es"), figure.subplots(1, 2, sharex=True)))
     colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
     for (setting, results), colour in zip(settings.items(), itertools.cycle(colours)):
-        difference = statistics.mean(first_difference(one) for one in results["ddk"].values())
+        difference = first_difference(results)
         for other, ax in axes.items():
             for measure, marker in (("worst_ratio", "o"), ("mean_ratio", "s")):
                 values = gain(results, other, measure)
@@ -442,11 +442,14 @@ def write_gains(settings: dict[str, dict], folder: Path):
     print(text)
 
 
-def first_difference(one: dict) -> float:
-    """The largest minus the smallest ratio of a run before its first step. Eq. 1 exponentiates ratios, so this is how
-    unequal they are."""
-    first = [ratios[0] for ratios in one["ratio"].values()]
-    return max(first) - min(first)
+def first_difference(results: dict) -> float:
+    """The largest minus the smallest ratio before the first step, mean over DDK's runs. Eq. 1 exponentiates ratios, so
+    this is how unequal they are."""
+    differences = []
+    for one in results["ddk"].values():
+        first = [ratios[0] for ratios in one["ratio"].values()]
+        differences.append(max(first) - min(first))
+    return statistics.mean(differences)
 
 
 # ----------------------------------------------- The program --------------------------------------------------------

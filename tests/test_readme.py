@@ -21,6 +21,8 @@ from distill import ARMS, Config
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BOOKS = [ROOT / "README.md", ROOT / "tests" / "README.md", ROOT / "assets" / "RESULTS.md"]
+RESULTS_PAGE = BOOKS[-1].read_text(encoding="utf-8")
+RESULTS = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "assets").glob("*.json")}
 
 
 def test_nothing_is_left_to_be_filled_in():
@@ -65,29 +67,25 @@ def test_each_link_to_a_file_or_heading_leads_somewhere():
 
 
 def test_the_tables_follow_from_the_results_beside_them():
-    results_page = (ROOT / "assets" / "RESULTS.md").read_text(encoding="utf-8")
-    for path in (ROOT / "assets").glob("*.json"):
-        results = json.loads(path.read_text(encoding="utf-8"))
+    for results in RESULTS.values():
         lines = [*table(results, COMPARED, MEASURES), *domains_table(results, COMPARED), *verdicts(results)]
         if results.keys() & ABLATIONS.keys():
             lines += ablations_table(results)
         for line in lines:
-            assert line in results_page
-    quickstart = json.loads((ROOT / "assets" / "quickstart.json").read_text(encoding="utf-8"))
+            assert line in RESULTS_PAGE
     for name in COMPARED:
-        worst, mean = (format_mean([one[measure] for one in quickstart[name].values()])
-                       for measure in ("worst_ratio", "mean_ratio"))
+        runs = RESULTS["quickstart"][name].values()
+        worst = format_mean([one["worst_ratio"] for one in runs])
+        mean = format_mean([one["mean_ratio"] for one in runs])
         assert f"| `{name}` | {worst} | {mean} |" in README
 
 
 def test_the_results_are_of_the_settings_that_their_commands_have():
-    settings = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in (ROOT / "assets").glob("*.json")}
-    for name, results in settings.items():
+    for name, results in RESULTS.items():
         for runs in results.values():
             for one in runs.values():
                 assert one["experiment"]["setting"] == asdict(SETTINGS[name])
-    results_page = (ROOT / "assets" / "RESULTS.md").read_text(encoding="utf-8")
-    assert all(line in results_page for line in gains_table(settings))
+    assert all(line in RESULTS_PAGE for line in gains_table(RESULTS))
 
 
 def test_every_test_that_is_named_as_proof_is_there():
