@@ -668,8 +668,13 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def aligned_empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """(rows, columns) with room for a multiple of 64 columns, which the matrix products of GPUs require to be fast."""
-    return like.new_empty(rows, math.ceil(columns / 64) * 64)[:, :columns]
+    """(rows, columns) with room for a multiple of 64 columns, which the matrix products of GPUs require to be fast.
+
+    The columns behind are 0: bfloat16 products on CPUs with AMX read them, and what happens to stand there may be NaN,
+    which times 0 is NaN."""
+    padded = like.new_empty(rows, math.ceil(columns / 64) * 64)
+    padded[:, columns:] = 0
+    return padded[:, :columns]
 
 
 def eq3_of_chunk(student_logits, teacher_logits, targets, token_weights, equation: dict, wants_gradient: bool):

@@ -264,6 +264,15 @@ def test_bfloat16_gradients_of_many_chunks_add_up_in_float32():
     assert head.grad.flatten().tolist() == [-300, 300]  # each adds 1/2, which 256 in bfloat16 would swallow
 
 
+def test_the_padding_of_logits_is_0_whatever_stood_there(monkeypatch):
+    """A bfloat16 product on a CPU with AMX reads it, and NaN times 0 is NaN."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, *size: like.new_full(size, math.nan))
+    logits = distill.aligned_empty(torch.ones(1, dtype=torch.bfloat16), 3, 70)
+    assert logits.shape == (3, 70) and logits.isnan().all()
+    whole = logits.as_strided((3, logits.stride(0)), (logits.stride(0), 1))
+    assert whole.shape == (3, 128) and (whole[:, 70:] == 0).all()
+
+
 # ------------ Memory and time -----------------------------------------------------------------------------------------
 
 
