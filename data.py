@@ -281,12 +281,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 # What is downloaded of a model on the Hub.
 MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", TOKENIZER_META, *TOKENIZER_FILES)
-# What same_tokenizer encodes: words, numbers, punctuation, whitespace, several scripts, look-alikes of special tokens.
-PROBE_TEXT = """The quick brown fox can't jump; it's 1234567.89 metres (≈ 1 km) away!
-\tdef naïve(abc, xyz=None):  # abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ
-
-    return [abc[0]["key"] ** 2, '{}\\n'.format(xyz)]   \r
-Größe, être, Ω, Привет мир, 漢字かな, 한국어, العربية, e\u0301, 👩‍🔬 <|endoftext|><|im_end|><s></s>[MASK] <pad> """
 
 
 @dataclass(frozen=True)
@@ -407,26 +401,6 @@ def bytes_settings() -> dict:
              "vocab": vocab, "merges": []}
     return {"version": "1.0", "added_tokens": [end_of_text], "normalizer": None, "pre_tokenizer": byte_level,
             "decoder": byte_level, "model": model}
-
-
-def same_tokenizer(ours: Tokenizer, theirs: Tokenizer) -> bool:
-    """Whether two tokenizers encode alike, by their fingerprints.
-
-    A tiktoken encoding and a tokenizer.json never have equal ones. These are the same if they decode all ids alike and
-    encode PROBE_TEXT alike."""
-    if ours.fingerprint == theirs.fingerprint:
-        return True
-    # Only a tiktoken encoding has no files.
-    of_one_kind = bool(ours.files) == bool(theirs.files)
-    if of_one_kind or "bytes" in (ours.name, theirs.name) or ours.vocab_size != theirs.vocab_size:
-        return False
-    # All ids, and then the merges and the rules that split text into words.
-    for i in range(ours.vocab_size):
-        if ours.decode([i]) != theirs.decode([i]):
-            return False
-    [our_ids] = ours.encode_batch([PROBE_TEXT])
-    [their_ids] = theirs.encode_batch([PROBE_TEXT])
-    return np.array_equal(our_ids, their_ids)
 
 
 def saved_tokenizer(folder: Path, entry: dict) -> Tokenizer:

@@ -25,7 +25,7 @@ import tiktoken
 import data
 from data import (TokenBins, UserError, alive, build_bins, bytes_settings, expand_sources, file_sha256, import_optional,
                   load_tokenizer, model_tokenizer, quickstart_documents, read_documents, read_file, read_meta,
-                  run_program, same_tokenizer, save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify,
+                  run_program, save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify,
                   write_meta)
 
 ARTICLES = [f"Article {i}: " + f"{i * i} words é <|endoftext|> " * (i % 23) for i in range(400)]
@@ -362,37 +362,8 @@ def changed(settings: dict, change: str) -> dict:
 def test_what_changes_the_encoding_changes_the_fingerprint(tmp_path, bpe_settings, change):
     ours = load_tokenizer(save_bpe(tmp_path / "a", bpe_settings))
     theirs = load_tokenizer(save_bpe(tmp_path / "b", changed(bpe_settings, change)))
-    assert ours.fingerprint != theirs.fingerprint and not same_tokenizer(ours, theirs)
-    assert same_tokenizer(ours, load_tokenizer(tmp_path / "a", eot="<s>"))
-
-
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-@pytest.mark.parametrize("tokens, merges, added, use_regex, same", [
-    ("ab bc p; zq", "ab bc p; zq", [], True, True),
-    ("bc ab p; zq", "ab bc p; zq", [], True, False),
-    ("ab bc p; zx", "ab bc p; zx", [], True, False),
-    ("ab bc p; zq", "bc ab p; zq", [], True, False),
-    ("ab bc p; zq", "ab bc p; zq", ["<pad>"], True, False),
-    ("ab bc p; zq", "ab bc p; zq", [], False, False)
-], ids=["equal", "other ids", "other token", "other merges", "more ids", "other words"])
-def test_a_tiktoken_encoding_and_a_tokenizer_json_are_the_same_if_they_encode_alike(
-        tmp_path, monkeypatch, tokens, merges, added, use_regex, same):
-    pytest.importorskip("tokenizers")
-    monkeypatch.setattr("tiktoken.get_encoding", partial(
-        small_encoding, pattern=GPT2_PATTERN, merges=("ab", "bc", "p;", "zq"), gap=0))
-    settings = bytes_settings()
-    for i, token in enumerate(tokens.split()):
-        settings["model"]["vocab"][token] = 256 + i
-    settings["model"]["merges"] = [list(merge) for merge in merges.split()]
-    settings["pre_tokenizer"] = {**settings["pre_tokenizer"], "use_regex": use_regex}
-    [end] = settings["added_tokens"]
-    settings["added_tokens"] = [{**end, "id": 260 + i, "content": token}
-                                for i, token in enumerate([end["content"], *added])]
-    ours, theirs = load_tokenizer("gpt2"), load_tokenizer(save_bpe(tmp_path, settings, "<|endoftext|>"))
-    assert same_tokenizer(ours, theirs) == same_tokenizer(theirs, ours) == same
-    assert not same_tokenizer(load_tokenizer("bytes"), theirs)
+    assert ours.fingerprint != theirs.fingerprint
+    assert ours.fingerprint == load_tokenizer(tmp_path / "a", eot="<s>").fingerprint
 
 
 @pytest.mark.parametrize("as_files", [False, True])
@@ -409,7 +380,7 @@ def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings,
         assert json.loads((model / name).read_text())["eos_token_id"] == meta["tokenizer"]["eot"]
     # Without what only this project writes, the folder still holds the same tokenizer.
     (model / "tokenizer_meta.json").unlink()
-    assert same_tokenizer(model_tokenizer(model), saved_tokenizer(tmp_path / "bins", meta["tokenizer"]))
+    assert model_tokenizer(model).fingerprint == meta["tokenizer"]["fingerprint"]
     if as_files:
         assert (model / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
