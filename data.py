@@ -427,27 +427,13 @@ def save_tokenizer(folder: Path, bins: TokenBins):
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
     # config.json and generation_config.json name the bins' end of text, whatever the model named before.
-    ids = special_ids(folder, entry)
-    write_text(folder / "generation_config.json", json.dumps(ids))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    bos = config.get("bos_token_id")
+    if bos is None:
+        bos = entry["eot"]
+    ids = {"bos_token_id": bos, "eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
+    write_text(folder / "generation_config.json", json.dumps(ids))
     write_text(folder / "config.json", json.dumps({**config, **ids}, indent=2, sort_keys=True))
-
-
-def special_ids(folder: Path, entry: dict) -> dict[str, int | None]:
-    """bos_token_id, eos_token_id and pad_token_id of the tokenizer in a model's folder. Documents end with eos."""
-    ids = {"bos_token_id": None, "eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
-    if not (folder / "tokenizer_config.json").is_file():
-        return ids
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    id_of = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    for role in ("bos", "pad"):
-        token = config.get(f"{role}_token")
-        if isinstance(token, dict):
-            token = token.get("content")
-        if token in id_of:
-            ids[f"{role}_token_id"] = id_of[token]
-    return ids
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:

@@ -366,18 +366,21 @@ def test_what_changes_the_encoding_changes_the_fingerprint(tmp_path, bpe_setting
     assert ours.fingerprint == load_tokenizer(tmp_path / "a", eot="<s>").fingerprint
 
 
-@pytest.mark.parametrize("as_files", [False, True])
-def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings, as_files):
+@pytest.mark.parametrize("as_files, bos", [(False, None), (True, 0)])
+def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings, as_files, bos):
     source = save_bpe(tmp_path / "source", bpe_settings) if as_files else "bytes"
     meta = build(tmp_path / "bins", ARTICLES, load_tokenizer(source))
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text('{"model_type": "llama"}')
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "bos_token_id": bos, "eos_token_id": 7}))
     assert model_tokenizer(model) is None
     save_tokenizer(model, TokenBins(tmp_path / "bins", 8))
     assert model_tokenizer(model).fingerprint == meta["tokenizer"]["fingerprint"]
+    # Documents end with the bins' end of text, and begin with what the model had, or with that too.
+    eot = meta["tokenizer"]["eot"]
     for name in ("generation_config.json", "config.json"):
-        assert json.loads((model / name).read_text())["eos_token_id"] == meta["tokenizer"]["eot"]
+        ids = json.loads((model / name).read_text())
+        assert (ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]) == (eot if bos is None else bos, eot, eot)
     # Without what only this project writes, the folder still holds the same tokenizer.
     (model / "tokenizer_meta.json").unlink()
     assert model_tokenizer(model).fingerprint == meta["tokenizer"]["fingerprint"]
