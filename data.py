@@ -454,67 +454,40 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
 # ------------ Documents -----------------------------------------------------------------------------------------------
 
 PIECE = 8_000_000  # characters, about: a longer text file becomes several documents, so that memory stays bounded
-# Suffixes of files that hold no plain text, and what helps
-NOT_TEXT = {
-    ".csv": "write its rows to .jsonl or .parquet", ".tsv": "write its rows to .jsonl or .parquet",
-    **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar", ".bz2", ".xz"), "unpack it, or compress with .gz or .zst"),
-    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".xls", ".xlsx", ".ppt", ".pptx"), "extract its text"),
-    **dict.fromkeys((".bin", ".npy", ".npz", ".pt", ".pth", ".pkl", ".pickle", ".safetensors", ".gguf", ".so", ".arrow",
-                     ".exe", ".class", ".pyc", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".mp4", ".wav"),
-                    "name the files that are text"),
-}
+JSON_LINES = (".json", ".jsonl", ".ndjson")  # suffixes of files with one record a line
 
 
-def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Counter]) -> dict[str, list[Path]]:
-    """NAME=GLOB words to domain → sorted files; plain GLOB words to "" → files if the records are `labelled`.
+def expand_sources(sources: list[str], labelled: bool) -> dict[str, list[Path]]:
+    """NAME=GLOB words to domain → sorted files; plain GLOB words to "records" → files if these are `labelled`.
 
-    A folder stands for all files below it that are not hidden; those that hold no text are left out and counted in
-    `left_out`, by domain. UserError if a glob names such a file, or if a word matches no file."""
+    A folder stands for all files below it that are not hidden. UserError if a word matches no file, or a file that is
+    known by its suffix not to be read."""
     domains = {}
     for word in sources:
         name, equals, pattern = word.partition("=")
         if labelled:
-            name = ""
+            name = "records"
             pattern = word
         elif not equals:
             raise UserError(f"{word}: write NAME=GLOB or NAME=FOLDER; or name the --domain_key of labelled records")
 
         # glob leaves out names that begin with a dot.
-        is_folder = os.path.isdir(pattern)
-        if is_folder:
+        if os.path.isdir(pattern):
             pattern = os.path.join(glob.escape(pattern), "**")
-        matches = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
-        files = []
-        for path in matches:
-            kind, fix = unreadable(path, labelled)
-            if kind is None:
-                files.append(path)
-            elif is_folder:
-                left_out[name][f"{kind} files left out"] += 1
-            else:
-                raise UserError(f"{word}: {path} is a {kind} file; {fix}")
+        files = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
         if not files:
-            fix = "name a folder or a glob of files"
-            if labelled:
-                fix += ", without NAME=, since --domain_key is given"
-            raise UserError(f"{word}: no file of text matches {pattern!r}; {fix}")
+            raise UserError(f"{word}: no file matches {pattern!r}; name a folder or a glob of files, without NAME= where "
+                            "--domain_key is given")
+        for path in files:
+            suffix = uncompressed_suffix(path)
+            if suffix in (".csv", ".tsv"):
+                raise UserError(f"{path}: write its rows to .jsonl or .parquet, or name the other files")
+            if labelled and suffix not in (*JSON_LINES, ".parquet"):
+                raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet")
         domains.setdefault(name, set()).update(files)
-        if not labelled:
-            check_domains(domains)
+    if not labelled:
+        check_domains(domains)
     return {name: sorted(files) for name, files in domains.items()}
-
-
-def unreadable(path: Path, labelled: bool) -> tuple[str, str] | tuple[None, None]:
-    """The kind of a file that data.py does not read, and what helps; (None, None) if it does."""
-    suffix = uncompressed_suffix(path)
-    if suffix in NOT_TEXT:
-        return suffix, NOT_TEXT[suffix]
-    if suffix == ".json" and not first_line_is_record(path):
-        return ".json", (f"one record per line is expected; for one array:  jq -c '.[]' {path} > "
-                         f"{path.with_suffix('.jsonl')}")
-    if labelled and suffix not in (".json", ".jsonl", ".parquet"):
-        return suffix or "plain", "--domain_key requires records, in .jsonl, .json or .parquet"
-    return None, None
 
 
 def uncompressed_suffix(path: Path) -> str:
@@ -526,62 +499,85 @@ def uncompressed_suffix(path: Path) -> str:
 
 def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
                    left_out: dict[str, Counter]) -> Iterator[tuple[str, str]]:
-    """The documents of the files as a stream of (domain, text). UserError if a domain has none.
+    """The documents of the files as a stream of (domain, text). UserError if a name has none, or a file is damaged.
 
-    With a `domain_key` the domain is what each record says there, made safe for the name of a file."""
+    With a `domain_key` the domain is what each record says there, made safe for the name of a file. `left_out` counts,
+    by name and reason, what is not a document and what was replaced."""
     labels = {}  # domain → the label that it was made from
     for name, paths in files.items():
+        counts = left_out[name]
         found = False
         for path in paths:
-            for label, text in read_file(path, text_key, left_out[name], domain_key):
-                found = True
+            for record in read_file(path, text_key, domain_key, counts):
+                text = value_at(record, text_key)
+                label = name
                 domain = name
                 if domain_key:
+                    label = str(value_at(record, domain_key) or "")
                     domain = re.sub(r"[^A-Za-z0-9]+", "_", label).strip("_")
-                    if labels.setdefault(domain, label) != label:
-                        raise UserError(f"{path}: the labels {label!r} and {labels[domain]!r} would both be the domain "
-                                        f"{domain}; rename one in the records")
+
+                # Leave out what is not a document.
+                reason = None
+                if not isinstance(text, str):
+                    reason = f"records left out, without a text under the key {text_key}"
+                elif not domain:
+                    reason = f"records left out, without a letter or digit of ASCII under the key {domain_key}"
+                elif not text.strip():
+                    reason = "empty documents left out"
+                if reason is not None:
+                    counts[reason] += 1
+                    continue
+
+                if labels.setdefault(domain, label) != label:
+                    raise UserError(f"{path}: the labels {label!r} and {labels[domain]!r} would both be the domain "
+                                    f"{domain}; rename one in the records")
+                # Lone surrogates are not valid Unicode. They are from _open_text, or from escapes in JSON.
+                text, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
+                if n_replaced > 0:
+                    counts["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
+                found = True
                 yield domain, text
         if not found:
-            raise UserError(f"domain {name}: no document in its {len(paths)} files" if name else
-                            f"--domain_key={domain_key}: no document with that key in the {len(paths)} files")
+            raise UserError(f"{name}: no document in its {len(paths)} files; notes, if any, say what was left out")
 
 
-def read_file(path: Path, text_key: str, left_out: Counter, domain_key: str = "") -> Iterator[tuple[str, str]]:
-    """The documents of a file as (label, text): records by their keys, else the whole text with the label "".
-
-    `left_out` counts, by reason, what is not a document and what was replaced. UserError if the file is damaged."""
+def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> Iterator[dict]:
+    """The records of a file. A text file is one with its text under `text_key`, or several, cut at ends of lines."""
     suffix = uncompressed_suffix(path)
     with user_errors(path, "copy it again"):
         if suffix == ".parquet":
-            records = _parquet_rows(path, text_key, domain_key)
-        elif suffix in (".json", ".jsonl"):
-            records = _json_records(path)
-        else:
-            records = ({text_key: piece} for piece in _text_pieces(path, left_out))
-        # Count what is not a document, and what is not valid Unicode.
-        for record in records:
-            text = value_at(record, text_key)
-            label = ""
-            if domain_key:
-                label = str(value_at(record, domain_key) or "")
-            if not isinstance(text, str):
-                left_out[f"records left out, without a text under the key {text_key}"] += 1
-            elif domain_key and not re.search("[A-Za-z0-9]", label):
-                left_out[f"records left out, without a letter or digit of ASCII under the key {domain_key}"] += 1
-            elif not text.strip():
-                left_out["empty documents left out"] += 1
-            else:
-                # Lone surrogates: from _open_text, or from escapes in JSON.
-                mended, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
-                if n_replaced > 0:
-                    left_out["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
-                yield label, mended
+            file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
+            # Columns that the file lacks are left out.
+            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=64):
+                yield from rows.to_pylist()
+            return
+
+        with _open_text(path) as file:
+            if suffix in JSON_LINES:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield json_record(line, f"{path}, line {number}")
+                return
+            while piece := file.read(PIECE) + file.readline(PIECE):
+                # Text has no NUL characters.
+                if "\0" in piece[:65536]:
+                    left_out["binary files left out"] += 1
+                    return
+                yield {text_key: piece}
 
 
-def value_at(record, key: str):
+def json_record(line: str, where: str) -> dict:
+    """The record of a line of JSON. UserError says `where` there is none."""
+    with user_errors(where, "expected one JSON record per line; jq -c '.[]' FILE writes the records of one array so"):
+        record = json.loads(line)
+        if not isinstance(record, dict):
+            raise ValueError("no record")
+        return record
+
+
+def value_at(record: dict, key: str):
     """What a record holds under a key such as meta.source, the name itself or a path of names; None if nothing."""
-    if isinstance(record, dict) and key in record:
+    if key in record:
         return record[key]
     for name in key.split("."):
         if not isinstance(record, dict):
@@ -601,52 +597,6 @@ def _open_text(path: Path):
         stream = import_optional("pyarrow", str(path)).input_stream(str(path), compression="zstd")
         return io.TextIOWrapper(stream, **as_text)
     return open(path, **as_text)
-
-
-def first_line_is_record(path: Path) -> bool:
-    with user_errors(path, "copy it again"), _open_text(path) as file:
-        first_line = file.readline(PIECE)
-    try:
-        return not first_line.strip() or isinstance(json.loads(first_line), dict)
-    except ValueError:
-        return False
-
-
-def _json_records(path: Path) -> Iterator:
-    with _open_text(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                with user_errors(f"{path}, line {number}", "expected one JSON record per line"):
-                    record = json.loads(line)
-                yield record
-
-
-def _parquet_rows(path: Path, text_key: str, domain_key: str) -> Iterator[dict]:
-    file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
-    columns = file.schema_arrow.names
-    wanted = []
-    for key, option in ((text_key, "--text_key"), (domain_key, "--domain_key")):
-        column = key if key in columns else key.partition(".")[0]
-        if key and column not in columns:
-            raise UserError(f"{path}: no column {column}; {option} must be one of {' '.join(columns)}")
-        if key:
-            wanted.append(column)
-    for rows in file.iter_batches(columns=wanted, batch_size=64):
-        yield from rows.to_pylist()
-
-
-def _text_pieces(path: Path, left_out: Counter) -> Iterator[str]:
-    """A text file as one document, or a long one in pieces that end with a line."""
-    with _open_text(path) as file:
-        piece = file.read(PIECE) + file.readline(PIECE)
-        # Text has no NUL characters.
-        if "\0" in piece[:65536]:
-            left_out["binary files left out"] += 1
-            return
-        yield piece
-        while piece := file.read(PIECE) + file.readline(PIECE):
-            left_out[f"more documents than files, since texts are cut at {PIECE:,} characters"] += 1
-            yield piece
 
 
 # ------------ The build: one pass over a stream of documents ----------------------------------------------------------
@@ -869,8 +819,8 @@ def _quickstart_texts(name: str) -> Iterator[str]:
     # By the hashes of their names, so that the first few megabytes are a sample of all files.
     for path in sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest()):
         if not re.search(source["left_out"], path):
-            for _, text in read_file(folder / path, "text", Counter()):
-                yield source["extract"](text)
+            text = (folder / path).read_bytes().decode("utf-8-sig", errors="replace")
+            yield source["extract"](text)
 
 
 def quickstart_documents(n_bytes: dict[str, int]) -> Iterator[tuple[str, str]]:
@@ -925,8 +875,7 @@ def main():
         return
 
     # Check everything before the first document is read.
-    left_out = defaultdict(Counter)  # domain → reason → number
-    files = expand_sources(arguments.sources, bool(arguments.domain_key), left_out)
+    files = expand_sources(arguments.sources, bool(arguments.domain_key))
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eot)
     check_out_dir(Path(arguments.out_dir), tokenizer)
     for key, value in vars(arguments).items():
@@ -934,6 +883,7 @@ def main():
     print(f"each document ends with {tokenizer.eot_token}, id {tokenizer.eot}", flush=True)
 
     # Build the bins. After an error too, say what was left out: it may be the reason.
+    left_out = {name: Counter() for name in files}
     documents = read_documents(files, arguments.text_key, arguments.domain_key, left_out)
     try:
         meta = build_bins(arguments.out_dir, tokenizer, documents, val_fraction=arguments.val_fraction,
@@ -941,7 +891,7 @@ def main():
     finally:
         for name, reasons in left_out.items():
             for reason, count in reasons.items():
-                print(f"note: {name}: {count:,} {reason}" if name else f"note: {count:,} {reason}")
+                print(f"note: {name}: {count:,} {reason}")
 
     # Show what was built.
     print(f"{'domain':24}{'documents':>14}{'MB of text':>14}{'train tokens':>18}{'val tokens':>16}")

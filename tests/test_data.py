@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -24,9 +24,8 @@ import tiktoken
 
 import data
 from data import (TokenBins, UserError, alive, build_bins, bytes_settings, expand_sources, file_sha256, import_optional,
-                  load_tokenizer, model_tokenizer, quickstart_documents, read_documents, read_file, read_meta,
-                  run_program, save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify,
-                  write_meta)
+                  load_tokenizer, model_tokenizer, quickstart_documents, read_documents, read_meta, run_program,
+                  save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify, write_meta)
 
 ARTICLES = [f"Article {i}: " + f"{i * i} words é <|endoftext|> " * (i % 23) for i in range(400)]
 
@@ -100,7 +99,7 @@ RECORDS = "".join(json.dumps({"text": text, "body": text.upper()}) + "\n" for te
 
 
 def test_the_program_writes_bins_and_says_what_it_left_out(program, tmp_path):
-    files = {"a.txt": b"one", "b.txt": b"two", "c.txt": b"bad \xff", "d.txt": b"", "e.dat": b"\0"}
+    files = {"a.txt": b"one", "b.txt": b"two", "c.txt": b"bad \xff", "d.txt": b" ", "e.dat": b"\0"}
     for name, raw in files.items():
         (tmp_path / name).write_bytes(raw)
     (tmp_path / "r.jsonl").write_text(RECORDS + '{"no": 1}\n{"no": 2}\n')
@@ -156,11 +155,11 @@ def test_what_takes_long_says_that_it_is_alive(capsys):
     (["--out_dir=x", "a=a.txt", "--val_bytes=1.5"], ["--val_bytes", "'1.5'"]),
     (["--out_dir=x", "a=a.txt", "--tok=bytes"], ["--tok=bytes"]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=no_such"], ["--tokenizer=no_such", "bytes"]),
-    (["--out_dir=x", "a=a.txt", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file of text"]),
+    (["--out_dir=x", "a=a.txt", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file matches"]),
     (["--out_dir=x", "a=a.json", "--domain_key=k"], ["a=a.json", "without NAME="]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=old"], ["old/tokenizer.json", "AutoTokenizer.from_pretrained('old')"]),
     (["--out_dir=x", "a=a.txt", "--eot=</s>"], ["--eot=</s>", "<|endoftext|>"]),
-    (["--out_dir=x", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file of text"]),
+    (["--out_dir=x", "a.txt", "--domain_key=k"], ["a.txt", "--domain_key requires records"]),
     (["--out_dir=x", "word"], ["word", "NAME=GLOB"]),
     (["--out_dir=x", "../a=a.txt"], ["'../a'", "letters"]),
     (["--out_dir=a.txt", "a=a.txt"], ["--out_dir=a.txt", "is a file"]),
@@ -404,9 +403,9 @@ def test_nanogpts_bins_open_once_they_are_described(tmp_path, made):
 
 # ----------------------------------------------- Documents ------------------------------------------------------------
 
-def documents(path: Path, text_key: str = "text") -> tuple[list[str], Counter]:
+def documents(*paths: Path, text_key: str = "text") -> tuple[list[str], Counter]:
     left_out = Counter()
-    return [text for _, text in read_file(path, text_key, left_out)], left_out
+    return [text for _, text in read_documents({"a": paths}, text_key, "", {"a": left_out})], left_out
 
 
 def compressed(name: str, raw: bytes) -> bytes:
@@ -420,12 +419,11 @@ def compressed(name: str, raw: bytes) -> bytes:
     return raw
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "c4-train.00000.json.gz",
-                                  "a.json.zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.zst", "a.json", "c4-train.00000.json.gz"])
 def test_each_json_record_of_a_line_is_a_document(tmp_path, name):
     (tmp_path / name).write_bytes(compressed(name, RECORDS.encode()))
     assert documents(tmp_path / name) == (["one é", "two\nlines\0"], Counter())
-    assert documents(tmp_path / name, "body")[0] == ["ONE É", "TWO\nLINES\0"]
+    assert documents(tmp_path / name, text_key="body")[0] == ["ONE É", "TWO\nLINES\0"]
 
 
 def test_each_row_of_parquet_is_a_document(tmp_path):
@@ -434,45 +432,38 @@ def test_each_row_of_parquet_is_a_document(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["one é", None, "two"], "body": ["a", "b", "c"]}), path)
     texts, left_out = documents(path)
     assert texts == ["one é", "two"] and list(left_out.values()) == [1]
-    assert documents(path, "body")[0] == ["a", "b", "c"]
-    assert "--text_key must be one of text body" in refused(documents, path, "absent")
-
-
-def test_a_compressed_text_file_is_read_as_text(tmp_path):
-    (tmp_path / "a.txt.gz").write_bytes(compressed("a.gz", "naïve\n漢字, and more".encode()))
-    assert documents(tmp_path / "a.txt.gz") == (["naïve\n漢字, and more"], Counter())
+    assert documents(path, text_key="body")[0] == ["a", "b", "c"]
+    assert "a: no document in its 1 files" in refused(documents, path, text_key="absent")
 
 
 @pytest.mark.parametrize("name, text", [
-    ("a.py", "naïve\r\n漢字"), ("a.md", '{\n  "text": "x"\n}\n'), ("no_suffix", "x")])
+    ("a.py", "naïve\r\n漢字"), ("a.txt.gz", "naïve\n漢字, and more"), ("a.md", '{\n  "text": "x"\n}\n'), ("none", "x")])
 def test_any_other_file_is_one_document_as_it_stands(tmp_path, name, text):
-    (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / name).write_bytes(compressed(name, text.encode()))
     assert documents(tmp_path / name) == ([text], Counter())
 
 
 def test_a_long_text_file_is_cut_at_the_ends_of_lines(tmp_path):
     lines = [f"{i} ".ljust(1000, ".") + "\n" for i in range(17_000)]
     (tmp_path / "a.txt").write_text("".join(lines))
-    texts, left_out = documents(tmp_path / "a.txt")
+    texts, _ = documents(tmp_path / "a.txt")
     assert "".join(texts) == "".join(lines) and len(texts) == 3 and all(text.endswith("\n") for text in texts)
-    assert list(left_out.values()) == [2]
 
 
 @pytest.mark.parametrize("name, raw, texts, reason", [
     ("a.txt", b"bad \xff byte", ["bad \ufffd byte"], "UTF-8"),
     ("a.txt", b" \n\t", [], "empty"),
-    ("a.txt", b"", [], "empty"),
     ("a.png", b"\x89PNG\0\0\xff", [], "binary"),
     ("a.jsonl", b'{"text": "bad \xff byte"}\n', ["bad \ufffd byte"], "UTF-8"),
     ("a.jsonl", b'{"text": "half \\ud800"}\n', ["half \ufffd"], "UTF-8"),
     ("a.jsonl", b'{"text": ""}\n', [], "empty"),
     ("a.jsonl", b'{"other": "x"}\n', [], "key text"),
-    ("a.jsonl", b'{"text": 3}\n', [], "key text"),
-    ("a.jsonl", b'["x"]\n', [], "key text")])
+    ("a.jsonl", b'{"text": 3}\n', [], "key text")])
 def test_what_is_left_out_or_replaced_is_counted(tmp_path, name, raw, texts, reason):
     (tmp_path / name).write_bytes(raw)
-    got, left_out = documents(tmp_path / name)
-    assert got == texts and len(left_out) == 1
+    (tmp_path / "fine").write_text("fine")
+    got, left_out = documents(tmp_path / name, tmp_path / "fine")
+    assert got == [*texts, "fine"] and len(left_out) == 1
     assert [count for why, count in left_out.items() if reason in why] == [1]
 
 
@@ -501,7 +492,6 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name):
     raw = b"one\n" if name == "a.txt" else b'{"text": "one\\n"}\n'
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + raw)
     assert documents(tmp_path / name) == (["one\n"], Counter())
-    assert expand_sources([f"a={tmp_path / name}"], labelled=False, left_out=defaultdict(Counter))
 
 
 def test_sources_are_files_folders_and_globs(tmp_path):
@@ -510,7 +500,7 @@ def test_sources_are_files_folders_and_globs(tmp_path):
         (tmp_path / name).write_text("text")
     found = expand_sources([f"file={tmp_path}/a.txt", f"folder={tmp_path}", f"glob={tmp_path}/*.txt",
                             f"deep={tmp_path}/**/*.txt", f"two={tmp_path}/*.txt", f"two={tmp_path}/sub/*.md"],
-                           labelled=False, left_out=defaultdict(Counter))
+                           labelled=False)
     assert {name: [path.relative_to(tmp_path).as_posix() for path in paths] for name, paths in found.items()} == {
         "file": ["a.txt"], "folder": ["a.txt", "b.txt", "sub/d.md", "sub/deep/c.txt"], "glob": ["a.txt", "b.txt"],
         "deep": ["a.txt", "b.txt", "sub/deep/c.txt"], "two": ["a.txt", "b.txt", "sub/d.md"]}
@@ -520,32 +510,24 @@ def test_the_documents_of_all_domains_are_one_stream_and_an_empty_domain_is_refu
     (tmp_path / "a.jsonl").write_text(RECORDS)
     (tmp_path / "b.txt").write_text(" ")
     one, empty = [tmp_path / "a.jsonl"], [tmp_path / "b.txt"]
-    left_out = defaultdict(Counter)
+    left_out = {"x": Counter(), "y": Counter()}
     assert list(read_documents({"x": one, "y": empty + one}, "text", "", left_out)) == [
         ("x", "one é"), ("x", "two\nlines\0"), ("y", "one é"), ("y", "two\nlines\0")]
-    assert "domain y" in refused(list, read_documents({"x": one, "y": empty}, "text", "", left_out))
+    assert "y: no document in its 1 files" in refused(list, read_documents({"x": one, "y": empty}, "text", "", left_out))
 
 
-NO_TEXT = {"a.csv": b"a,b", "a.tsv": b"a", "a.PDF": b"%PDF", "a.tar.gz": b"", "a.zip": b"PK", "a.safetensors": b"",
-           "a.json": b'[{"text": "x"},\n {"text": "y"}]', "b.json": b'{\n "text": "x"\n}'}
-
-
-@pytest.mark.parametrize("name", NO_TEXT)
-def test_a_file_that_is_no_text_is_refused_where_a_glob_names_it_and_left_out_of_a_folder(program, tmp_path, name):
+@pytest.mark.parametrize("name, raw, fix", [
+    ("a.csv", b"a,b", ".jsonl or .parquet"), ("a.TSV.gz", b"", ".jsonl or .parquet"), ("a.png", b"PNG\0", "no document"),
+    ("a.json", b'[{"text": "x"},\n {"text": "y"}]', "line 1: "), ("a.json", b'[{"text": "x"}]', "jq -c '.[]'"),
+    ("a.ndjson", b'{\n "text": "x"\n}', "one JSON record per line")])
+def test_files_that_hold_no_text_are_one_message_with_the_fix(program, tmp_path, name, raw, fix):
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / name).write_bytes(NO_TEXT[name])
-    status, _, stderr = program(f"mine={folder}/*", f"--out_dir={tmp_path}/bins")
-    assert status == 2 and stderr.count("\n") == 1 and name in stderr
-    assert "jq -c" in stderr if name.endswith(".json") else ";" in stderr
-    # A folder that holds nothing else is an error too, one with some text is not.
-    status, _, stderr = program(f"mine={folder}", f"--out_dir={tmp_path}/bins")
-    assert status == 2 and "no file of text" in stderr
-    for i in range(3):
-        (folder / f"{i}.txt").write_text(f"text {i}")
-    status, stdout, _ = program(f"mine={folder}", f"--out_dir={tmp_path}/bins")
-    kind = ".tar" if name == "a.tar.gz" else name[1:].lower()
-    assert status == 0 and f"note: mine: 1 {kind} files left out\n" in stdout
+    (folder / name).write_bytes(raw)
+    for source in (folder, folder / "*"):
+        status, _, stderr = program(f"mine={source}", f"--out_dir={tmp_path}/bins")
+        assert status == 2 and stderr.count("\n") == 1 and fix in stderr
+        assert name in stderr or name == "a.png"
 
 
 # ----------------------------------------------- Labelled records -----------------------------------------------------
@@ -573,25 +555,19 @@ def test_the_domain_may_be_what_each_record_says(program, tmp_path, name):
     for domain, parity in (("RedPajamaC4", 0), ("Pile_CC_x", 1)):
         texts = [text for side in ("train", "val") for text in bin_texts(tmp_path / "bins" / f"{domain}.{side}.bin")]
         assert sorted(texts) == sorted(record["text"] for record in LABELLED[parity::2])
-    assert "note: 3 records left out, without a letter or digit of ASCII under the key meta.set\n" in stdout
-    assert "note: 1 records left out, without a text under the key text\n" in stdout
+    assert "note: records: 3 records left out, without a letter or digit of ASCII under the key meta.set\n" in stdout
+    assert "note: records: 1 records left out, without a text under the key text\n" in stdout
 
 
 @pytest.mark.parametrize("records, named", [
     ([labelled(1, "a b"), labelled(2, "a-b")], "'a-b'"),
-    ([{"text": "no label"}], "--domain_key=meta.set: no document"),
+    ([{"text": "no label"}], "records: no document in its 1 files"),
     ([labelled(i, f"d{i % 257}") for i in range(600)], "at most 256"),
 ])
 def test_labels_that_make_no_domains_are_refused(program, tmp_path, records, named):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     status, _, stderr = program(f"{tmp_path}/a.jsonl", "--domain_key=meta.set", f"--out_dir={tmp_path}/bins")
     assert status == 2 and stderr.count("\n") == 1 and named in stderr
-
-
-def test_text_files_have_no_labels(program, tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    status, _, stderr = program(f"{tmp_path}/a.txt", "--domain_key=meta.set", f"--out_dir={tmp_path}/bins")
-    assert status == 2 and "--domain_key requires records" in stderr
 
 
 # ----------------------------------------------- The validation split -------------------------------------------------
