@@ -713,13 +713,6 @@ def take_batch(assigned: Iterator[tuple[BinWriter, bytes]]) -> Iterator[tuple[Bi
             return
 
 
-def check_out_dir(out_dir: Path, tokenizer: Tokenizer):
-    """UserError if bins cannot be written to `out_dir`, since it holds some, or the tokenizer itself."""
-    folders = [path.parent.resolve() for path in tokenizer.files]
-    if out_dir.is_file() or (out_dir / "meta.json").exists() or out_dir.resolve() in folders:
-        raise UserError(f"--out_dir={out_dir}: is a file, or holds bins or the tokenizer already; name another folder")
-
-
 def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tuple[str, str]], *,
                val_fraction: float = 0.05, val_bytes: int = 32_000_000, made_by: dict | None = None) -> dict:
     """Write the bins of a stream of (domain, text) in one pass, and then meta.json, whose content is returned.
@@ -729,9 +722,11 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     is at most val_bytes a domain, plus a few hundred bytes for each document that is held. A build that is killed
     leaves only temporary files, and has to start again. `made_by` is kept in meta.json. UserError if out_dir holds
     bins, or if a domain has fewer than two distinct documents."""
-    assert 0 <= val_fraction < 1, val_fraction
     out_dir = Path(out_dir)
-    check_out_dir(out_dir, tokenizer)
+    if (out_dir / "meta.json").exists():
+        raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val_fraction={val_fraction}: must be at least 0 and below 1")
     out_dir.mkdir(parents=True, exist_ok=True)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     domains = {}
@@ -846,12 +841,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--val_bytes", type=int, default=32_000_000, help="validation bytes of a domain, at most")
     add("--verify", default="", metavar="DIR", help="only hash the bins of this folder again")
     arguments = parser.parse_intermixed_args()
-
-    # Values that argparse cannot check.
-    if not 0 <= arguments.val_fraction <= 0.9:
-        parser.error(f"--val_fraction={arguments.val_fraction}: must be from 0 to 0.9")
-    if arguments.val_bytes < 1:
-        parser.error(f"--val_bytes={arguments.val_bytes}: must be at least 1")
     if not arguments.verify and not (arguments.out_dir and arguments.sources):
         parser.error("requires --out_dir=DIR and NAME=GLOB for each domain, or --verify=DIR")
     return arguments
@@ -863,10 +852,9 @@ def main():
         verify(arguments.verify)
         return
 
-    # Check everything before the first document is read.
+    # Find all files and the tokenizer before the first document is read.
     files = expand_sources(arguments.sources, bool(arguments.domain_key))
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eot)
-    check_out_dir(Path(arguments.out_dir), tokenizer)
     for key, value in vars(arguments).items():
         print(f"{key} = {value}")
     print(f"each document ends with {tokenizer.eot_token}, id {tokenizer.eot}", flush=True)
