@@ -459,6 +459,8 @@ def expand_sources(sources: list[str], labelled: bool) -> dict[str, list[Path]]:
             pattern = word
         elif not equals:
             raise UserError(f"{word}: write NAME=GLOB or NAME=FOLDER; or name the --domain_key of labelled records")
+        elif not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise UserError(f"domain {name!r}: use only letters, digits, - and _ in its name")
 
         # glob leaves out names that begin with a dot.
         if os.path.isdir(pattern):
@@ -474,8 +476,6 @@ def expand_sources(sources: list[str], labelled: bool) -> dict[str, list[Path]]:
             if labelled and suffix not in (*JSON_LINES, ".parquet"):
                 raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet")
         domains.setdefault(name, set()).update(files)
-    if not labelled:
-        check_domains(domains)
     return {name: sorted(files) for name, files in domains.items()}
 
 
@@ -594,16 +594,6 @@ BATCH_BYTES = 1 << 20  # of text that is encoded at once: enough for all cores, 
 MAX_DOMAINS = 256  # each keeps up to --val_bytes in memory
 
 
-def check_domains(names: Iterable[str]):
-    """UserError if a name cannot be part of a file's name, or if there are too many."""
-    names = list(names)
-    if len(names) > MAX_DOMAINS:
-        raise UserError(f"domain {names[-1]}: at most {MAX_DOMAINS} domains fit into memory; merge some")
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise UserError(f"domain {name!r}: use only letters, digits, - and _ in its name")
-
-
 class BinWriter:
     """A bin that is being written, under a temporary name until `publish`."""
 
@@ -675,11 +665,11 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
 
     A domain is added to `domains` at its first document."""
     n_bytes = 0
-    started = time.monotonic()
-    reported = started
+    reported = time.monotonic()
     for name, text in documents:
         if name not in domains:
-            check_domains([*domains, name])
+            if len(domains) == MAX_DOMAINS:
+                raise UserError(f"domain {name}: at most {MAX_DOMAINS} domains fit into memory; merge some")
             domains[name] = DomainBuild(name, out_dir, dtype)
         # What the domain releases is train text: documents with smaller hashes fill all that validation may have.
         raw = text.encode()
@@ -687,10 +677,9 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
             yield domains[name].train, released
         # Show the progress every five seconds.
         n_bytes += len(raw)
-        now = time.monotonic()
-        if now - reported > 5:
-            print(f"{n_bytes / 1e6:,.0f} MB of text, {n_bytes / 1e6 / (now - started):.1f} MB/s", flush=True)
-            reported = now
+        if time.monotonic() > reported + 5:
+            print(f"{n_bytes / 1e6:,.0f} MB of text", flush=True)
+            reported += 5
 
     # The size of each domain is known now, so what it holds shrinks to its validation.
     for name, domain in domains.items():
