@@ -677,9 +677,9 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
             yield domains[name].train, released
         # Show the progress every five seconds.
         n_bytes += len(raw)
-        if time.monotonic() > reported + 5:
+        if time.monotonic() - reported > 5:
             print(f"{n_bytes / 1e6:,.0f} MB of text", flush=True)
-            reported += 5
+            reported = time.monotonic()
 
     # The size of each domain is known now, so what it holds shrinks to its validation.
     for name, domain in domains.items():
@@ -726,8 +726,6 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
         for (writer, raw), ids in zip(batch, encoded, strict=True):
             writer.append(np.append(ids, tokenizer.eot), len(raw))
-    if not domains:
-        raise UserError(f"--out_dir={out_dir}: no documents to build bins from")
 
     # Every bin is complete, and gets its name. meta.json comes last: a folder that has it is complete.
     entries = {}
@@ -849,7 +847,7 @@ def main():
     print(f"each document ends with {tokenizer.eot_token}, id {tokenizer.eot}", flush=True)
 
     # Build the bins. After an error too, say what was left out: it may be the reason.
-    left_out = {name: Counter() for name in files}
+    left_out = {name: Counter() for name in files}  # name → reason → number
     documents = read_documents(files, arguments.text_key, arguments.domain_key, left_out)
     try:
         meta = build_bins(arguments.out_dir, tokenizer, documents, val_fraction=arguments.val_fraction,
