@@ -6,12 +6,10 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections import Counter
 from functools import partial
@@ -23,9 +21,9 @@ import pytest
 import tiktoken
 
 import data
-from data import (TokenBins, UserError, alive, build_bins, bytes_settings, expand_sources, file_sha256, import_optional,
-                  load_tokenizer, model_tokenizer, quickstart_documents, read_documents, read_meta, run_program,
-                  save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify, write_meta)
+from data import (TokenBins, UserError, build_bins, expand_sources, file_sha256, import_optional, load_tokenizer,
+                  model_tokenizer, quickstart_documents, read_documents, read_meta, run_program, save_tokenizer,
+                  saved_tokenizer, settings_digest, user_errors, verify, write_meta)
 
 ARTICLES = [f"Article {i}: " + f"{i * i} words é <|endoftext|> " * (i % 23) for i in range(400)]
 
@@ -129,20 +127,6 @@ def test_help_lists_every_key_with_its_default_and_meaning(program):
         assert f"--{key} " in shown
     for default in ("bytes", "text", "0.05", "32000000"):
         assert f"(default: {default})" in shown
-
-
-def test_what_takes_long_says_that_it_is_alive(capsys):
-    shown = ""
-    with alive("reading a file", every=0.01):
-        for _ in range(1000):
-            shown += capsys.readouterr().out
-            if shown.count("still reading a file") > 1:
-                break
-            time.sleep(0.01)
-    assert re.match(r"still reading a file, 0 s\n", shown)
-    capsys.readouterr()
-    time.sleep(0.05)
-    assert capsys.readouterr().out == ""  # no longer
 
 
 @pytest.mark.parametrize("arguments, named", [
@@ -370,7 +354,8 @@ def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings,
     eot = meta["tokenizer"]["eot"]
     for name in ("generation_config.json", "config.json"):
         ids = json.loads((model / name).read_text())
-        assert (ids["bos_token_id"], ids["eos_token_id"], ids["pad_token_id"]) == (eot if bos is None else bos, eot, eot)
+        assert ids["bos_token_id"] == (eot if bos is None else bos)
+        assert ids["eos_token_id"] == ids["pad_token_id"] == eot
     # Without what only this project writes, the folder still holds the same tokenizer.
     (model / "tokenizer_meta.json").unlink()
     assert model_tokenizer(model).fingerprint == meta["tokenizer"]["fingerprint"]
@@ -504,11 +489,11 @@ def test_the_documents_of_all_domains_are_one_stream_and_an_empty_domain_is_refu
     left_out = {"x": Counter(), "y": Counter()}
     assert list(read_documents({"x": one, "y": empty + one}, "text", "", left_out)) == [
         ("x", "one é"), ("x", "two\nlines\0"), ("y", "one é"), ("y", "two\nlines\0")]
-    assert "y: no document in its 1 files" in refused(list, read_documents({"x": one, "y": empty}, "text", "", left_out))
+    assert "y: no document" in refused(list, read_documents({"x": one, "y": empty}, "text", "", left_out))
 
 
 @pytest.mark.parametrize("name, raw, fix", [
-    ("a.csv", b"a,b", ".jsonl or .parquet"), ("a.TSV.gz", b"", ".jsonl or .parquet"), ("a.png", b"PNG\0", "no document"),
+    ("a.csv", b"a,b", ".jsonl or .parquet"), ("a.TSV.gz", b"", ".jsonl or .parquet"), ("a.png", b"\0", "no document"),
     ("a.json", b'[{"text": "x"},\n {"text": "y"}]', "line 1: "), ("a.json", b'[{"text": "x"}]', "jq -c '.[]'"),
     ("a.ndjson", b'{\n "text": "x"\n}', "one JSON record per line")])
 def test_files_that_hold_no_text_are_one_message_with_the_fix(program, tmp_path, name, raw, fix):
