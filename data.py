@@ -467,8 +467,8 @@ def expand_sources(sources: list[str], labelled: bool) -> dict[str, list[Path]]:
             pattern = os.path.join(glob.escape(pattern), "**")
         files = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
         if not files:
-            raise UserError(f"{word}: no file matches {pattern!r}; name a folder or a glob of files, without NAME= with "
-                            "--domain_key")
+            raise UserError(f"{word}: no file matches {pattern!r}; name a folder or a glob of files, and with "
+                            "--domain_key no NAME=")
         for path in files:
             suffix = uncompressed_suffix(path)
             if suffix in (".csv", ".tsv"):

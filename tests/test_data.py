@@ -139,7 +139,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(program):
     (["--out_dir=x", "a=a.txt", "--tok=bytes"], ["--tok=bytes"]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=no_such"], ["--tokenizer=no_such", "bytes"]),
     (["--out_dir=x", "a=a.txt", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file matches"]),
-    (["--out_dir=x", "a=a.json", "--domain_key=k"], ["a=a.json", "without NAME="]),
+    (["--out_dir=x", "a=a.json", "--domain_key=k"], ["a=a.json", "no NAME="]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=old"], ["old/tokenizer.json", "AutoTokenizer.from_pretrained('old')"]),
     (["--out_dir=x", "a=a.txt", "--eot=</s>"], ["--eot=</s>", "<|endoftext|>"]),
     (["--out_dir=x", "a.txt", "--domain_key=k"], ["a.txt", "--domain_key requires records"]),
