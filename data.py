@@ -167,24 +167,13 @@ def read_meta(data_dir: str | Path, key: str = "--data_dir") -> dict:
     if not path.is_file():
         raise UserError(f"{key}={data_dir}: has no meta.json; make bins with data.py --out_dir={data_dir}")
     with user_errors(path, "copy the folder again, or delete meta.json and make the bins again"):
-        # It has the version that is known, and what the programs rely on.
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
-        tokenizer = meta["tokenizer"]
-        if not {"name", "eot", "eot_token", "fingerprint"} <= set(tokenizer) or tokenizer["vocab_size"] < 1:
-            raise ValueError("entries of the tokenizer are missing")
-        if not meta["domains"]:
-            raise ValueError("no domains")
-
         # Every file is in the folder itself, and every bin has the size that its number of tokens gives.
-        sizes = dict.fromkeys(tokenizer["files"])  # None: any size
+        sizes = dict.fromkeys(meta["tokenizer"]["files"])  # None: any size
         for domain in meta["domains"].values():
-            if domain["dtype"] not in ("uint16", "uint32"):
-                raise ValueError("a dtype other than uint16 and uint32")
             for entry in (domain["train"], domain["val"]):
-                if "sha256" not in entry:
-                    raise ValueError(f"no sha256 of {entry['file']}")
                 sizes[entry["file"]] = entry["tokens"] * np.dtype(domain["dtype"]).itemsize
         for name, size in sizes.items():
             file = data_dir / name
@@ -281,12 +270,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
 # What is downloaded of a model on the Hub.
 MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", TOKENIZER_META, *TOKENIZER_FILES)
-# What same_tokenizer encodes: words, numbers, punctuation, whitespace, several scripts, look-alikes of special tokens.
-PROBE_TEXT = """The quick brown fox can't jump; it's 1234567.89 metres (≈ 1 km) away!
-\tdef naïve(abc, xyz=None):  # abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ
-
-    return [abc[0]["key"] ** 2, '{}\\n'.format(xyz)]   \r
-Größe, être, Ω, Привет мир, 漢字かな, 한국어, العربية, e\u0301, 👩‍🔬 <|endoftext|><|im_end|><s></s>[MASK] <pad> """
 
 
 @dataclass(frozen=True)
@@ -409,26 +392,6 @@ def bytes_settings() -> dict:
             "decoder": byte_level, "model": model}
 
 
-def same_tokenizer(ours: Tokenizer, theirs: Tokenizer) -> bool:
-    """Whether two tokenizers encode alike, by their fingerprints.
-
-    A tiktoken encoding and a tokenizer.json never have equal ones. These are the same if they decode all ids alike and
-    encode PROBE_TEXT alike."""
-    if ours.fingerprint == theirs.fingerprint:
-        return True
-    # Only a tiktoken encoding has no files.
-    of_one_kind = bool(ours.files) == bool(theirs.files)
-    if of_one_kind or "bytes" in (ours.name, theirs.name) or ours.vocab_size != theirs.vocab_size:
-        return False
-    # All ids, and then the merges and the rules that split text into words.
-    for i in range(ours.vocab_size):
-        if ours.decode([i]) != theirs.decode([i]):
-            return False
-    [our_ids] = ours.encode_batch([PROBE_TEXT])
-    [their_ids] = theirs.encode_batch([PROBE_TEXT])
-    return np.array_equal(our_ids, their_ids)
-
-
 def saved_tokenizer(folder: Path, entry: dict) -> Tokenizer:
     """The tokenizer of an entry of meta.json: from its files in `folder`, or by its name. UserError if it changed."""
     source = folder if entry["files"] else entry["name"]
@@ -453,27 +416,13 @@ def save_tokenizer(folder: Path, bins: TokenBins):
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
     # config.json and generation_config.json name the bins' end of text, whatever the model named before.
-    ids = special_ids(folder, entry)
-    write_text(folder / "generation_config.json", json.dumps(ids))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    bos = config.get("bos_token_id")
+    if bos is None:
+        bos = entry["eot"]
+    ids = {"bos_token_id": bos, "eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
+    write_text(folder / "generation_config.json", json.dumps(ids))
     write_text(folder / "config.json", json.dumps({**config, **ids}, indent=2, sort_keys=True))
-
-
-def special_ids(folder: Path, entry: dict) -> dict[str, int | None]:
-    """bos_token_id, eos_token_id and pad_token_id of the tokenizer in a model's folder. Documents end with eos."""
-    ids = {"bos_token_id": None, "eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
-    if not (folder / "tokenizer_config.json").is_file():
-        return ids
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    id_of = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
-    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    for role in ("bos", "pad"):
-        token = config.get(f"{role}_token")
-        if isinstance(token, dict):
-            token = token.get("content")
-        if token in id_of:
-            ids[f"{role}_token_id"] = id_of[token]
-    return ids
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
@@ -494,67 +443,40 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
 # ------------ Documents -----------------------------------------------------------------------------------------------
 
 PIECE = 8_000_000  # characters, about: a longer text file becomes several documents, so that memory stays bounded
-# Suffixes of files that hold no plain text, and what helps
-NOT_TEXT = {
-    ".csv": "write its rows to .jsonl or .parquet", ".tsv": "write its rows to .jsonl or .parquet",
-    **dict.fromkeys((".tar", ".tgz", ".zip", ".7z", ".rar", ".bz2", ".xz"), "unpack it, or compress with .gz or .zst"),
-    **dict.fromkeys((".pdf", ".doc", ".docx", ".odt", ".epub", ".xls", ".xlsx", ".ppt", ".pptx"), "extract its text"),
-    **dict.fromkeys((".bin", ".npy", ".npz", ".pt", ".pth", ".pkl", ".pickle", ".safetensors", ".gguf", ".so", ".arrow",
-                     ".exe", ".class", ".pyc", ".png", ".jpg", ".jpeg", ".gif", ".webp", ".mp3", ".mp4", ".wav"),
-                    "name the files that are text"),
-}
+JSON_LINES = (".json", ".jsonl", ".ndjson")  # suffixes of files with one record a line
 
 
-def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Counter]) -> dict[str, list[Path]]:
-    """NAME=GLOB words to domain → sorted files; plain GLOB words to "" → files if the records are `labelled`.
+def expand_sources(sources: list[str], labelled: bool) -> dict[str, list[Path]]:
+    """NAME=GLOB words to domain → sorted files; plain GLOB words to "records" → files if these are `labelled`.
 
-    A folder stands for all files below it that are not hidden; those that hold no text are left out and counted in
-    `left_out`, by domain. UserError if a glob names such a file, or if a word matches no file."""
+    A folder stands for all files below it that are not hidden. UserError if a word matches no file, or a file that is
+    known by its suffix not to be read."""
     domains = {}
     for word in sources:
         name, equals, pattern = word.partition("=")
         if labelled:
-            name = ""
+            name = "records"
             pattern = word
         elif not equals:
             raise UserError(f"{word}: write NAME=GLOB or NAME=FOLDER; or name the --domain_key of labelled records")
+        elif not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            raise UserError(f"domain {name!r}: use only letters, digits, - and _ in its name")
 
         # glob leaves out names that begin with a dot.
-        is_folder = os.path.isdir(pattern)
-        if is_folder:
+        if os.path.isdir(pattern):
             pattern = os.path.join(glob.escape(pattern), "**")
-        matches = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
-        files = []
-        for path in matches:
-            kind, fix = unreadable(path, labelled)
-            if kind is None:
-                files.append(path)
-            elif is_folder:
-                left_out[name][f"{kind} files left out"] += 1
-            else:
-                raise UserError(f"{word}: {path} is a {kind} file; {fix}")
+        files = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
         if not files:
-            fix = "name a folder or a glob of files"
-            if labelled:
-                fix += ", without NAME=, since --domain_key is given"
-            raise UserError(f"{word}: no file of text matches {pattern!r}; {fix}")
+            raise UserError(f"{word}: no file matches {pattern!r}; name a folder or a glob of files, and with "
+                            "--domain_key no NAME=")
+        for path in files:
+            suffix = uncompressed_suffix(path)
+            if suffix in (".csv", ".tsv"):
+                raise UserError(f"{path}: write its rows to .jsonl or .parquet, or name the other files")
+            if labelled and suffix not in (*JSON_LINES, ".parquet"):
+                raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet")
         domains.setdefault(name, set()).update(files)
-        if not labelled:
-            check_domains(domains)
     return {name: sorted(files) for name, files in domains.items()}
-
-
-def unreadable(path: Path, labelled: bool) -> tuple[str, str] | tuple[None, None]:
-    """The kind of a file that data.py does not read, and what helps; (None, None) if it does."""
-    suffix = uncompressed_suffix(path)
-    if suffix in NOT_TEXT:
-        return suffix, NOT_TEXT[suffix]
-    if suffix == ".json" and not first_line_is_record(path):
-        return ".json", (f"one record per line is expected; for one array:  jq -c '.[]' {path} > "
-                         f"{path.with_suffix('.jsonl')}")
-    if labelled and suffix not in (".json", ".jsonl", ".parquet"):
-        return suffix or "plain", "--domain_key requires records, in .jsonl, .json or .parquet"
-    return None, None
 
 
 def uncompressed_suffix(path: Path) -> str:
@@ -566,62 +488,85 @@ def uncompressed_suffix(path: Path) -> str:
 
 def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
                    left_out: dict[str, Counter]) -> Iterator[tuple[str, str]]:
-    """The documents of the files as a stream of (domain, text). UserError if a domain has none.
+    """The documents of the files as a stream of (domain, text). UserError if a name has none, or a file is damaged.
 
-    With a `domain_key` the domain is what each record says there, made safe for the name of a file."""
+    With a `domain_key` the domain is what each record says there, made safe for the name of a file. `left_out` counts,
+    by name and reason, what is not a document and what was replaced."""
     labels = {}  # domain → the label that it was made from
     for name, paths in files.items():
+        counts = left_out[name]
         found = False
         for path in paths:
-            for label, text in read_file(path, text_key, left_out[name], domain_key):
-                found = True
+            for record in read_file(path, text_key, domain_key, counts):
+                text = value_at(record, text_key)
+                label = name
                 domain = name
                 if domain_key:
+                    label = str(value_at(record, domain_key) or "")
                     domain = re.sub(r"[^A-Za-z0-9]+", "_", label).strip("_")
-                    if labels.setdefault(domain, label) != label:
-                        raise UserError(f"{path}: the labels {label!r} and {labels[domain]!r} would both be the domain "
-                                        f"{domain}; rename one in the records")
+
+                # Leave out what is not a document.
+                reason = None
+                if not isinstance(text, str):
+                    reason = f"records left out, without a text under the key {text_key}"
+                elif not domain:
+                    reason = f"records left out, without a letter or digit of ASCII under the key {domain_key}"
+                elif not text.strip():
+                    reason = "empty documents left out"
+                if reason is not None:
+                    counts[reason] += 1
+                    continue
+
+                if labels.setdefault(domain, label) != label:
+                    raise UserError(f"{path}: the labels {label!r} and {labels[domain]!r} would both be the domain "
+                                    f"{domain}; rename one in the records")
+                # Lone surrogates are not valid Unicode. They are from _open_text, or from escapes in JSON.
+                text, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
+                if n_replaced > 0:
+                    counts["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
+                found = True
                 yield domain, text
         if not found:
-            raise UserError(f"domain {name}: no document in its {len(paths)} files" if name else
-                            f"--domain_key={domain_key}: no document with that key in the {len(paths)} files")
+            raise UserError(f"{name}: no document in its {len(paths)} files; notes, if any, say what was left out")
 
 
-def read_file(path: Path, text_key: str, left_out: Counter, domain_key: str = "") -> Iterator[tuple[str, str]]:
-    """The documents of a file as (label, text): records by their keys, else the whole text with the label "".
-
-    `left_out` counts, by reason, what is not a document and what was replaced. UserError if the file is damaged."""
+def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> Iterator[dict]:
+    """The records of a file. A text file is one with its text under `text_key`, or several, cut at ends of lines."""
     suffix = uncompressed_suffix(path)
     with user_errors(path, "copy it again"):
         if suffix == ".parquet":
-            records = _parquet_rows(path, text_key, domain_key)
-        elif suffix in (".json", ".jsonl"):
-            records = _json_records(path)
-        else:
-            records = ({text_key: piece} for piece in _text_pieces(path, left_out))
-        # Count what is not a document, and what is not valid Unicode.
-        for record in records:
-            text = value_at(record, text_key)
-            label = ""
-            if domain_key:
-                label = str(value_at(record, domain_key) or "")
-            if not isinstance(text, str):
-                left_out[f"records left out, without a text under the key {text_key}"] += 1
-            elif domain_key and not re.search("[A-Za-z0-9]", label):
-                left_out[f"records left out, without a letter or digit of ASCII under the key {domain_key}"] += 1
-            elif not text.strip():
-                left_out["empty documents left out"] += 1
-            else:
-                # Lone surrogates: from _open_text, or from escapes in JSON.
-                mended, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
-                if n_replaced > 0:
-                    left_out["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
-                yield label, mended
+            file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
+            # Columns that the file lacks are left out.
+            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=64):
+                yield from rows.to_pylist()
+            return
+
+        with _open_text(path) as file:
+            if suffix in JSON_LINES:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield json_record(line, f"{path}, line {number}")
+                return
+            while piece := file.read(PIECE) + file.readline(PIECE):
+                # Text has no NUL characters.
+                if "\0" in piece[:65536]:
+                    left_out["binary files left out"] += 1
+                    return
+                yield {text_key: piece}
 
 
-def value_at(record, key: str):
+def json_record(line: str, where: str) -> dict:
+    """The record of a line of JSON. UserError says `where` there is none."""
+    with user_errors(where, "expected one JSON record per line; jq -c '.[]' FILE writes the records of one array so"):
+        record = json.loads(line)
+        if not isinstance(record, dict):
+            raise ValueError("no record")
+        return record
+
+
+def value_at(record: dict, key: str):
     """What a record holds under a key such as meta.source, the name itself or a path of names; None if nothing."""
-    if isinstance(record, dict) and key in record:
+    if key in record:
         return record[key]
     for name in key.split("."):
         if not isinstance(record, dict):
@@ -643,66 +588,10 @@ def _open_text(path: Path):
     return open(path, **as_text)
 
 
-def first_line_is_record(path: Path) -> bool:
-    with user_errors(path, "copy it again"), _open_text(path) as file:
-        first_line = file.readline(PIECE)
-    try:
-        return not first_line.strip() or isinstance(json.loads(first_line), dict)
-    except ValueError:
-        return False
-
-
-def _json_records(path: Path) -> Iterator:
-    with _open_text(path) as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                with user_errors(f"{path}, line {number}", "expected one JSON record per line"):
-                    record = json.loads(line)
-                yield record
-
-
-def _parquet_rows(path: Path, text_key: str, domain_key: str) -> Iterator[dict]:
-    file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
-    columns = file.schema_arrow.names
-    wanted = []
-    for key, option in ((text_key, "--text_key"), (domain_key, "--domain_key")):
-        column = key if key in columns else key.partition(".")[0]
-        if key and column not in columns:
-            raise UserError(f"{path}: no column {column}; {option} must be one of {' '.join(columns)}")
-        if key:
-            wanted.append(column)
-    for rows in file.iter_batches(columns=wanted, batch_size=64):
-        yield from rows.to_pylist()
-
-
-def _text_pieces(path: Path, left_out: Counter) -> Iterator[str]:
-    """A text file as one document, or a long one in pieces that end with a line."""
-    with _open_text(path) as file:
-        piece = file.read(PIECE) + file.readline(PIECE)
-        # Text has no NUL characters.
-        if "\0" in piece[:65536]:
-            left_out["binary files left out"] += 1
-            return
-        yield piece
-        while piece := file.read(PIECE) + file.readline(PIECE):
-            left_out[f"more documents than files, since texts are cut at {PIECE:,} characters"] += 1
-            yield piece
-
-
 # ------------ The build: one pass over a stream of documents ----------------------------------------------------------
 
 BATCH_BYTES = 1 << 20  # of text that is encoded at once: enough for all cores, and little memory
 MAX_DOMAINS = 256  # each keeps up to --val_bytes in memory
-
-
-def check_domains(names: Iterable[str]):
-    """UserError if a name cannot be part of a file's name, or if there are too many."""
-    names = list(names)
-    if len(names) > MAX_DOMAINS:
-        raise UserError(f"domain {names[-1]}: at most {MAX_DOMAINS} domains fit into memory; merge some")
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise UserError(f"domain {name!r}: use only letters, digits, - and _ in its name")
 
 
 class BinWriter:
@@ -776,11 +665,11 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
 
     A domain is added to `domains` at its first document."""
     n_bytes = 0
-    started = time.monotonic()
-    reported = started
+    reported = time.monotonic()
     for name, text in documents:
         if name not in domains:
-            check_domains([*domains, name])
+            if len(domains) == MAX_DOMAINS:
+                raise UserError(f"domain {name}: at most {MAX_DOMAINS} domains fit into memory; merge some")
             domains[name] = DomainBuild(name, out_dir, dtype)
         # What the domain releases is train text: documents with smaller hashes fill all that validation may have.
         raw = text.encode()
@@ -788,10 +677,9 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
             yield domains[name].train, released
         # Show the progress every five seconds.
         n_bytes += len(raw)
-        now = time.monotonic()
-        if now - reported > 5:
-            print(f"{n_bytes / 1e6:,.0f} MB of text, {n_bytes / 1e6 / (now - started):.1f} MB/s", flush=True)
-            reported = now
+        if time.monotonic() - reported > 5:
+            print(f"{n_bytes / 1e6:,.0f} MB of text", flush=True)
+            reported = time.monotonic()
 
     # The size of each domain is known now, so what it holds shrinks to its validation.
     for name, domain in domains.items():
@@ -814,13 +702,6 @@ def take_batch(assigned: Iterator[tuple[BinWriter, bytes]]) -> Iterator[tuple[Bi
             return
 
 
-def check_out_dir(out_dir: Path, tokenizer: Tokenizer):
-    """UserError if bins cannot be written to `out_dir`, since it holds some, or the tokenizer itself."""
-    folders = [path.parent.resolve() for path in tokenizer.files]
-    if out_dir.is_file() or (out_dir / "meta.json").exists() or out_dir.resolve() in folders:
-        raise UserError(f"--out_dir={out_dir}: is a file, or holds bins or the tokenizer already; name another folder")
-
-
 def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tuple[str, str]], *,
                val_fraction: float = 0.05, val_bytes: int = 32_000_000, made_by: dict | None = None) -> dict:
     """Write the bins of a stream of (domain, text) in one pass, and then meta.json, whose content is returned.
@@ -830,9 +711,11 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     is at most val_bytes a domain, plus a few hundred bytes for each document that is held. A build that is killed
     leaves only temporary files, and has to start again. `made_by` is kept in meta.json. UserError if out_dir holds
     bins, or if a domain has fewer than two distinct documents."""
-    assert 0 <= val_fraction < 1, val_fraction
     out_dir = Path(out_dir)
-    check_out_dir(out_dir, tokenizer)
+    if (out_dir / "meta.json").exists():
+        raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
+    if not 0 <= val_fraction < 1:
+        raise UserError(f"--val_fraction={val_fraction}: must be at least 0 and below 1")
     out_dir.mkdir(parents=True, exist_ok=True)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     domains = {}
@@ -843,8 +726,6 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
         for (writer, raw), ids in zip(batch, encoded, strict=True):
             writer.append(np.append(ids, tokenizer.eot), len(raw))
-    if not domains:
-        raise UserError(f"--out_dir={out_dir}: no documents to build bins from")
 
     # Every bin is complete, and gets its name. meta.json comes last: a folder that has it is complete.
     entries = {}
@@ -909,8 +790,8 @@ def _quickstart_texts(name: str) -> Iterator[str]:
     # By the hashes of their names, so that the first few megabytes are a sample of all files.
     for path in sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest()):
         if not re.search(source["left_out"], path):
-            for _, text in read_file(folder / path, "text", Counter()):
-                yield source["extract"](text)
+            text = (folder / path).read_bytes().decode("utf-8-sig", errors="replace")
+            yield source["extract"](text)
 
 
 def quickstart_documents(n_bytes: dict[str, int]) -> Iterator[tuple[str, str]]:
@@ -947,12 +828,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--val_bytes", type=int, default=32_000_000, help="validation bytes of a domain, at most")
     add("--verify", default="", metavar="DIR", help="only hash the bins of this folder again")
     arguments = parser.parse_intermixed_args()
-
-    # Values that argparse cannot check.
-    if not 0 <= arguments.val_fraction <= 0.9:
-        parser.error(f"--val_fraction={arguments.val_fraction}: must be from 0 to 0.9")
-    if arguments.val_bytes < 1:
-        parser.error(f"--val_bytes={arguments.val_bytes}: must be at least 1")
     if not arguments.verify and not (arguments.out_dir and arguments.sources):
         parser.error("requires --out_dir=DIR and NAME=GLOB for each domain, or --verify=DIR")
     return arguments
@@ -964,16 +839,15 @@ def main():
         verify(arguments.verify)
         return
 
-    # Check everything before the first document is read.
-    left_out = defaultdict(Counter)  # domain → reason → number
-    files = expand_sources(arguments.sources, bool(arguments.domain_key), left_out)
+    # Find all files and the tokenizer before the first document is read.
+    files = expand_sources(arguments.sources, bool(arguments.domain_key))
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eot)
-    check_out_dir(Path(arguments.out_dir), tokenizer)
     for key, value in vars(arguments).items():
         print(f"{key} = {value}")
     print(f"each document ends with {tokenizer.eot_token}, id {tokenizer.eot}", flush=True)
 
     # Build the bins. After an error too, say what was left out: it may be the reason.
+    left_out = {name: Counter() for name in files}  # name → reason → number
     documents = read_documents(files, arguments.text_key, arguments.domain_key, left_out)
     try:
         meta = build_bins(arguments.out_dir, tokenizer, documents, val_fraction=arguments.val_fraction,
@@ -981,7 +855,7 @@ def main():
     finally:
         for name, reasons in left_out.items():
             for reason, count in reasons.items():
-                print(f"note: {name}: {count:,} {reason}" if name else f"note: {count:,} {reason}")
+                print(f"note: {name}: {count:,} {reason}")
 
     # Show what was built.
     print(f"{'domain':24}{'documents':>14}{'MB of text':>14}{'train tokens':>18}{'val tokens':>16}")

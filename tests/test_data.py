@@ -6,14 +6,12 @@ import json
 import os
 import pickle
 import random
-import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import tracemalloc
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -23,10 +21,9 @@ import pytest
 import tiktoken
 
 import data
-from data import (TokenBins, UserError, alive, build_bins, bytes_settings, expand_sources, file_sha256, import_optional,
-                  load_tokenizer, model_tokenizer, quickstart_documents, read_documents, read_file, read_meta,
-                  run_program, same_tokenizer, save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify,
-                  write_meta)
+from data import (TokenBins, UserError, build_bins, expand_sources, file_sha256, import_optional, load_tokenizer,
+                  model_tokenizer, quickstart_documents, read_documents, read_meta, run_program, save_tokenizer,
+                  saved_tokenizer, settings_digest, user_errors, verify, write_meta)
 
 ARTICLES = [f"Article {i}: " + f"{i * i} words é <|endoftext|> " * (i % 23) for i in range(400)]
 
@@ -100,7 +97,7 @@ RECORDS = "".join(json.dumps({"text": text, "body": text.upper()}) + "\n" for te
 
 
 def test_the_program_writes_bins_and_says_what_it_left_out(program, tmp_path):
-    files = {"a.txt": b"one", "b.txt": b"two", "c.txt": b"bad \xff", "d.txt": b"", "e.dat": b"\0"}
+    files = {"a.txt": b"one", "b.txt": b"two", "c.txt": b"bad \xff", "d.txt": b" ", "e.dat": b"\0"}
     for name, raw in files.items():
         (tmp_path / name).write_bytes(raw)
     (tmp_path / "r.jsonl").write_text(RECORDS + '{"no": 1}\n{"no": 2}\n')
@@ -132,38 +129,23 @@ def test_help_lists_every_key_with_its_default_and_meaning(program):
         assert f"(default: {default})" in shown
 
 
-def test_what_takes_long_says_that_it_is_alive(capsys):
-    shown = ""
-    with alive("reading a file", every=0.01):
-        for _ in range(1000):
-            shown += capsys.readouterr().out
-            if shown.count("still reading a file") > 1:
-                break
-            time.sleep(0.01)
-    assert re.match(r"still reading a file, 0 s\n", shown)
-    capsys.readouterr()
-    time.sleep(0.05)
-    assert capsys.readouterr().out == ""  # no longer
-
-
 @pytest.mark.parametrize("arguments, named", [
     ([], ["--out_dir", "NAME=GLOB"]),
     (["--out_dir=x"], ["NAME=GLOB"]),
-    (["--out_dir=x", "a=a.txt", "--val_fraction=1"], ["--val_fraction=1.0", "0 to 0.9"]),
-    (["--out_dir=x", "a=a.txt", "--val_fraction=nan"], ["--val_fraction=nan", "0 to 0.9"]),
+    (["--out_dir=x", "a=a.txt", "--val_fraction=1"], ["--val_fraction=1.0", "below 1"]),
+    (["--out_dir=x", "a=a.txt", "--val_fraction=nan"], ["--val_fraction=nan", "below 1"]),
     (["--out_dir=x", "a=a.txt", "--val_fraction=some"], ["--val_fraction", "'some'"]),
-    (["--out_dir=x", "a=a.txt", "--val_bytes=0"], ["--val_bytes=0", "at least 1"]),
     (["--out_dir=x", "a=a.txt", "--val_bytes=1.5"], ["--val_bytes", "'1.5'"]),
     (["--out_dir=x", "a=a.txt", "--tok=bytes"], ["--tok=bytes"]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=no_such"], ["--tokenizer=no_such", "bytes"]),
-    (["--out_dir=x", "a=a.txt", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file of text"]),
-    (["--out_dir=x", "a=a.json", "--domain_key=k"], ["a=a.json", "without NAME="]),
+    (["--out_dir=x", "a=a.txt", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file matches"]),
+    (["--out_dir=x", "a=a.json", "--domain_key=k"], ["a=a.json", "no NAME="]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=old"], ["old/tokenizer.json", "AutoTokenizer.from_pretrained('old')"]),
     (["--out_dir=x", "a=a.txt", "--eot=</s>"], ["--eot=</s>", "<|endoftext|>"]),
-    (["--out_dir=x", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file of text"]),
+    (["--out_dir=x", "a.txt", "--domain_key=k"], ["a.txt", "--domain_key requires records"]),
     (["--out_dir=x", "word"], ["word", "NAME=GLOB"]),
     (["--out_dir=x", "../a=a.txt"], ["'../a'", "letters"]),
-    (["--out_dir=a.txt", "a=a.txt"], ["--out_dir=a.txt", "is a file"]),
+    (["--out_dir=a.txt", "a=a.txt"], ["a.txt", "File exists"]),
     (["--out_dir=bins", "a=a.txt"], ["--out_dir=bins", "holds bins"]),
     (["--verify=no_such_folder"], ["--verify=no_such_folder", "meta.json"])])
 def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
@@ -172,9 +154,9 @@ def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
     Path("a.txt").write_text("some text")
     Path("old").mkdir()
     Path("old", "tokenizer.model").write_bytes(b"of sentencepiece")
-    status, stdout, stderr = program(*arguments)
+    status, _, stderr = program(*arguments)
     [message] = [line for line in stderr.splitlines() if "error: " in line]
-    assert (status, stdout) == (2, "") and stderr.rstrip().endswith(message)
+    assert status == 2 and stderr.rstrip().endswith(message)
     assert all(word in message for word in named)
     assert sorted(os.listdir()) == ["a.txt", "bins", "old"] and contents(copied) == contents(made)
 
@@ -192,14 +174,6 @@ def test_an_error_that_the_user_can_fix_ends_a_program_without_a_traceback(
     with pytest.raises(SystemExit) as stop:
         run_program(main)
     assert (stop.value.code, capsys.readouterr().err) == (status, message)
-
-
-def test_an_error_while_reading_is_one_line_of_the_programs_output(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one"}\nno JSON\n')
-    run = subprocess.run([sys.executable, data.__file__, "--out_dir=bins", "a=a.jsonl"], cwd=tmp_path, text=True,
-                         capture_output=True)
-    assert run.returncode == 2 and run.stderr.startswith("error: a.jsonl, line 2: ")
-    assert len(run.stderr.splitlines()) == 1 and not list(tmp_path.glob("bins/*.bin"))
 
 
 def test_a_file_that_requires_a_package_names_it(tmp_path, monkeypatch):
@@ -362,54 +336,29 @@ def changed(settings: dict, change: str) -> dict:
 def test_what_changes_the_encoding_changes_the_fingerprint(tmp_path, bpe_settings, change):
     ours = load_tokenizer(save_bpe(tmp_path / "a", bpe_settings))
     theirs = load_tokenizer(save_bpe(tmp_path / "b", changed(bpe_settings, change)))
-    assert ours.fingerprint != theirs.fingerprint and not same_tokenizer(ours, theirs)
-    assert same_tokenizer(ours, load_tokenizer(tmp_path / "a", eot="<s>"))
+    assert ours.fingerprint != theirs.fingerprint
+    assert ours.fingerprint == load_tokenizer(tmp_path / "a", eot="<s>").fingerprint
 
 
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-@pytest.mark.parametrize("tokens, merges, added, use_regex, same", [
-    ("ab bc p; zq", "ab bc p; zq", [], True, True),
-    ("bc ab p; zq", "ab bc p; zq", [], True, False),
-    ("ab bc p; zx", "ab bc p; zx", [], True, False),
-    ("ab bc p; zq", "bc ab p; zq", [], True, False),
-    ("ab bc p; zq", "ab bc p; zq", ["<pad>"], True, False),
-    ("ab bc p; zq", "ab bc p; zq", [], False, False)
-], ids=["equal", "other ids", "other token", "other merges", "more ids", "other words"])
-def test_a_tiktoken_encoding_and_a_tokenizer_json_are_the_same_if_they_encode_alike(
-        tmp_path, monkeypatch, tokens, merges, added, use_regex, same):
-    pytest.importorskip("tokenizers")
-    monkeypatch.setattr("tiktoken.get_encoding", partial(
-        small_encoding, pattern=GPT2_PATTERN, merges=("ab", "bc", "p;", "zq"), gap=0))
-    settings = bytes_settings()
-    for i, token in enumerate(tokens.split()):
-        settings["model"]["vocab"][token] = 256 + i
-    settings["model"]["merges"] = [list(merge) for merge in merges.split()]
-    settings["pre_tokenizer"] = {**settings["pre_tokenizer"], "use_regex": use_regex}
-    [end] = settings["added_tokens"]
-    settings["added_tokens"] = [{**end, "id": 260 + i, "content": token}
-                                for i, token in enumerate([end["content"], *added])]
-    ours, theirs = load_tokenizer("gpt2"), load_tokenizer(save_bpe(tmp_path, settings, "<|endoftext|>"))
-    assert same_tokenizer(ours, theirs) == same_tokenizer(theirs, ours) == same
-    assert not same_tokenizer(load_tokenizer("bytes"), theirs)
-
-
-@pytest.mark.parametrize("as_files", [False, True])
-def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings, as_files):
+@pytest.mark.parametrize("as_files, bos", [(False, None), (True, 0)])
+def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings, as_files, bos):
     source = save_bpe(tmp_path / "source", bpe_settings) if as_files else "bytes"
     meta = build(tmp_path / "bins", ARTICLES, load_tokenizer(source))
     model = tmp_path / "model"
     model.mkdir()
-    (model / "config.json").write_text('{"model_type": "llama"}')
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "bos_token_id": bos, "eos_token_id": 7}))
     assert model_tokenizer(model) is None
     save_tokenizer(model, TokenBins(tmp_path / "bins", 8))
     assert model_tokenizer(model).fingerprint == meta["tokenizer"]["fingerprint"]
+    # Documents end with the bins' end of text, and begin with what the model had, or with that too.
+    eot = meta["tokenizer"]["eot"]
     for name in ("generation_config.json", "config.json"):
-        assert json.loads((model / name).read_text())["eos_token_id"] == meta["tokenizer"]["eot"]
+        ids = json.loads((model / name).read_text())
+        assert ids["bos_token_id"] == (eot if bos is None else bos)
+        assert ids["eos_token_id"] == ids["pad_token_id"] == eot
     # Without what only this project writes, the folder still holds the same tokenizer.
     (model / "tokenizer_meta.json").unlink()
-    assert same_tokenizer(model_tokenizer(model), saved_tokenizer(tmp_path / "bins", meta["tokenizer"]))
+    assert model_tokenizer(model).fingerprint == meta["tokenizer"]["fingerprint"]
     if as_files:
         assert (model / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
@@ -430,9 +379,9 @@ def test_nanogpts_bins_open_once_they_are_described(tmp_path, made):
 
 # ----------------------------------------------- Documents ------------------------------------------------------------
 
-def documents(path: Path, text_key: str = "text") -> tuple[list[str], Counter]:
+def documents(*paths: Path, text_key: str = "text") -> tuple[list[str], Counter]:
     left_out = Counter()
-    return [text for _, text in read_file(path, text_key, left_out)], left_out
+    return [text for _, text in read_documents({"a": paths}, text_key, "", {"a": left_out})], left_out
 
 
 def compressed(name: str, raw: bytes) -> bytes:
@@ -446,12 +395,11 @@ def compressed(name: str, raw: bytes) -> bytes:
     return raw
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json", "c4-train.00000.json.gz",
-                                  "a.json.zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.zst", "a.json", "c4-train.00000.json.gz"])
 def test_each_json_record_of_a_line_is_a_document(tmp_path, name):
     (tmp_path / name).write_bytes(compressed(name, RECORDS.encode()))
     assert documents(tmp_path / name) == (["one é", "two\nlines\0"], Counter())
-    assert documents(tmp_path / name, "body")[0] == ["ONE É", "TWO\nLINES\0"]
+    assert documents(tmp_path / name, text_key="body")[0] == ["ONE É", "TWO\nLINES\0"]
 
 
 def test_each_row_of_parquet_is_a_document(tmp_path):
@@ -460,52 +408,45 @@ def test_each_row_of_parquet_is_a_document(tmp_path):
     parquet.write_table(pyarrow.table({"text": ["one é", None, "two"], "body": ["a", "b", "c"]}), path)
     texts, left_out = documents(path)
     assert texts == ["one é", "two"] and list(left_out.values()) == [1]
-    assert documents(path, "body")[0] == ["a", "b", "c"]
-    assert "--text_key must be one of text body" in refused(documents, path, "absent")
-
-
-def test_a_compressed_text_file_is_read_as_text(tmp_path):
-    (tmp_path / "a.txt.gz").write_bytes(compressed("a.gz", "naïve\n漢字, and more".encode()))
-    assert documents(tmp_path / "a.txt.gz") == (["naïve\n漢字, and more"], Counter())
+    assert documents(path, text_key="body")[0] == ["a", "b", "c"]
+    assert "a: no document in its 1 files" in refused(documents, path, text_key="absent")
 
 
 @pytest.mark.parametrize("name, text", [
-    ("a.py", "naïve\r\n漢字"), ("a.md", '{\n  "text": "x"\n}\n'), ("no_suffix", "x")])
+    ("a.py", "naïve\r\n漢字"), ("a.txt.gz", "naïve\n漢字, and more"), ("a.md", '{\n  "text": "x"\n}\n'), ("none", "x")])
 def test_any_other_file_is_one_document_as_it_stands(tmp_path, name, text):
-    (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / name).write_bytes(compressed(name, text.encode()))
     assert documents(tmp_path / name) == ([text], Counter())
 
 
 def test_a_long_text_file_is_cut_at_the_ends_of_lines(tmp_path):
     lines = [f"{i} ".ljust(1000, ".") + "\n" for i in range(17_000)]
     (tmp_path / "a.txt").write_text("".join(lines))
-    texts, left_out = documents(tmp_path / "a.txt")
+    texts, _ = documents(tmp_path / "a.txt")
     assert "".join(texts) == "".join(lines) and len(texts) == 3 and all(text.endswith("\n") for text in texts)
-    assert list(left_out.values()) == [2]
 
 
 @pytest.mark.parametrize("name, raw, texts, reason", [
     ("a.txt", b"bad \xff byte", ["bad \ufffd byte"], "UTF-8"),
     ("a.txt", b" \n\t", [], "empty"),
-    ("a.txt", b"", [], "empty"),
     ("a.png", b"\x89PNG\0\0\xff", [], "binary"),
     ("a.jsonl", b'{"text": "bad \xff byte"}\n', ["bad \ufffd byte"], "UTF-8"),
     ("a.jsonl", b'{"text": "half \\ud800"}\n', ["half \ufffd"], "UTF-8"),
     ("a.jsonl", b'{"text": ""}\n', [], "empty"),
     ("a.jsonl", b'{"other": "x"}\n', [], "key text"),
-    ("a.jsonl", b'{"text": 3}\n', [], "key text"),
-    ("a.jsonl", b'["x"]\n', [], "key text")])
+    ("a.jsonl", b'{"text": 3}\n', [], "key text")])
 def test_what_is_left_out_or_replaced_is_counted(tmp_path, name, raw, texts, reason):
     (tmp_path / name).write_bytes(raw)
-    got, left_out = documents(tmp_path / name)
-    assert got == texts and len(left_out) == 1
+    (tmp_path / "fine").write_text("fine")
+    got, left_out = documents(tmp_path / name, tmp_path / "fine")
+    assert got == [*texts, "fine"] and len(left_out) == 1
     assert [count for why, count in left_out.items() if reason in why] == [1]
 
 
 @pytest.mark.parametrize("name, raw, named", [
     ("a.jsonl", b'{"text": "fine"}\n\n{"text": \n', "a.jsonl, line 3"),
-    ("a.jsonl.gz", compressed("a.gz", RECORDS.encode())[:-9], "a.jsonl.gz"), ("a.jsonl.gz", b"no gzip", "a.jsonl.gz"),
-    ("a.jsonl.zst", b"no zstd", "a.jsonl.zst"), ("a.parquet", b"no parquet", "a.parquet")])
+    ("a.jsonl.gz", b"no gzip", "a.jsonl.gz"), ("a.jsonl.zst", b"no zstd", "a.jsonl.zst"),
+    ("a.parquet", b"no parquet", "a.parquet")])
 def test_a_damaged_file_is_named(tmp_path, name, raw, named):
     if name.endswith((".zst", ".parquet")):
         pytest.importorskip("pyarrow")
@@ -527,7 +468,6 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name):
     raw = b"one\n" if name == "a.txt" else b'{"text": "one\\n"}\n'
     (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + raw)
     assert documents(tmp_path / name) == (["one\n"], Counter())
-    assert expand_sources([f"a={tmp_path / name}"], labelled=False, left_out=defaultdict(Counter))
 
 
 def test_sources_are_files_folders_and_globs(tmp_path):
@@ -536,7 +476,7 @@ def test_sources_are_files_folders_and_globs(tmp_path):
         (tmp_path / name).write_text("text")
     found = expand_sources([f"file={tmp_path}/a.txt", f"folder={tmp_path}", f"glob={tmp_path}/*.txt",
                             f"deep={tmp_path}/**/*.txt", f"two={tmp_path}/*.txt", f"two={tmp_path}/sub/*.md"],
-                           labelled=False, left_out=defaultdict(Counter))
+                           labelled=False)
     assert {name: [path.relative_to(tmp_path).as_posix() for path in paths] for name, paths in found.items()} == {
         "file": ["a.txt"], "folder": ["a.txt", "b.txt", "sub/d.md", "sub/deep/c.txt"], "glob": ["a.txt", "b.txt"],
         "deep": ["a.txt", "b.txt", "sub/deep/c.txt"], "two": ["a.txt", "b.txt", "sub/d.md"]}
@@ -546,32 +486,24 @@ def test_the_documents_of_all_domains_are_one_stream_and_an_empty_domain_is_refu
     (tmp_path / "a.jsonl").write_text(RECORDS)
     (tmp_path / "b.txt").write_text(" ")
     one, empty = [tmp_path / "a.jsonl"], [tmp_path / "b.txt"]
-    left_out = defaultdict(Counter)
+    left_out = {"x": Counter(), "y": Counter()}
     assert list(read_documents({"x": one, "y": empty + one}, "text", "", left_out)) == [
         ("x", "one é"), ("x", "two\nlines\0"), ("y", "one é"), ("y", "two\nlines\0")]
-    assert "domain y" in refused(list, read_documents({"x": one, "y": empty}, "text", "", left_out))
+    assert "y: no document" in refused(list, read_documents({"x": one, "y": empty}, "text", "", left_out))
 
 
-NO_TEXT = {"a.csv": b"a,b", "a.tsv": b"a", "a.PDF": b"%PDF", "a.tar.gz": b"", "a.zip": b"PK", "a.safetensors": b"",
-           "a.json": b'[{"text": "x"},\n {"text": "y"}]', "b.json": b'{\n "text": "x"\n}'}
-
-
-@pytest.mark.parametrize("name", NO_TEXT)
-def test_a_file_that_is_no_text_is_refused_where_a_glob_names_it_and_left_out_of_a_folder(program, tmp_path, name):
+@pytest.mark.parametrize("name, raw, fix", [
+    ("a.csv", b"a,b", ".jsonl or .parquet"), ("a.TSV.gz", b"", ".jsonl or .parquet"), ("a.png", b"\0", "no document"),
+    ("a.json", b'[{"text": "x"},\n {"text": "y"}]', "line 1: "), ("a.json", b'[{"text": "x"}]', "jq -c '.[]'"),
+    ("a.ndjson", b'{\n "text": "x"\n}', "one JSON record per line")])
+def test_files_that_hold_no_text_are_one_message_with_the_fix(program, tmp_path, name, raw, fix):
     folder = tmp_path / "folder"
     folder.mkdir()
-    (folder / name).write_bytes(NO_TEXT[name])
-    status, _, stderr = program(f"mine={folder}/*", f"--out_dir={tmp_path}/bins")
-    assert status == 2 and stderr.count("\n") == 1 and name in stderr
-    assert "jq -c" in stderr if name.endswith(".json") else ";" in stderr
-    # A folder that holds nothing else is an error too, one with some text is not.
-    status, _, stderr = program(f"mine={folder}", f"--out_dir={tmp_path}/bins")
-    assert status == 2 and "no file of text" in stderr
-    for i in range(3):
-        (folder / f"{i}.txt").write_text(f"text {i}")
-    status, stdout, _ = program(f"mine={folder}", f"--out_dir={tmp_path}/bins")
-    kind = ".tar" if name == "a.tar.gz" else name[1:].lower()
-    assert status == 0 and f"note: mine: 1 {kind} files left out\n" in stdout
+    (folder / name).write_bytes(raw)
+    for source in (folder, folder / "*"):
+        status, _, stderr = program(f"mine={source}", f"--out_dir={tmp_path}/bins")
+        assert status == 2 and stderr.count("\n") == 1 and fix in stderr
+        assert name in stderr or name == "a.png"
 
 
 # ----------------------------------------------- Labelled records -----------------------------------------------------
@@ -599,25 +531,19 @@ def test_the_domain_may_be_what_each_record_says(program, tmp_path, name):
     for domain, parity in (("RedPajamaC4", 0), ("Pile_CC_x", 1)):
         texts = [text for side in ("train", "val") for text in bin_texts(tmp_path / "bins" / f"{domain}.{side}.bin")]
         assert sorted(texts) == sorted(record["text"] for record in LABELLED[parity::2])
-    assert "note: 3 records left out, without a letter or digit of ASCII under the key meta.set\n" in stdout
-    assert "note: 1 records left out, without a text under the key text\n" in stdout
+    assert "note: records: 3 records left out, without a letter or digit of ASCII under the key meta.set\n" in stdout
+    assert "note: records: 1 records left out, without a text under the key text\n" in stdout
 
 
 @pytest.mark.parametrize("records, named", [
     ([labelled(1, "a b"), labelled(2, "a-b")], "'a-b'"),
-    ([{"text": "no label"}], "--domain_key=meta.set: no document"),
+    ([{"text": "no label"}], "records: no document in its 1 files"),
     ([labelled(i, f"d{i % 257}") for i in range(600)], "at most 256"),
 ])
 def test_labels_that_make_no_domains_are_refused(program, tmp_path, records, named):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     status, _, stderr = program(f"{tmp_path}/a.jsonl", "--domain_key=meta.set", f"--out_dir={tmp_path}/bins")
     assert status == 2 and stderr.count("\n") == 1 and named in stderr
-
-
-def test_text_files_have_no_labels(program, tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    status, _, stderr = program(f"{tmp_path}/a.txt", "--domain_key=meta.set", f"--out_dir={tmp_path}/bins")
-    assert status == 2 and "--domain_key requires records" in stderr
 
 
 # ----------------------------------------------- The validation split -------------------------------------------------
@@ -675,7 +601,6 @@ def test_each_side_has_a_document(tmp_path, texts, limits):
 
 @pytest.mark.parametrize("domains, named", [
     ({"prose": ARTICLES, "code": ["alone"]}, "domain code"), ({"code": ["alone"] * 5}, "domain code"),
-    ({}, "no documents"), ({"../code": ARTICLES}, "'../code'"),
     ({f"d{i}": ["one", "two"] for i in range(257)}, "at most 256 domains")])
 def test_a_stream_without_a_split_is_refused(tmp_path, domains, named):
     assert named in refused(build, tmp_path, domains)
@@ -747,7 +672,6 @@ def test_the_tokenizers_files_are_copied_beside_the_bins_and_verified(tmp_path, 
         assert (tmp_path / "bins" / name).read_bytes() == (source / name).read_bytes()
     tokenizer = saved_tokenizer(tmp_path / "bins", meta["tokenizer"])
     assert tokenizer.decode(TokenBins(tmp_path / "bins", 8).val_windows("code", 1)[0].tolist()).startswith("Article")
-    assert "--out_dir" in refused(build, source, ARTICLES, load_tokenizer(source))
     verify(tmp_path / "bins")
     save_bpe(tmp_path / "bins", changed(bpe_settings, "normalizer"))
     assert "the tokenizer tokenizer is not the one" in refused(verify, tmp_path / "bins")
@@ -897,22 +821,12 @@ BAD_FOLDERS = {
     "no meta": (lambda folder: (folder / "meta.json").unlink(), "--data_dir="),
     "meta not JSON": (lambda folder: (folder / "meta.json").write_text("{"), "meta.json: "),
     "meta not text": (lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe"), "meta.json: "),
-    "meta of another kind": (lambda folder: (folder / "meta.json").write_text("[]"), "meta.json: "),
     "other version": (in_meta(lambda meta: meta.update(format_version=1)), "format version 1, but 2 is known"),
     "no tokenizer": (in_meta(lambda meta: meta.pop("tokenizer")), "meta.json: "),
-    "no fingerprint": (in_meta(lambda meta: meta["tokenizer"].pop("fingerprint")), "tokenizer are missing"),
-    "no vocabulary": (in_meta(lambda meta: meta["tokenizer"].update(vocab_size=0)), "meta.json: "),
-    "no domains": (in_meta(lambda meta: meta.update(domains={})), "no domains"),
-    "no dtype": (in_meta(lambda meta: meta["domains"]["code"].pop("dtype")), "meta.json: "),
-    "other dtype": (in_meta(lambda meta: meta["domains"]["code"].update(dtype="int16")), "a dtype other than"),
-    "no train": (in_meta(lambda meta: meta["domains"]["code"].pop("train")), "meta.json: "),
-    "no sha256": (in_meta(lambda meta: meta["domains"]["code"]["val"].pop("sha256")), "no sha256 of code.val.bin"),
     "no tokens": (train_entry(tokens=None), "meta.json: "),
     "negative tokens": (train_entry(tokens=-2), "code.train.bin"),
     "bin outside": (train_entry(file="../outside.bin"), "outside.bin is not in the folder"),
     "truncated": (lambda folder: os.truncate(folder / "code.train.bin", 100), "code.train.bin"),
-    "truncated validation": (lambda folder: os.truncate(folder / "code.val.bin", 0), "code.val.bin"),
-    "odd size": (lambda folder: os.truncate(folder / "code.train.bin", 999), "code.train.bin"),
     "missing bin": (lambda folder: (folder / "code.val.bin").unlink(), "code.val.bin is not in the folder"),
     "tokenizer file outside": (in_meta(lambda meta: meta["tokenizer"].update(files=["../x.json"])), "x.json is not"),
     "missing tokenizer file": (in_meta(lambda meta: meta["tokenizer"].update(files=["t.json"])), "t.json is not"),
