@@ -56,18 +56,7 @@ class GPTConfig:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // max(self.num_attention_heads, 1))
-
-        # What no network can have
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
-        if self.num_attention_heads % self.num_key_value_heads != 0:
-            raise UserError(f"num_key_value_heads={self.num_key_value_heads}: expected a divisor of "
-                            f"num_attention_heads={self.num_attention_heads}")
-        if self.head_dim % 2 != 0 and not self.family.learned_positions:
-            raise UserError(f"head_dim={self.head_dim}: rotary positions require an even number")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     @property
     def family(self) -> "Family":
@@ -82,7 +71,7 @@ class GPTConfig:
 
     @classmethod
     def scratch(cls, layers: int, width: int, vocab_size: int, block_size: int) -> "GPTConfig":
-        """A llama with a tied head, for `--student=scratch:LxD`. UserError if the width is odd."""
+        """A llama with a tied head, for `--student=scratch:LxD`; D has to be even."""
         # Heads of about width / 16, at least 32 and at most 128; fewer and wider ones until their width is even
         head_dim = min(max(width // 16, 32), 128)
         heads = max(width // head_dim, 1)
@@ -370,8 +359,10 @@ class GPT(nn.Module):
 
         A missing file, or a missing, unexpected, mis-shaped, non-finite or contradictory tensor is a UserError that
         names it. Nothing is unpickled, and nothing is filled in. Memory is that of the model and of one tensor."""
-        config = read_config(Path(folder))
-        with torch.device("meta"):  # no memory: every parameter is replaced by a tensor of the file
+        folder = Path(folder)
+        config = read_config(folder)
+        # On meta there is no memory yet: every parameter is replaced by a tensor of the file
+        with user_errors(folder / "config.json", "sizes of a network are expected"), torch.device("meta"):
             model = cls(config)
         state = read_weights(Path(folder), model, dtype)
         model.load_state_dict(state, assign=True)
