@@ -96,8 +96,7 @@ class Family:
     # Its folder
     layout: str = "llama"  # row of CONFIG_KEYS and WEIGHT_NAMES
     transposed: bool = False  # the layers' matrices are stored as (in, out)
-    sliding_layers: bool = False  # config.json says which layers have the sliding window; False: all
-    multi_query: bool = False  # config.json has the key multi_query, by default true: one key-value head
+    optional_window: bool = False  # config.json's sliding_window counts only with use_sliding_window
     fixed: dict = field(default_factory=dict)  # fields of GPTConfig that no key of config.json sets
     defaults: dict = field(default_factory=dict)  # fields of GPTConfig where config.json lacks the key
 
@@ -110,16 +109,17 @@ FAMILIES = {
     "llama": Family("LlamaForCausalLM", fixed=dict(sliding_window=None)),
     "mistral": Family("MistralForCausalLM", fixed=dict(attention_bias=False, mlp_bias=False),
                       defaults=dict(max_position_embeddings=131072, sliding_window=4096)),
-    "qwen2": Family("Qwen2ForCausalLM", output_bias=False, sliding_layers=True,
+    "qwen2": Family("Qwen2ForCausalLM", output_bias=False, optional_window=True,
                     fixed=dict(attention_bias=True, mlp_bias=False),
                     defaults=dict(max_position_embeddings=32768, sliding_window=4096)),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, sliding_layers=True, fixed=dict(mlp_bias=False),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, optional_window=True, fixed=dict(mlp_bias=False),
                     defaults=dict(max_position_embeddings=32768, sliding_window=4096, head_dim=128)),
     "gpt2": Family("GPT2LMHeadModel", layer_norm=True, gated_mlp=False, learned_positions=True, fused_qkv=True,
                    layout="gpt2", transposed=True, fixed=GPT2_FIXED,
                    defaults=dict(GPT2_DEFAULTS, hidden_act="gelu_new")),
     "gpt_bigcode": Family("GPTBigCodeForCausalLM", layer_norm=True, gated_mlp=False, learned_positions=True,
-                          fused_qkv=True, layout="gpt2", multi_query=True, fixed=GPT2_FIXED, defaults=GPT2_DEFAULTS),
+                          fused_qkv=True, layout="gpt2", fixed=dict(GPT2_FIXED, num_key_value_heads=1),
+                          defaults=GPT2_DEFAULTS),
     "starcoder2": Family("Starcoder2ForCausalLM", layer_norm=True, gated_mlp=False, layout="starcoder2",
                          defaults=dict(GPT2_DEFAULTS, max_position_embeddings=4096, attention_bias=True,
                                        mlp_bias=True)),
@@ -174,13 +174,11 @@ class Attention(nn.Module):
         hd = config.head_dim
         bias = config.attention_bias
         self.head_dim = hd
-        self.heads = (H, G, G)
+        self.widths = (H * hd, G * hd, G * hd)
         # A Python bool: in a compiled block a comparison of sizes may become a symbol
         self.grouped = G < H
-        # gpt_bigcode without multi_query stores q, k and v of one head after the other
-        self.interleaved = family.multi_query and G > 1
 
-        self.qkv_proj = nn.Linear(d, (H + G + G) * hd, bias=bias) if family.fused_qkv else None
+        self.qkv_proj = nn.Linear(d, sum(self.widths), bias=bias) if family.fused_qkv else None
         if not family.fused_qkv:
             self.q_proj = nn.Linear(d, H * hd, bias=bias)
             self.k_proj = nn.Linear(d, G * hd, bias=bias)
@@ -189,23 +187,19 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps) if family.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps) if family.qk_norm else nn.Identity()
 
-    def project(self, x):
-        """Queries (B, T, H, hd), keys and values (B, T, G, hd)."""
-        if self.qkv_proj is None:
-            q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-            k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-            v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-            return q, k, v
-        if self.interleaved:
-            return self.qkv_proj(x).unflatten(-1, (-1, 3 * self.head_dim)).chunk(3, dim=-1)
-        return self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-
     def forward(self, x, rotary):
+        # Queries (B, T, H · hd), keys and values (B, T, G · hd)
+        if self.qkv_proj is not None:
+            q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
+        else:
+            q = self.q_proj(x)
+            k = self.k_proj(x)
+            v = self.v_proj(x)
+
         # Each head on its own: (B, H or G, T, hd)
-        q, k, v = self.project(x)
-        q = self.q_norm(q).transpose(1, 2)
-        k = self.k_norm(k).transpose(1, 2)
-        v = v.transpose(1, 2)
+        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        v = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         # Rotary positions, unless learned ones were added to the embedding
         if rotary is not None:
@@ -392,8 +386,9 @@ CONFIG_KEYS = {
              "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
 }
 # Keys that would make it another network, with the values that are supported; None also where the key is absent
-SUPPORTED = {"scale_attn_weights": (None, True), "add_cross_attention": (None, False),
-             "scale_attn_by_inverse_layer_idx": (None, False), "partial_rotary_factor": (None, 1.0)}
+SUPPORTED = {"scale_attn_weights": (None, True), "add_cross_attention": (None, False), "multi_query": (None, True),
+             "scale_attn_by_inverse_layer_idx": (None, False), "partial_rotary_factor": (None, 1.0),
+             "quantization_config": (None,)}
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -407,17 +402,14 @@ def read_config(folder: Path) -> GPTConfig:
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; a model folder in Hugging Face's format is expected")
     with user_errors(path, "the config.json of a supported model is expected"):
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        try:
-            return config_from_dict(settings)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        return config_from_file(path)
 
 
-def config_from_dict(settings):
-    """The GPTConfig of a config.json's contents. UserError where they describe a network that GPT cannot be."""
+def config_from_file(path):
+    """The GPTConfig of a config.json. UserError where it describes a network that GPT cannot be."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
     model_type = settings.get("model_type")
-    check_supported("model_type", model_type, FAMILIES)
+    check_supported(path, "model_type", model_type, FAMILIES)
     family = FAMILIES[model_type]
     keys = CONFIG_KEYS[family.layout]
 
@@ -439,33 +431,20 @@ def config_from_dict(settings):
     # Fields that follow from other keys
     if family.learned_positions:
         values.setdefault("intermediate_size", 4 * values["hidden_size"])
-    if family.multi_query and given.get("multi_query", True):
-        values["num_key_value_heads"] = 1
-    if family.sliding_layers and not has_sliding_layer(given):
+    if family.optional_window and not given.get("use_sliding_window", False):
         values["sliding_window"] = None
 
     # What this network cannot do
-    if given.get("quantization_config"):
-        method = given["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"quantization_config: a quantised model ({method}); take the model that it was made from")
-    check_supported("rope type", rope_type, ("default", "llama3"))
-    check_supported(keys.get("hidden_act", "hidden_act"), values.get("hidden_act", "silu"), ACTIVATIONS)
+    check_supported(path, "rope type", rope_type, ("default", "llama3"))
+    check_supported(path, keys.get("hidden_act", "hidden_act"), values.get("hidden_act", "silu"), ACTIVATIONS)
     for key, supported in SUPPORTED.items():
-        check_supported(key, given.get(key), supported)
+        check_supported(path, key, given.get(key), supported)
     return GPTConfig(**values)
 
 
-def check_supported(key, value, supported):
+def check_supported(path, key, value, supported):
     if value not in supported:
-        raise UserError(f"{key} {value!r} is not supported; expected {' or '.join(map(str, supported))}")
-
-
-def has_sliding_layer(settings):
-    """Whether a layer attends to sliding_window tokens only, by Qwen's keys."""
-    if settings.get("layer_types"):
-        return "sliding_attention" in settings["layer_types"]
-    first = settings.get("max_window_layers", 28)
-    return settings.get("use_sliding_window", False) and first < settings["num_hidden_layers"]
+        raise UserError(f"{path}: {key} {value!r} is not supported; expected {' or '.join(map(str, supported))}")
 
 
 def write_config(folder, config, dtype):
@@ -480,8 +459,6 @@ def write_config(folder, config, dtype):
     for entry in fields(config):
         if entry.name != "source" and entry.name not in family.fixed:
             settings[keys.get(entry.name, entry.name)] = getattr(config, entry.name)
-    if family.multi_query:
-        settings["multi_query"] = config.num_key_value_heads == 1
 
     # rope_theta also stands in rope_parameters, where transformers 5 reads it
     if not family.learned_positions:

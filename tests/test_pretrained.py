@@ -90,7 +90,7 @@ GPT_LIKE = dict(n_embd=32, n_head=4, n_positions=64)
 SIZES = {  # of the teacher and of the student
     "qwen2": (dict(LLAMA_LIKE, num_hidden_layers=3), dict(LLAMA_LIKE, hidden_size=16, num_hidden_layers=2)),
     "gpt2": (dict(GPT_LIKE, n_layer=3), dict(GPT_LIKE, n_layer=2)),
-    "gpt_bigcode": (dict(GPT_LIKE, n_layer=2), dict(GPT_LIKE, n_layer=2, multi_query=False)),
+    "gpt_bigcode": (dict(GPT_LIKE, n_layer=3), dict(GPT_LIKE, n_layer=2)),
 }
 
 
