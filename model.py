@@ -396,11 +396,8 @@ def read_config(folder: Path) -> GPTConfig:
     path = folder / "config.json"
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: the folder of a run; name one of the step_ folders in it")
-    if (folder / "adapter_config.json").is_file() and not path.is_file():
-        raise UserError(f"{folder}: a PEFT adapter, not a model; merge it first: PEFT's merge_and_unload(), then "
-                        "save_pretrained()")
     if not path.is_file():
-        raise UserError(f"{folder}: no config.json; a model folder in Hugging Face's format is expected")
+        raise UserError(f"{folder}: no config.json; expected a whole model in Hugging Face's format, not an adapter")
     with user_errors(path, "the config.json of a supported model is expected"):
         return config_from_file(path)
 
@@ -540,9 +537,7 @@ def read_weights(folder, model, dtype):
     missing = sorted(set(expected.values()) - stored.keys())
     unexpected = sorted(stored.keys() - set(expected.values()))
     if missing or unexpected:
-        files = " ".join(path.name for path in weight_files(folder))
-        raise UserError(f"{folder}: {files}: missing {missing}, unexpected {unexpected}; not the weights of this "
-                        "config.json")
+        raise UserError(f"{folder}: missing {missing}, unexpected {unexpected}; not the weights of this config.json")
 
     # One tensor at a time, so that hardly more than the model is held in memory
     state = {}
@@ -577,13 +572,9 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         path = folder / name
         if Path(name).name != name or not path.is_file():
-            found = " ".join(sorted(path.name for path in folder.glob("*.bin")))
-            fix = "copy it again"
-            if found:
-                fix = (f"pickles such as {found} are never opened; transformers' "
-                       "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) converts them")
             raise UserError(f"{path}: not a file of the model folder; expected model.safetensors, or the shards that "
-                            f"{index.name} names; {fix}")
+                            f"{index.name} names. Pickles (.bin) are never opened: transformers' save_pretrained "
+                            "converts them")
     return [folder / name for name in names]
 
 
@@ -646,8 +637,6 @@ def main():
     if not args.prompt:
         parser.error("--prompt: must be a text to continue")
     folder = model_folder(args.model, "--model", MODEL_FILES)
-    if not folder.is_dir():
-        parser.error(f"--model={folder}: must be a model folder")
     device = resolve_device(args.device)
     rows = read_config(folder).vocab_size
     tokenizer = load_tokenizer(args.tokenizer, args.eot) if args.tokenizer else model_tokenizer(folder, args.eot)
