@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -349,7 +349,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "GPT":
-        """Read a Hugging Face folder, on the CPU, with weights as `dtype` (None: the file's).
+        """Read a Hugging Face folder, on the CPU, with weights as `dtype` (None: each as in the file).
 
         A missing file, or a missing, unexpected, mis-shaped, non-finite or contradictory tensor is a UserError that
         names it. Nothing is unpickled, and nothing is filled in. Memory is that of the model and of one tensor."""
@@ -358,11 +358,8 @@ class GPT(nn.Module):
         # On meta there is no memory yet: every parameter is replaced by a tensor of the file
         with user_errors(folder / "config.json", "sizes of a network are expected"), torch.device("meta"):
             model = cls(config)
-        state = read_weights(Path(folder), model, dtype)
-        model.load_state_dict(state, assign=True)
-        # A file of several dtypes makes a model of one that holds them all
-        dtypes = {parameter.dtype for parameter in model.parameters()}
-        return model.to(reduce(torch.promote_types, dtypes))
+        model.load_state_dict(read_weights(folder, model, dtype), assign=True)
+        return model
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None):
         """Write `config.json` and `model.safetensors` as transformers does for this family, in the weights' dtype.
@@ -486,7 +483,6 @@ WEIGHT_NAMES = {
 }
 # Constants that older versions of transformers saved beside the weights
 BUFFERS = r"\battn\.(masked_)?bias$|rotary_emb\.inv_freq$"
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def checkpoint_name(name, config):
@@ -543,21 +539,17 @@ def read_weights(folder, model, dtype):
     state = {}
     for name, key in expected.items():
         tensor = maybe_transpose(name, read_tensor(stored[key], key), config)
-        check_tensor(f"{stored[key]}: {key}", tensor, own[name].shape)
+        where = f"{stored[key]}: {key}"
+        if tensor.shape != own[name].shape:
+            raise UserError(f"{where} is {list(tensor.shape)}, but config.json makes it {list(own[name].shape)}")
+        if not tensor.is_floating_point():
+            raise UserError(f"{where} holds {tensor.dtype}; quantised weights are not supported")
+        lowest, highest = tensor.aminmax()
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise UserError(f"{where} holds values that are not finite; copy it again")
         # A copy: the file's memory is not aligned as torch's is, and the order of sums depends on that
         state[name] = tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
     return state
-
-
-def check_tensor(where, tensor, shape):
-    """UserError unless `tensor` has this shape, a floating-point dtype and finite values."""
-    if tensor.shape != shape:
-        raise UserError(f"{where} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
-    if tensor.dtype not in DTYPES:
-        raise UserError(f"{where} holds {tensor.dtype}; quantised weights are not supported")
-    lowest, highest = tensor.aminmax()
-    if not (lowest.isfinite() and highest.isfinite()):
-        raise UserError(f"{where} holds values that are not finite; copy it again")
 
 
 def weight_files(folder: Path) -> list[Path]:
