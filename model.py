@@ -42,7 +42,7 @@ class GPTConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6  # of LayerNorm too
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # llama-3's four numbers, LLAMA3_ROPE
+    rope_scaling: dict | None = None  # llama-3's, with the keys of LLAMA3_ROPE
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -131,7 +131,7 @@ ACTIVATIONS = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+LLAMA3_ROPE = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def rotary_tables(config, T, device):
@@ -140,10 +140,11 @@ def rotary_tables(config, T, device):
     frequency = config.rope_theta ** -exponent
     if config.rope_scaling is not None:
         # Llama-3's longer context: low frequencies are divided by `factor`, high ones kept, with a ramp in between
-        factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3_ROPE)
-        turns = context * frequency / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (kept + (1 - kept) / factor)
+        rope = config.rope_scaling
+        low = rope["low_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        kept = ((turns - low) / (rope["high_freq_factor"] - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / rope["factor"])
     position = torch.arange(T, device=device)
     angle = (position[:, None] * frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
@@ -157,9 +158,8 @@ def rotate(x, cos, sin):
 
 
 def make_norm(config):
-    if config.family.layer_norm:
-        return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
-    return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    norm = nn.LayerNorm if config.family.layer_norm else nn.RMSNorm
+    return norm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Attention(nn.Module):
@@ -312,7 +312,7 @@ class GPT(nn.Module):
 
         `temperature` 0 takes the most likely id. Ids from `vocab_size` on, the padding rows of the head, are never
         drawn. Random numbers come from `generator`, or from torch's global one."""
-        ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        prompt = idx.shape[1]
         for _ in range(max_new_tokens):
             # Logits of the next token, (B, V), from as many tokens as the context holds
             window = idx[:, -self.config.context:]
@@ -330,19 +330,14 @@ class GPT(nn.Module):
             idx = torch.cat((idx, new), dim=1)
 
             # Stop once every row has ended
-            if eot is not None:
-                ended |= new[:, 0] == eot
-            if ended.all():
+            if eot is not None and (idx[:, prompt:] == eot).any(dim=1).all():
                 break
         return idx
 
     def keep_layers(self, n: int):
-        """Keep `n` evenly spaced layers in place, the first and the last among them; n = 1 keeps the first.
-
-        UserError if the model does not have so many."""
+        """Keep `n` evenly spaced layers in place, the first and the last among them; n = 1 keeps the first."""
         L = len(self.layers)
-        if not 1 <= n <= L:
-            raise UserError(f"layers:{n}: the model has {L} layers; expected 1 to {L}")
+        assert 1 <= n <= L, f"layers:{n} of a model of {L} layers"
         kept = [round(i * (L - 1) / max(n - 1, 1)) for i in range(n)]
         self.layers = nn.ModuleList(self.layers[i] for i in kept)
         self.config = replace(self.config, num_hidden_layers=n)
@@ -456,10 +451,7 @@ def write_config(folder, config, dtype):
 
     # rope_theta also stands in rope_parameters, where transformers 5 reads it
     if not family.learned_positions:
-        rope = {"rope_type": "default"}
-        if config.rope_scaling is not None:
-            rope = {"rope_type": "llama3", **config.rope_scaling}
-            settings["rope_scaling"] = rope
+        rope = config.rope_scaling or {"rope_type": "default"}
         settings["rope_parameters"] = {**rope, "rope_theta": config.rope_theta}
 
     settings["dtype"] = str(dtype).removeprefix("torch.")

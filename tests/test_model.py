@@ -727,7 +727,7 @@ def test_layers_are_kept_evenly_spaced_the_first_and_the_last_among_them(n):
 
 @pytest.mark.parametrize("n", [-1, 0, 3])
 def test_a_number_of_layers_that_it_does_not_have_is_refused(n):
-    with pytest.raises(ValueError, match=f"layers.{n}.*2 layers"):
+    with pytest.raises(AssertionError, match=f"layers:{n}.*2 layers"):
         tiny().keep_layers(n)
 
 
