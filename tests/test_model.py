@@ -15,7 +15,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, GPT2Config, GPTBigCo
                           Qwen2Config, Qwen3Config, Starcoder2Config)
 
 import model as model_program
-from model import GPT, GPTConfig, read_config, resolve_device, weight_files
+from model import GPT, GPTConfig, resolve_device, weight_files
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -198,26 +198,6 @@ def test_a_config_json_makes_the_network_that_transformers_makes_of_it(what, tmp
     assert GPT.from_pretrained(tmp_path / "saved").config == ours.config
 
 
-def assert_same_settings(ours: GPTConfig, theirs):
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-                 "tie_word_embeddings"):
-        assert getattr(ours, name) == getattr(theirs, name), name
-    epsilon = {"starcoder2": "norm_epsilon", "gpt2": "layer_norm_epsilon", "gpt_bigcode": "layer_norm_epsilon"}
-    assert ours.rms_norm_eps == getattr(theirs, epsilon.get(ours.model_type, "rms_norm_eps"))
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
-    if ours.model_type in ("gpt2", "gpt_bigcode"):
-        assert ours.hidden_act == theirs.activation_function
-        assert ours.intermediate_size == (theirs.n_inner or 4 * theirs.n_embd)
-        assert ours.num_key_value_heads == getattr(theirs, "num_key_value_heads", theirs.n_head)
-    else:
-        for name in ("hidden_act", "intermediate_size", "num_key_value_heads"):
-            assert getattr(ours, name) == getattr(theirs, name), name
-        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-        assert ours.sliding_window == getattr(theirs, "sliding_window", None)
-    if ours.model_type in ("llama", "qwen3"):
-        assert ours.attention_bias == theirs.attention_bias
-
-
 SIZES = dict(vocab_size=67, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2)
 GPT2_SIZES = dict(vocab_size=67, n_embd=64, n_layer=3, n_head=4)
@@ -230,8 +210,16 @@ def test_every_key_but_the_sizes_has_transformers_default(family, window, tmp_pa
     theirs = transformers_model(AutoConfig.for_model(family, **sizes, **window))
     theirs.save_pretrained(tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps({"model_type": family, **sizes, **window}))
-    assert_same_settings(read_config(tmp_path), AutoConfig.from_pretrained(tmp_path))
-    assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
+    ours = GPT.from_pretrained(tmp_path)
+    assert_same_logits(ours, theirs)
+
+    # What 48 tokens do not show
+    wanted = AutoConfig.from_pretrained(tmp_path)
+    longest = wanted.max_position_embeddings
+    assert ours.config.context == min(longest, getattr(wanted, "sliding_window", None) or longest)
+    assert ours.config.tie_word_embeddings == wanted.tie_word_embeddings
+    epsilon = model_program.CONFIG_KEYS[ours.config.family.layout].get("rms_norm_eps", "rms_norm_eps")
+    assert ours.config.rms_norm_eps == getattr(wanted, epsilon)
 
 
 V4 = dict(GROUPED, hidden_act="silu", initializer_range=0.02, use_cache=True, bos_token_id=1, eos_token_id=2,
@@ -280,8 +268,8 @@ def test_rotary_positions_go_on_beyond_the_configured_ones(name, tmp_path):
 
 @pytest.mark.parametrize("width", [32, 48, 64, 96, 98, 100, 120, 128, 192, 200, 256, 384, 576, 1000])
 def test_scratch_has_even_heads_and_opens_in_transformers(width, tmp_path):
-    config = GPTConfig.scratch(1, width, 31, 16)
-    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (width, 1, 31)
+    config = GPTConfig.scratch(1, width, 31, 5000)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size, config.context) == (width, 1, 31, 5000)
     assert config.head_dim % 2 == 0 and config.num_attention_heads * config.head_dim == width
     assert config.intermediate_size % 32 == 0 and 0 <= config.intermediate_size - 8 * width / 3 < 32
     if width <= 128:
@@ -298,11 +286,6 @@ def test_new_weights_are_gpt2s():
             assert tensor.std().item() == pytest.approx(expected, rel=0.05), name
 
 
-def test_heads_of_keys_and_their_width_follow_from_the_rest():
-    config = GPTConfig(vocab_size=7, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=3)
-    assert (config.num_key_value_heads, config.head_dim) == (3, 16)
-
-
 # ------------ forward -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -314,15 +297,6 @@ def test_loss_fn_gets_the_hidden_states_and_the_head_that_make_the_logits(tied):
     torch.testing.assert_close(hidden @ head.T, gpt(idx))
 
 
-def test_a_later_token_changes_no_earlier_logits():
-    gpt, idx = tiny(), tokens(30, 2, 12)
-    before, changed = gpt(idx), idx.clone()
-    changed[:, 7] = (changed[:, 7] + 1) % 30
-    after = gpt(changed)
-    assert after[:, :7].equal(before[:, :7])
-    assert ((after - before)[:, 7:].abs().amax(dim=-1) > 1e-3).all()
-
-
 @pytest.mark.parametrize("family, changes", [("mistral", dict(sliding_window=8)), ("gpt2", {}), ("gpt_bigcode", {})])
 def test_more_tokens_than_the_window_or_the_learned_positions_are_refused(family, changes):
     gpt = tiny(family, **changes)
@@ -332,24 +306,11 @@ def test_more_tokens_than_the_window_or_the_learned_positions_are_refused(family
         gpt(tokens(30, 1, context + 1))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_made_on_meta_takes_its_memory_and_its_weights_later(tied):
-    gpt = tiny(tie_word_embeddings=tied)
-    with torch.device("meta"):
-        other = GPT(gpt.config)
-    assert all(parameter.is_meta for parameter in other.parameters())
-    other.to_empty(device="cpu")
-    other.load_state_dict(gpt.state_dict())
-    assert_same_weights(other, gpt)
-    assert (other.head_weight is other.embed_tokens.weight) == tied
-    assert other(tokens(30, 2, 7)).equal(gpt(tokens(30, 2, 7)))
-
-
 @torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
 def test_compiled_blocks_are_whole_where_dynamo_makes_head_dim_symbolic():
     """As it does under FSDP2, once teacher and student differ in it."""
-    for head_dim in (8, 16):
-        gpt, idx = tiny(num_hidden_layers=1, head_dim=head_dim), tokens(30, 2, 7)
+    for family, head_dim in (("llama", 8), ("llama", 16), ("gpt2", 8), ("gpt2", 16)):
+        gpt, idx = tiny(family, num_hidden_layers=1, head_dim=head_dim), tokens(30, 2, 7)
         expected = gpt(idx)
         gpt.layers[0].compile(fullgraph=True, backend="eager")
         torch.testing.assert_close(gpt(idx), expected)
@@ -541,16 +502,11 @@ DAMAGE = {  # what is wrong → (how it comes about, what the message names)
     "minus infinity": (spoil_tensor(NORM, one_value(float("-inf"))), [WEIGHTS, NORM, "finite"]),
     "a tied head that differs": (spoil_config(tie_word_embeddings=True), [WEIGHTS, "lm_head.weight"]),
     "cut weights": (spoil_bytes(WEIGHTS, lambda content: content[:-100]), [WEIGHTS]),
-    "cut header": (spoil_bytes(WEIGHTS, lambda content: content[:50]), [WEIGHTS]),
-    "empty weights": (spoil_bytes(WEIGHTS, lambda content: b""), [WEIGHTS]),
     "weights of another format": (spoil_bytes(WEIGHTS, lambda content: b"version https://git-lfs" * 9), [WEIGHTS]),
     "cut config": (spoil_bytes(CONFIG, lambda content: content[:40]), [CONFIG]),
-    "empty config": (spoil_bytes(CONFIG, lambda content: b""), [CONFIG]),
-    "a config that is no text": (spoil_bytes(CONFIG, lambda content: b"\xff\xfe\x00"), [CONFIG]),
     "a config that is a list": (spoil_bytes(CONFIG, lambda content: b"[]"), [CONFIG]),
     "no model_type": (spoil_config(["model_type"]), [CONFIG, "model_type"]),
     "unknown model_type": (spoil_config(model_type="mamba"), [CONFIG, "mamba"]),
-    "a model_type that is a list": (spoil_config(model_type=["llama"]), [CONFIG]),
     "unknown activation": (spoil_config(hidden_act="relu2"), [CONFIG, "relu2"]),
     "llama3 without a value": (spoil_rope("rope_scaling", rope_type="llama3", factor=8.0), ["low_freq_factor"]),
     "unknown rope_parameters": (spoil_rope("rope_parameters", rope_type="yarn", factor=2.0), [CONFIG, "yarn"]),
@@ -558,7 +514,6 @@ DAMAGE = {  # what is wrong → (how it comes about, what the message names)
     "unknown rope_scaling of old": (spoil_rope("rope_scaling", type="linear", factor=2.0), [CONFIG, "linear"]),
     "unknown rope_scaling beside rope_parameters": (
         spoil_config(rope_scaling={"rope_type": "yarn", "factor": 8.0}), [CONFIG, "yarn"]),
-    "half of each head turned": (spoil_config(partial_rotary_factor=0.5), [CONFIG, "partial_rotary_factor", "0.5"]),
     "half of each head turned, in rope_parameters": (spoil_rope("rope_parameters", partial_rotary_factor=0.5),
                                                      [CONFIG, "partial_rotary_factor", "0.5"]),
     "quantised": (spoil_config(quantization_config={"quant_method": "gptq"}), [CONFIG, "quantization_config", "gptq"]),
@@ -688,10 +643,7 @@ SHARDS = {  # what is wrong with the shards → (how it comes about, what the me
     "no shards": (index({}), ["missing", "norm.weight"]),
     "a list": (index([FIRST, SECOND]), [INDEX]),
     "numbers": (index({NORM: 1}), [INDEX]),
-    "lists": (index({NORM: [FIRST]}), [INDEX]),
-    "nothing": (index(None), [INDEX]),
     "no weight_map": (spoil_bytes(INDEX, lambda content: b"{}"), [INDEX, "weight_map"]),
-    "an index that is a list": (spoil_bytes(INDEX, lambda content: b"[]"), [INDEX]),
     "a cut index": (spoil_bytes(INDEX, lambda content: content[:-9]), [INDEX]),
     "a shard not named": (index({NORM: SECOND}), ["missing", "embed_tokens"]),
     "a cut shard": (spoil_bytes(SECOND, lambda content: content[:-100]), [SECOND]),
@@ -725,7 +677,7 @@ def test_layers_are_kept_evenly_spaced_the_first_and_the_last_among_them(n):
         assert kept[-1] == 8 and 1 <= max(steps) <= min(steps) + 1
 
 
-@pytest.mark.parametrize("n", [-1, 0, 3])
+@pytest.mark.parametrize("n", [0, 3])
 def test_a_number_of_layers_that_it_does_not_have_is_refused(n):
     with pytest.raises(AssertionError, match=f"layers:{n}.*2 layers"):
         tiny().keep_layers(n)
@@ -735,7 +687,7 @@ def test_a_number_of_layers_that_it_does_not_have_is_refused(n):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2 window", "gpt_bigcode"])
 def test_some_of_the_layers_open_in_transformers(name, n, tmp_path):
     transformers_model(MODELS[name]).save_pretrained(tmp_path / "theirs")
-    assert ("layer_types" in settings_of(tmp_path / "theirs")) == ("qwen" in name)
+    assert ("layer_types" in settings_of(tmp_path / "theirs")) == ("qwen" in name)  # an entry for each layer
     gpt = GPT.from_pretrained(tmp_path / "theirs")
     gpt.keep_layers(n)
     back = assert_opens_in_transformers(gpt, tmp_path / "ours")
@@ -758,13 +710,12 @@ print((read("VmHWM") - before) / sum(p.numel() * p.element_size() for p in model
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux says the most that a process has held")
-@pytest.mark.parametrize("dtype, layers", [(torch.float32, 6), (torch.bfloat16, 16)], ids=str)
-def test_loading_takes_hardly_more_memory_than_the_model(dtype, layers, tmp_path):
+def test_loading_takes_hardly_more_memory_than_the_model(tmp_path):
     tiny().save_pretrained(tmp_path / "small")
     with torch.device("meta"):
-        gpt = GPT(GPTConfig(vocab_size=24576, hidden_size=1024, intermediate_size=1024, num_hidden_layers=layers,
+        gpt = GPT(GPTConfig(vocab_size=24576, hidden_size=1024, intermediate_size=1024, num_hidden_layers=16,
                             num_attention_heads=8, num_key_value_heads=1, head_dim=64, tie_word_embeddings=True))
-    gpt = gpt.to(dtype).to_empty(device="cpu")
+    gpt = gpt.bfloat16().to_empty(device="cpu")
     for parameter in gpt.parameters():
         parameter.data.fill_(1)
     assert 1.8e8 < sum(p.numel() * p.element_size() for p in gpt.parameters()) < 2.2e8
@@ -852,17 +803,6 @@ def test_the_program_continues_a_prompt_and_a_seed_decides_how(folder, tmp_path,
     assert output.startswith("Grüße <|endoftext|>") and len(output) > 25
     assert run_main(model_program, *arguments, "--seed=3") == (0, output, "")
     assert run_main(model_program, *arguments, "--seed=4")[1] != output
-
-
-def test_the_program_takes_the_tokenizer_of_the_folder(folder, tmp_path, run_main):
-    tokenizers = pytest.importorskip("tokenizers")
-    shutil.copytree(folder, tmp_path / "model")
-    vocabulary = {chr(97 + i): i for i in range(26)}
-    tokenizers.Tokenizer(tokenizers.models.BPE({**vocabulary, "</s>": 26}, [])).save(str(tmp_path / "tokenizer.json"))
-    shutil.move(tmp_path / "tokenizer.json", tmp_path / "model")
-    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    status, output, _ = run_main(model_program, f"--model={tmp_path / 'model'}", "--prompt=abc", "--temperature=0")
-    assert status == 0 and output.replace(" ", "").startswith("abc")
 
 
 def test_help_lists_every_key_with_its_default(run_main):
