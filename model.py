@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial, reduce
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ class GPTConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6  # of LayerNorm too
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # llama-3's four numbers, LLAMA3_ROPE
+    rope_scaling: dict | None = None  # llama-3's, with the keys of LLAMA3_ROPE
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -56,18 +56,7 @@ class GPTConfig:
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.head_dim is None:
-            object.__setattr__(self, "head_dim", self.hidden_size // max(self.num_attention_heads, 1))
-
-        # What no network can have
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: expected at least 1")
-        if self.num_attention_heads % self.num_key_value_heads != 0:
-            raise UserError(f"num_key_value_heads={self.num_key_value_heads}: expected a divisor of "
-                            f"num_attention_heads={self.num_attention_heads}")
-        if self.head_dim % 2 != 0 and not self.family.learned_positions:
-            raise UserError(f"head_dim={self.head_dim}: rotary positions require an even number")
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
 
     @property
     def family(self) -> "Family":
@@ -82,7 +71,7 @@ class GPTConfig:
 
     @classmethod
     def scratch(cls, layers: int, width: int, vocab_size: int, block_size: int) -> "GPTConfig":
-        """A llama with a tied head, for `--student=scratch:LxD`. UserError if the width is odd."""
+        """A llama with a tied head, for `--student=scratch:LxD`; D has to be even."""
         # Heads of about width / 16, at least 32 and at most 128; fewer and wider ones until their width is even
         head_dim = min(max(width // 16, 32), 128)
         heads = max(width // head_dim, 1)
@@ -107,8 +96,7 @@ class Family:
     # Its folder
     layout: str = "llama"  # row of CONFIG_KEYS and WEIGHT_NAMES
     transposed: bool = False  # the layers' matrices are stored as (in, out)
-    sliding_layers: bool = False  # config.json says which layers have the sliding window; False: all
-    multi_query: bool = False  # config.json has the key multi_query, by default true: one key-value head
+    optional_window: bool = False  # config.json's sliding_window counts only with use_sliding_window
     fixed: dict = field(default_factory=dict)  # fields of GPTConfig that no key of config.json sets
     defaults: dict = field(default_factory=dict)  # fields of GPTConfig where config.json lacks the key
 
@@ -121,16 +109,17 @@ FAMILIES = {
     "llama": Family("LlamaForCausalLM", fixed=dict(sliding_window=None)),
     "mistral": Family("MistralForCausalLM", fixed=dict(attention_bias=False, mlp_bias=False),
                       defaults=dict(max_position_embeddings=131072, sliding_window=4096)),
-    "qwen2": Family("Qwen2ForCausalLM", output_bias=False, sliding_layers=True,
+    "qwen2": Family("Qwen2ForCausalLM", output_bias=False, optional_window=True,
                     fixed=dict(attention_bias=True, mlp_bias=False),
                     defaults=dict(max_position_embeddings=32768, sliding_window=4096)),
-    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, sliding_layers=True, fixed=dict(mlp_bias=False),
+    "qwen3": Family("Qwen3ForCausalLM", qk_norm=True, optional_window=True, fixed=dict(mlp_bias=False),
                     defaults=dict(max_position_embeddings=32768, sliding_window=4096, head_dim=128)),
     "gpt2": Family("GPT2LMHeadModel", layer_norm=True, gated_mlp=False, learned_positions=True, fused_qkv=True,
                    layout="gpt2", transposed=True, fixed=GPT2_FIXED,
                    defaults=dict(GPT2_DEFAULTS, hidden_act="gelu_new")),
     "gpt_bigcode": Family("GPTBigCodeForCausalLM", layer_norm=True, gated_mlp=False, learned_positions=True,
-                          fused_qkv=True, layout="gpt2", multi_query=True, fixed=GPT2_FIXED, defaults=GPT2_DEFAULTS),
+                          fused_qkv=True, layout="gpt2", fixed=dict(GPT2_FIXED, num_key_value_heads=1),
+                          defaults=GPT2_DEFAULTS),
     "starcoder2": Family("Starcoder2ForCausalLM", layer_norm=True, gated_mlp=False, layout="starcoder2",
                          defaults=dict(GPT2_DEFAULTS, max_position_embeddings=4096, attention_bias=True,
                                        mlp_bias=True)),
@@ -142,7 +131,7 @@ ACTIVATIONS = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
-LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+LLAMA3_ROPE = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def rotary_tables(config, T, device):
@@ -151,10 +140,11 @@ def rotary_tables(config, T, device):
     frequency = config.rope_theta ** -exponent
     if config.rope_scaling is not None:
         # Llama-3's longer context: low frequencies are divided by `factor`, high ones kept, with a ramp in between
-        factor, low, high, context = (config.rope_scaling[key] for key in LLAMA3_ROPE)
-        turns = context * frequency / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = frequency * (kept + (1 - kept) / factor)
+        rope = config.rope_scaling
+        low = rope["low_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        kept = ((turns - low) / (rope["high_freq_factor"] - low)).clamp(0, 1)
+        frequency = frequency * (kept + (1 - kept) / rope["factor"])
     position = torch.arange(T, device=device)
     angle = (position[:, None] * frequency).repeat(1, 2)
     return angle.cos(), angle.sin()
@@ -168,9 +158,8 @@ def rotate(x, cos, sin):
 
 
 def make_norm(config):
-    if config.family.layer_norm:
-        return nn.LayerNorm(config.hidden_size, eps=config.rms_norm_eps)
-    return nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    norm = nn.LayerNorm if config.family.layer_norm else nn.RMSNorm
+    return norm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Attention(nn.Module):
@@ -185,13 +174,11 @@ class Attention(nn.Module):
         hd = config.head_dim
         bias = config.attention_bias
         self.head_dim = hd
-        self.heads = (H, G, G)
+        self.widths = (H * hd, G * hd, G * hd)
         # A Python bool: in a compiled block a comparison of sizes may become a symbol
         self.grouped = G < H
-        # gpt_bigcode without multi_query stores q, k and v of one head after the other
-        self.interleaved = family.multi_query and G > 1
 
-        self.qkv_proj = nn.Linear(d, (H + G + G) * hd, bias=bias) if family.fused_qkv else None
+        self.qkv_proj = nn.Linear(d, sum(self.widths), bias=bias) if family.fused_qkv else None
         if not family.fused_qkv:
             self.q_proj = nn.Linear(d, H * hd, bias=bias)
             self.k_proj = nn.Linear(d, G * hd, bias=bias)
@@ -200,23 +187,19 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps) if family.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps) if family.qk_norm else nn.Identity()
 
-    def project(self, x):
-        """Queries (B, T, H, hd), keys and values (B, T, G, hd)."""
-        if self.qkv_proj is None:
-            q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-            k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-            v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
-            return q, k, v
-        if self.interleaved:
-            return self.qkv_proj(x).unflatten(-1, (-1, 3 * self.head_dim)).chunk(3, dim=-1)
-        return self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).split(self.heads, dim=2)
-
     def forward(self, x, rotary):
+        # Queries (B, T, H · hd), keys and values (B, T, G · hd)
+        if self.qkv_proj is not None:
+            q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
+        else:
+            q = self.q_proj(x)
+            k = self.k_proj(x)
+            v = self.v_proj(x)
+
         # Each head on its own: (B, H or G, T, hd)
-        q, k, v = self.project(x)
-        q = self.q_norm(q).transpose(1, 2)
-        k = self.k_norm(k).transpose(1, 2)
-        v = v.transpose(1, 2)
+        q = self.q_norm(q.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        k = self.k_norm(k.unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
+        v = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
         # Rotary positions, unless learned ones were added to the embedding
         if rotary is not None:
@@ -329,7 +312,7 @@ class GPT(nn.Module):
 
         `temperature` 0 takes the most likely id. Ids from `vocab_size` on, the padding rows of the head, are never
         drawn. Random numbers come from `generator`, or from torch's global one."""
-        ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
+        prompt = idx.shape[1]
         for _ in range(max_new_tokens):
             # Logits of the next token, (B, V), from as many tokens as the context holds
             window = idx[:, -self.config.context:]
@@ -347,37 +330,31 @@ class GPT(nn.Module):
             idx = torch.cat((idx, new), dim=1)
 
             # Stop once every row has ended
-            if eot is not None:
-                ended |= new[:, 0] == eot
-            if ended.all():
+            if eot is not None and (idx[:, prompt:] == eot).any(dim=1).all():
                 break
         return idx
 
     def keep_layers(self, n: int):
-        """Keep `n` evenly spaced layers in place, the first and the last among them; n = 1 keeps the first.
-
-        UserError if the model does not have so many."""
+        """Keep `n` evenly spaced layers in place, the first and the last among them; n = 1 keeps the first."""
         L = len(self.layers)
-        if not 1 <= n <= L:
-            raise UserError(f"layers:{n}: the model has {L} layers; expected 1 to {L}")
+        assert 1 <= n <= L, f"layers:{n} of a model of {L} layers"
         kept = [round(i * (L - 1) / max(n - 1, 1)) for i in range(n)]
         self.layers = nn.ModuleList(self.layers[i] for i in kept)
         self.config = replace(self.config, num_hidden_layers=n)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "GPT":
-        """Read a Hugging Face folder, on the CPU, with weights as `dtype` (None: the file's).
+        """Read a Hugging Face folder, on the CPU, with weights as `dtype` (None: each as in the file).
 
         A missing file, or a missing, unexpected, mis-shaped, non-finite or contradictory tensor is a UserError that
         names it. Nothing is unpickled, and nothing is filled in. Memory is that of the model and of one tensor."""
-        config = read_config(Path(folder))
-        with torch.device("meta"):  # no memory: every parameter is replaced by a tensor of the file
+        folder = Path(folder)
+        config = read_config(folder)
+        # On meta there is no memory yet: every parameter is replaced by a tensor of the file
+        with user_errors(folder / "config.json", "sizes of a network are expected"), torch.device("meta"):
             model = cls(config)
-        state = read_weights(Path(folder), model, dtype)
-        model.load_state_dict(state, assign=True)
-        # A file of several dtypes makes a model of one that holds them all
-        dtypes = {parameter.dtype for parameter in model.parameters()}
-        return model.to(reduce(torch.promote_types, dtypes))
+        model.load_state_dict(read_weights(folder, model, dtype), assign=True)
+        return model
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None):
         """Write `config.json` and `model.safetensors` as transformers does for this family, in the weights' dtype.
@@ -401,8 +378,9 @@ CONFIG_KEYS = {
              "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
 }
 # Keys that would make it another network, with the values that are supported; None also where the key is absent
-SUPPORTED = {"scale_attn_weights": (None, True), "add_cross_attention": (None, False),
-             "scale_attn_by_inverse_layer_idx": (None, False), "partial_rotary_factor": (None, 1.0)}
+SUPPORTED = {"scale_attn_weights": (None, True), "add_cross_attention": (None, False), "multi_query": (None, True),
+             "scale_attn_by_inverse_layer_idx": (None, False), "partial_rotary_factor": (None, 1.0),
+             "quantization_config": (None,)}
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -410,23 +388,17 @@ def read_config(folder: Path) -> GPTConfig:
     path = folder / "config.json"
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: the folder of a run; name one of the step_ folders in it")
-    if (folder / "adapter_config.json").is_file() and not path.is_file():
-        raise UserError(f"{folder}: a PEFT adapter, not a model; merge it first: PEFT's merge_and_unload(), then "
-                        "save_pretrained()")
     if not path.is_file():
-        raise UserError(f"{folder}: no config.json; a model folder in Hugging Face's format is expected")
+        raise UserError(f"{folder}: no config.json; expected a whole model in Hugging Face's format, not an adapter")
     with user_errors(path, "the config.json of a supported model is expected"):
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        try:
-            return config_from_dict(settings)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
+        return config_from_file(path)
 
 
-def config_from_dict(settings):
-    """The GPTConfig of a config.json's contents. UserError where they describe a network that GPT cannot be."""
+def config_from_file(path):
+    """The GPTConfig of a config.json. UserError where it describes a network that GPT cannot be."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
     model_type = settings.get("model_type")
-    check_supported("model_type", model_type, FAMILIES)
+    check_supported(path, "model_type", model_type, FAMILIES)
     family = FAMILIES[model_type]
     keys = CONFIG_KEYS[family.layout]
 
@@ -448,33 +420,20 @@ def config_from_dict(settings):
     # Fields that follow from other keys
     if family.learned_positions:
         values.setdefault("intermediate_size", 4 * values["hidden_size"])
-    if family.multi_query and given.get("multi_query", True):
-        values["num_key_value_heads"] = 1
-    if family.sliding_layers and not has_sliding_layer(given):
+    if family.optional_window and not given.get("use_sliding_window", False):
         values["sliding_window"] = None
 
     # What this network cannot do
-    if given.get("quantization_config"):
-        method = given["quantization_config"].get("quant_method", "unknown")
-        raise UserError(f"quantization_config: a quantised model ({method}); take the model that it was made from")
-    check_supported("rope type", rope_type, ("default", "llama3"))
-    check_supported(keys.get("hidden_act", "hidden_act"), values.get("hidden_act", "silu"), ACTIVATIONS)
+    check_supported(path, "rope type", rope_type, ("default", "llama3"))
+    check_supported(path, keys.get("hidden_act", "hidden_act"), values.get("hidden_act", "silu"), ACTIVATIONS)
     for key, supported in SUPPORTED.items():
-        check_supported(key, given.get(key), supported)
+        check_supported(path, key, given.get(key), supported)
     return GPTConfig(**values)
 
 
-def check_supported(key, value, supported):
+def check_supported(path, key, value, supported):
     if value not in supported:
-        raise UserError(f"{key} {value!r} is not supported; expected {' or '.join(map(str, supported))}")
-
-
-def has_sliding_layer(settings):
-    """Whether a layer attends to sliding_window tokens only, by Qwen's keys."""
-    if settings.get("layer_types"):
-        return "sliding_attention" in settings["layer_types"]
-    first = settings.get("max_window_layers", 28)
-    return settings.get("use_sliding_window", False) and first < settings["num_hidden_layers"]
+        raise UserError(f"{path}: {key} {value!r} is not supported; expected {' or '.join(map(str, supported))}")
 
 
 def write_config(folder, config, dtype):
@@ -489,15 +448,10 @@ def write_config(folder, config, dtype):
     for entry in fields(config):
         if entry.name != "source" and entry.name not in family.fixed:
             settings[keys.get(entry.name, entry.name)] = getattr(config, entry.name)
-    if family.multi_query:
-        settings["multi_query"] = config.num_key_value_heads == 1
 
     # rope_theta also stands in rope_parameters, where transformers 5 reads it
     if not family.learned_positions:
-        rope = {"rope_type": "default"}
-        if config.rope_scaling is not None:
-            rope = {"rope_type": "llama3", **config.rope_scaling}
-            settings["rope_scaling"] = rope
+        rope = config.rope_scaling or {"rope_type": "default"}
         settings["rope_parameters"] = {**rope, "rope_theta": config.rope_theta}
 
     settings["dtype"] = str(dtype).removeprefix("torch.")
@@ -521,7 +475,6 @@ WEIGHT_NAMES = {
 }
 # Constants that older versions of transformers saved beside the weights
 BUFFERS = r"\battn\.(masked_)?bias$|rotary_emb\.inv_freq$"
-DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def checkpoint_name(name, config):
@@ -572,29 +525,23 @@ def read_weights(folder, model, dtype):
     missing = sorted(set(expected.values()) - stored.keys())
     unexpected = sorted(stored.keys() - set(expected.values()))
     if missing or unexpected:
-        files = " ".join(path.name for path in weight_files(folder))
-        raise UserError(f"{folder}: {files}: missing {missing}, unexpected {unexpected}; not the weights of this "
-                        "config.json")
+        raise UserError(f"{folder}: missing {missing}, unexpected {unexpected}; not the weights of this config.json")
 
     # One tensor at a time, so that hardly more than the model is held in memory
     state = {}
     for name, key in expected.items():
         tensor = maybe_transpose(name, read_tensor(stored[key], key), config)
-        check_tensor(f"{stored[key]}: {key}", tensor, own[name].shape)
+        where = f"{stored[key]}: {key}"
+        if tensor.shape != own[name].shape:
+            raise UserError(f"{where} is {list(tensor.shape)}, but config.json makes it {list(own[name].shape)}")
+        if not tensor.is_floating_point():
+            raise UserError(f"{where} holds {tensor.dtype}; quantised weights are not supported")
+        lowest, highest = tensor.aminmax()
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise UserError(f"{where} holds values that are not finite; copy it again")
         # A copy: the file's memory is not aligned as torch's is, and the order of sums depends on that
         state[name] = tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
     return state
-
-
-def check_tensor(where, tensor, shape):
-    """UserError unless `tensor` has this shape, a floating-point dtype and finite values."""
-    if tensor.shape != shape:
-        raise UserError(f"{where} is {list(tensor.shape)}, but config.json makes it {list(shape)}")
-    if tensor.dtype not in DTYPES:
-        raise UserError(f"{where} holds {tensor.dtype}; quantised weights are not supported")
-    lowest, highest = tensor.aminmax()
-    if not (lowest.isfinite() and highest.isfinite()):
-        raise UserError(f"{where} holds values that are not finite; copy it again")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -609,13 +556,9 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         path = folder / name
         if Path(name).name != name or not path.is_file():
-            found = " ".join(sorted(path.name for path in folder.glob("*.bin")))
-            fix = "copy it again"
-            if found:
-                fix = (f"pickles such as {found} are never opened; transformers' "
-                       "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) converts them")
             raise UserError(f"{path}: not a file of the model folder; expected model.safetensors, or the shards that "
-                            f"{index.name} names; {fix}")
+                            f"{index.name} names. Pickles (.bin) are never opened: transformers' save_pretrained "
+                            "converts them")
     return [folder / name for name in names]
 
 
@@ -626,10 +569,10 @@ def stored_tensors(folder):
         with user_errors(path, "a whole safetensors file is expected; copy it again"):
             with safe_open(path, framework="pt") as file:
                 keys = [key for key in file.keys() if not re.search(BUFFERS, key)]
-            for key in keys:
-                if key in stored and not read_tensor(stored[key], key).equal(read_tensor(path, key)):
-                    raise UserError(f"{path}: {key} differs from the one in {stored[key]}; copy both again")
-                stored[key] = path
+        for key in keys:
+            if key in stored:
+                raise UserError(f"{path}: {key} is in {stored[key]} too; copy the folder again")
+            stored[key] = path
     return stored
 
 
@@ -678,8 +621,6 @@ def main():
     if not args.prompt:
         parser.error("--prompt: must be a text to continue")
     folder = model_folder(args.model, "--model", MODEL_FILES)
-    if not folder.is_dir():
-        parser.error(f"--model={folder}: must be a model folder")
     device = resolve_device(args.device)
     rows = read_config(folder).vocab_size
     tokenizer = load_tokenizer(args.tokenizer, args.eot) if args.tokenizer else model_tokenizer(folder, args.eot)

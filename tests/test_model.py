@@ -15,7 +15,7 @@ from transformers import (AutoConfig, AutoModelForCausalLM, GPT2Config, GPTBigCo
                           Qwen2Config, Qwen3Config, Starcoder2Config)
 
 import model as model_program
-from model import GPT, GPTConfig, read_config, resolve_device, weight_files
+from model import GPT, GPTConfig, resolve_device, weight_files
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -47,12 +47,10 @@ MODELS = {
     "qwen2": Qwen2Config(**GROUPED),
     "qwen2 tied": Qwen2Config(**LLAMA, num_key_value_heads=4, tie_word_embeddings=True, rope_theta=1e6),
     "qwen2 window": Qwen2Config(**GROUPED, **QWEN_WINDOW, max_window_layers=1),
-    "qwen2 window above": Qwen2Config(**GROUPED, **QWEN_WINDOW, max_window_layers=3),
+    "qwen2 window above": Qwen2Config(**GROUPED, **QWEN_WINDOW, max_window_layers=3),  # that is, above all layers
     "qwen2 window off": Qwen2Config(**GROUPED, sliding_window=24, max_window_layers=1),
     "qwen2 one layer slides": Qwen2Config(**GROUPED, **QWEN_WINDOW, layer_types=[
         "full_attention", "sliding_attention", "full_attention"]),
-    "qwen2 no layer slides": Qwen2Config(**GROUPED, **QWEN_WINDOW, max_window_layers=1,
-                                         layer_types=["full_attention"] * 3),
     "qwen3": Qwen3Config(**GROUPED, head_dim=20),
     "qwen3 bias": Qwen3Config(**GROUPED, head_dim=12, attention_bias=True),
     "qwen3 window": Qwen3Config(**GROUPED, head_dim=12, **QWEN_WINDOW, max_window_layers=2),
@@ -61,15 +59,12 @@ MODELS = {
     "gpt2 odd heads": GPT2Config(**{**GPT2, "n_embd": 36}, activation_function="relu"),
     "gpt_bigcode": GPTBigCodeConfig(**GPT2),
     "gpt_bigcode untied": GPTBigCodeConfig(**GPT2, n_inner=100, tie_word_embeddings=False, activation_function="gelu"),
-    "gpt_bigcode multi-head": GPTBigCodeConfig(**GPT2, multi_query=False, tie_word_embeddings=False),
-    "gpt_bigcode multi-head tied": GPTBigCodeConfig(**GPT2, multi_query=False),
-    "gpt_bigcode one head": GPTBigCodeConfig(**{**GPT2, "n_head": 1}, multi_query=False),
     "starcoder2": Starcoder2Config(**STARCODER2),
     "starcoder2 window": Starcoder2Config(**STARCODER2, sliding_window=24, rope_theta=999999.4420358813),
     "starcoder2 no bias": Starcoder2Config(**STARCODER2, use_bias=False, sliding_window=24, tie_word_embeddings=False),
 }
-SLIDING = ("mistral window", "qwen2 window", "qwen2 one layer slides", "qwen3 window", "starcoder2 window",
-           "starcoder2 no bias")
+SLIDING = ("mistral window", "qwen2 window", "qwen2 window above", "qwen2 one layer slides", "qwen3 window",
+           "starcoder2 window", "starcoder2 no bias")
 
 
 def tokens(vocab_size: int, *shape: int) -> torch.Tensor:
@@ -100,7 +95,9 @@ def tiny(model_type: str = "llama", **changes) -> GPT:
     if model_type == "qwen2":
         values.update(attention_bias=True)
     if model_type in ("gpt2", "gpt_bigcode", "starcoder2"):
-        values.update(attention_bias=True, mlp_bias=True, hidden_act="gelu", num_key_value_heads=4)
+        values.update(attention_bias=True, mlp_bias=True, hidden_act="gelu")
+    if model_type in ("gpt2", "gpt_bigcode"):
+        values.update(num_key_value_heads=4 if model_type == "gpt2" else 1)
     return randomised(GPT(GPTConfig(**{**values, **changes})))
 
 
@@ -174,7 +171,6 @@ EDITED = {  # what is edited in a config.json → (model, keys that are removed,
     "rope_scaling is null": ("llama rope_theta", (), dict(rope_scaling=None)),
     **{f"nulls in {family}": (family, (), NULLS) for family in FAMILIES},
     "layer_types is null": ("qwen2 window", (), dict(layer_types=None)),
-    "no max_window_layers": ("qwen2 window above", ("max_window_layers", "layer_types"), {}),
     # Keys that only other families have
     "a window of llama": ("llama", (), dict(QWEN_WINDOW, max_window_layers=0)),
     "biases of mistral": ("mistral", (), dict(attention_bias=True, mlp_bias=True)),
@@ -202,26 +198,6 @@ def test_a_config_json_makes_the_network_that_transformers_makes_of_it(what, tmp
     assert GPT.from_pretrained(tmp_path / "saved").config == ours.config
 
 
-def assert_same_settings(ours: GPTConfig, theirs):
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings",
-                 "tie_word_embeddings"):
-        assert getattr(ours, name) == getattr(theirs, name), name
-    epsilon = {"starcoder2": "norm_epsilon", "gpt2": "layer_norm_epsilon", "gpt_bigcode": "layer_norm_epsilon"}
-    assert ours.rms_norm_eps == getattr(theirs, epsilon.get(ours.model_type, "rms_norm_eps"))
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
-    if ours.model_type in ("gpt2", "gpt_bigcode"):
-        assert ours.hidden_act == theirs.activation_function
-        assert ours.intermediate_size == (theirs.n_inner or 4 * theirs.n_embd)
-        assert ours.num_key_value_heads == getattr(theirs, "num_key_value_heads", theirs.n_head)
-    else:
-        for name in ("hidden_act", "intermediate_size", "num_key_value_heads"):
-            assert getattr(ours, name) == getattr(theirs, name), name
-        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
-        assert ours.sliding_window == getattr(theirs, "sliding_window", None)
-    if ours.model_type in ("llama", "qwen3"):
-        assert ours.attention_bias == theirs.attention_bias
-
-
 SIZES = dict(vocab_size=67, hidden_size=64, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2)
 GPT2_SIZES = dict(vocab_size=67, n_embd=64, n_layer=3, n_head=4)
@@ -234,8 +210,16 @@ def test_every_key_but_the_sizes_has_transformers_default(family, window, tmp_pa
     theirs = transformers_model(AutoConfig.for_model(family, **sizes, **window))
     theirs.save_pretrained(tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps({"model_type": family, **sizes, **window}))
-    assert_same_settings(read_config(tmp_path), AutoConfig.from_pretrained(tmp_path))
-    assert_same_logits(GPT.from_pretrained(tmp_path), theirs)
+    ours = GPT.from_pretrained(tmp_path)
+    assert_same_logits(ours, theirs)
+
+    # What 48 tokens do not show
+    wanted = AutoConfig.from_pretrained(tmp_path)
+    longest = wanted.max_position_embeddings
+    assert ours.config.context == min(longest, getattr(wanted, "sliding_window", None) or longest)
+    assert ours.config.tie_word_embeddings == wanted.tie_word_embeddings
+    epsilon = model_program.CONFIG_KEYS[ours.config.family.layout].get("rms_norm_eps", "rms_norm_eps")
+    assert ours.config.rms_norm_eps == getattr(wanted, epsilon)
 
 
 V4 = dict(GROUPED, hidden_act="silu", initializer_range=0.02, use_cache=True, bos_token_id=1, eos_token_id=2,
@@ -284,33 +268,12 @@ def test_rotary_positions_go_on_beyond_the_configured_ones(name, tmp_path):
 
 @pytest.mark.parametrize("width", [32, 48, 64, 96, 98, 100, 120, 128, 192, 200, 256, 384, 576, 1000])
 def test_scratch_has_even_heads_and_opens_in_transformers(width, tmp_path):
-    config = GPTConfig.scratch(1, width, 31, 16)
-    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size) == (width, 1, 31)
+    config = GPTConfig.scratch(1, width, 31, 5000)
+    assert (config.hidden_size, config.num_hidden_layers, config.vocab_size, config.context) == (width, 1, 31, 5000)
     assert config.head_dim % 2 == 0 and config.num_attention_heads * config.head_dim == width
     assert config.intermediate_size % 32 == 0 and 0 <= config.intermediate_size - 8 * width / 3 < 32
     if width <= 128:
         assert_opens_in_transformers(GPT(config).eval(), tmp_path)
-
-
-@pytest.mark.parametrize("width", [33, 0])
-def test_a_width_that_no_even_head_divides_is_refused(width):
-    with pytest.raises(ValueError, match=f"{width}"):
-        GPTConfig.scratch(1, width, 31, 16)
-
-
-@pytest.mark.parametrize("block_size", [16, 5000])
-def test_scratch_holds_a_whole_block(block_size):
-    assert GPTConfig.scratch(2, 64, 31, block_size).context >= block_size
-
-
-def test_new_weights_follow_the_seed():
-    weights = []
-    for seed in (1, 1, 2):
-        torch.manual_seed(seed)
-        weights.append(GPT(GPTConfig.scratch(2, 32, 31, 16)).state_dict())
-    first, again, other = weights
-    assert all(first[name].equal(again[name]) for name in first)
-    assert not first["embed_tokens.weight"].equal(other["embed_tokens.weight"])
 
 
 def test_new_weights_are_gpt2s():
@@ -321,11 +284,6 @@ def test_new_weights_are_gpt2s():
         else:
             expected = 0.02 / 4 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
             assert tensor.std().item() == pytest.approx(expected, rel=0.05), name
-
-
-def test_heads_of_keys_and_their_width_follow_from_the_rest():
-    config = GPTConfig(vocab_size=7, hidden_size=48, intermediate_size=64, num_hidden_layers=1, num_attention_heads=3)
-    assert (config.num_key_value_heads, config.head_dim) == (3, 16)
 
 
 # ------------ forward -------------------------------------------------------------------------------------------------
@@ -339,15 +297,6 @@ def test_loss_fn_gets_the_hidden_states_and_the_head_that_make_the_logits(tied):
     torch.testing.assert_close(hidden @ head.T, gpt(idx))
 
 
-def test_a_later_token_changes_no_earlier_logits():
-    gpt, idx = tiny(), tokens(30, 2, 12)
-    before, changed = gpt(idx), idx.clone()
-    changed[:, 7] = (changed[:, 7] + 1) % 30
-    after = gpt(changed)
-    assert after[:, :7].equal(before[:, :7])
-    assert ((after - before)[:, 7:].abs().amax(dim=-1) > 1e-3).all()
-
-
 @pytest.mark.parametrize("family, changes", [("mistral", dict(sliding_window=8)), ("gpt2", {}), ("gpt_bigcode", {})])
 def test_more_tokens_than_the_window_or_the_learned_positions_are_refused(family, changes):
     gpt = tiny(family, **changes)
@@ -357,24 +306,11 @@ def test_more_tokens_than_the_window_or_the_learned_positions_are_refused(family
         gpt(tokens(30, 1, context + 1))
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_model_made_on_meta_takes_its_memory_and_its_weights_later(tied):
-    gpt = tiny(tie_word_embeddings=tied)
-    with torch.device("meta"):
-        other = GPT(gpt.config)
-    assert all(parameter.is_meta for parameter in other.parameters())
-    other.to_empty(device="cpu")
-    other.load_state_dict(gpt.state_dict())
-    assert_same_weights(other, gpt)
-    assert (other.head_weight is other.embed_tokens.weight) == tied
-    assert other(tokens(30, 2, 7)).equal(gpt(tokens(30, 2, 7)))
-
-
 @torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
 def test_compiled_blocks_are_whole_where_dynamo_makes_head_dim_symbolic():
     """As it does under FSDP2, once teacher and student differ in it."""
-    for head_dim in (8, 16):
-        gpt, idx = tiny(num_hidden_layers=1, head_dim=head_dim), tokens(30, 2, 7)
+    for family, head_dim in (("llama", 8), ("llama", 16), ("gpt2", 8), ("gpt2", 16)):
+        gpt, idx = tiny(family, num_hidden_layers=1, head_dim=head_dim), tokens(30, 2, 7)
         expected = gpt(idx)
         gpt.layers[0].compile(fullgraph=True, backend="eager")
         torch.testing.assert_close(gpt(idx), expected)
@@ -382,7 +318,7 @@ def test_compiled_blocks_are_whole_where_dynamo_makes_head_dim_symbolic():
 
 # ------------ Folders -------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_and_loaded_is_equal_to_the_bit_in_the_dtype_of_the_file(family, tied, dtype, tmp_path):
@@ -413,25 +349,12 @@ def test_whole_tensors_can_be_saved_for_a_model_that_does_not_hold_them(tmp_path
     assert_same_weights(GPT.from_pretrained(tmp_path), gpt)
 
 
-@pytest.mark.parametrize("norms, others, dtype", [(torch.bfloat16, torch.float32, torch.float32),
-                                                  (torch.float32, torch.bfloat16, torch.float32),
-                                                  (torch.float16, torch.bfloat16, torch.float32)], ids=str)
-def test_a_file_of_several_dtypes_makes_a_model_of_one_that_holds_them(norms, others, dtype, tmp_path):
-    gpt = tiny()
+@pytest.mark.parametrize("wanted", [None, torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_each_tensor_is_in_the_dtype_of_the_file_unless_another_is_asked_for(wanted, tmp_path):
+    gpt = tiny("gpt2").bfloat16()
+    gpt.norm.half()
     gpt.save_pretrained(tmp_path)
-    edit_tensors(tmp_path, lambda state: state.update(
-        {key: tensor.to(norms if "norm" in key else others) for key, tensor in state.items()}))
-    loaded = GPT.from_pretrained(tmp_path)
-    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
-    assert loaded.norm.weight.equal(gpt.norm.weight.to(norms).to(dtype))
-    assert loaded.head_weight.equal(gpt.head_weight.to(others).to(dtype))
-
-
-@pytest.mark.parametrize("held, wanted", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
-def test_dtype_converts_what_the_file_holds(held, wanted, tmp_path):
-    gpt = tiny("gpt2").to(held)
-    gpt.save_pretrained(tmp_path)
-    assert_same_weights(GPT.from_pretrained(tmp_path, wanted), gpt.to(wanted))
+    assert_same_weights(GPT.from_pretrained(tmp_path, wanted), gpt if wanted is None else gpt.to(wanted))
 
 
 def without(prefix: str):
@@ -477,7 +400,7 @@ def test_files_of_other_versions_are_read(how, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-3 rope", "mistral window", "qwen2", "qwen2 window", "qwen3",
-                                  "gpt2 untied", "gpt_bigcode untied", "gpt_bigcode multi-head", "starcoder2 window"])
+                                  "gpt2 untied", "gpt_bigcode untied", "starcoder2 window"])
 def test_what_config_json_says_besides_is_kept_and_a_second_save_changes_nothing(name, tmp_path):
     transformers_model(MODELS[name]).save_pretrained(tmp_path / "theirs")
     edit_config(tmp_path / "theirs", bos_token_id=7, eos_token_id=[1, 2], attention_dropout=0.5, ours={"a": [1, None]},
@@ -523,8 +446,8 @@ def test_a_pickle_is_never_opened(tmp_path):
     tiny().save_pretrained(tmp_path)
     (tmp_path / WEIGHTS).unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Canary()))
-    with pytest.raises(ValueError, match=WEIGHTS):
-        GPT.from_pretrained(tmp_path)
+    message = refusal(tmp_path)
+    assert WEIGHTS in message and "Pickles (.bin) are never opened" in message
     assert not (tmp_path / "unpickled").exists()
 
 
@@ -569,9 +492,9 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 NORM = "model.norm.weight"
 DAMAGE = {  # what is wrong → (how it comes about, what the message names)
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), [WEIGHTS]),
-    "no config": (lambda folder: (folder / CONFIG).unlink(), [CONFIG]),
+    "no config": (lambda folder: (folder / CONFIG).rename(folder / "adapter_config.json"), [CONFIG, "adapter"]),
     "the folder of a run": (lambda folder: (folder / "metrics.jsonl").touch(), ["step_"]),
-    "unexpected layer": (spoil_config(num_hidden_layers=1), [WEIGHTS, "unexpected", Q]),
+    "unexpected layer": (spoil_config(num_hidden_layers=1), ["unexpected", Q]),
     "would broadcast": (spoil_tensor(NORM, lambda tensor: tensor[:1]), [WEIGHTS, NORM]),
     "empty tensor": (spoil_tensor(NORM, lambda tensor: tensor[:0]), [WEIGHTS, NORM]),
     "another vocabulary": (spoil_config(vocab_size=29), [WEIGHTS, "model.embed_tokens.weight", "30", "29"]),
@@ -579,16 +502,11 @@ DAMAGE = {  # what is wrong → (how it comes about, what the message names)
     "minus infinity": (spoil_tensor(NORM, one_value(float("-inf"))), [WEIGHTS, NORM, "finite"]),
     "a tied head that differs": (spoil_config(tie_word_embeddings=True), [WEIGHTS, "lm_head.weight"]),
     "cut weights": (spoil_bytes(WEIGHTS, lambda content: content[:-100]), [WEIGHTS]),
-    "cut header": (spoil_bytes(WEIGHTS, lambda content: content[:50]), [WEIGHTS]),
-    "empty weights": (spoil_bytes(WEIGHTS, lambda content: b""), [WEIGHTS]),
     "weights of another format": (spoil_bytes(WEIGHTS, lambda content: b"version https://git-lfs" * 9), [WEIGHTS]),
     "cut config": (spoil_bytes(CONFIG, lambda content: content[:40]), [CONFIG]),
-    "empty config": (spoil_bytes(CONFIG, lambda content: b""), [CONFIG]),
-    "a config that is no text": (spoil_bytes(CONFIG, lambda content: b"\xff\xfe\x00"), [CONFIG]),
     "a config that is a list": (spoil_bytes(CONFIG, lambda content: b"[]"), [CONFIG]),
     "no model_type": (spoil_config(["model_type"]), [CONFIG, "model_type"]),
     "unknown model_type": (spoil_config(model_type="mamba"), [CONFIG, "mamba"]),
-    "a model_type that is a list": (spoil_config(model_type=["llama"]), [CONFIG]),
     "unknown activation": (spoil_config(hidden_act="relu2"), [CONFIG, "relu2"]),
     "llama3 without a value": (spoil_rope("rope_scaling", rope_type="llama3", factor=8.0), ["low_freq_factor"]),
     "unknown rope_parameters": (spoil_rope("rope_parameters", rope_type="yarn", factor=2.0), [CONFIG, "yarn"]),
@@ -596,23 +514,16 @@ DAMAGE = {  # what is wrong → (how it comes about, what the message names)
     "unknown rope_scaling of old": (spoil_rope("rope_scaling", type="linear", factor=2.0), [CONFIG, "linear"]),
     "unknown rope_scaling beside rope_parameters": (
         spoil_config(rope_scaling={"rope_type": "yarn", "factor": 8.0}), [CONFIG, "yarn"]),
-    "half of each head turned": (spoil_config(partial_rotary_factor=0.5), [CONFIG, "partial_rotary_factor", "0.5"]),
     "half of each head turned, in rope_parameters": (spoil_rope("rope_parameters", partial_rotary_factor=0.5),
                                                      [CONFIG, "partial_rotary_factor", "0.5"]),
-    "a negative size": (spoil_config(intermediate_size=-1), [CONFIG, "intermediate_size=-1"]),
+    "quantised": (spoil_config(quantization_config={"quant_method": "gptq"}), [CONFIG, "quantization_config", "gptq"]),
+    # Sizes that the weights do not have, or no network
+    "a negative size": (spoil_config(intermediate_size=-1), [CONFIG, "-1"]),
     "a size that is a text": (spoil_config(intermediate_size="many"), [CONFIG]),
-    "eight-bit floats": (spoil_tensor(Q, lambda tensor: tensor.to(torch.float8_e4m3fn)), [WEIGHTS, Q, "holds"]),
-    "a norm of integers": (spoil_tensor(NORM, torch.Tensor.long), [WEIGHTS, NORM, "holds"]),
-    **{f"quantised, {method}": (spoil_config(quantization_config={"quant_method": method}),
-                                [CONFIG, f"a quantised model ({method}); take the model that it was made from"])
-       for method in ("gptq", "awq", "bitsandbytes")},
-    "a PEFT adapter": (lambda folder: (folder / CONFIG).rename(folder / "adapter_config.json"),
-                       ["PEFT", "merge_and_unload"]),
-    "pickled weights": (lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"),
-                        [WEIGHTS, "pytorch_model.bin", "save_pretrained"]),
-    "odd heads": (spoil_config(head_dim=9), [CONFIG, "head_dim", "9"]),
-    "heads in no groups": (spoil_config(num_key_value_heads=3), [CONFIG, "num_key_value_heads=3"]),
-    "no groups at all": (spoil_config(num_key_value_heads=0), [CONFIG, "num_key_value_heads=0"]),
+    "no layers": (spoil_config(num_hidden_layers=0), [CONFIG]),
+    "no heads": (spoil_config(["head_dim"], num_attention_heads=0), [CONFIG]),
+    "odd heads": (spoil_config(head_dim=9), [WEIGHTS, "q_proj.weight is [32, 32]", "[36, 32]"]),
+    "heads in no groups": (spoil_config(num_key_value_heads=3), [WEIGHTS, "k_proj.weight is [16, 32]", "[24, 32]"]),
     **{f"no {key}": (spoil_config([key]), [CONFIG, key])
        for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
 }
@@ -636,7 +547,7 @@ def family_folders(tmp_path_factory) -> dict[str, Path]:
     return folders
 
 
-KEY = {"gpt2": "transformer.h.1.attn.c_attn.weight", "gpt_bigcode": "transformer.h.1.mlp.c_fc.bias",
+KEY = {"gpt2": "transformer.h.1.attn.c_attn.weight", "gpt_bigcode": "transformer.h.1.attn.c_attn.bias",
        "starcoder2": "model.layers.1.mlp.c_proj.bias", "qwen3": "model.layers.1.self_attn.k_norm.weight",
        "qwen2": "model.layers.1.self_attn.v_proj.bias", "mistral": Q, "llama": Q}
 WRONG = {  # what is wrong with a tensor → (how it comes about, what the message says)
@@ -645,8 +556,8 @@ WRONG = {  # what is wrong with a tensor → (how it comes about, what the messa
                      "missing ['lm_head.weight'], unexpected []"),
     "unexpected": (lambda key: lambda folder: edit_tensors(folder, with_buffers(torch.ones(2), key + "s")),
                    "missing [], unexpected ['KEYs']"),
-    "mis-shaped": (lambda key: spoil_tensor(key, lambda tensor: tensor[:-1]), "KEY is "),
-    "not finite": (lambda key: spoil_tensor(key, one_value(float("nan"))), "KEY holds values that are not finite"),
+    "mis-shaped": (lambda key: spoil_tensor(key, lambda tensor: tensor[:-1]), f"{WEIGHTS}: KEY is "),
+    "not finite": (lambda key: spoil_tensor(key, one_value(float("nan"))), f"{WEIGHTS}: KEY holds values that are not"),
     "whole numbers": (lambda key: spoil_tensor(key, lambda tensor: tensor.to(torch.int8)), "KEY holds torch.int8"),
 }
 
@@ -658,13 +569,14 @@ def test_each_familys_tensors_are_all_there_and_right(family, what, family_folde
     shutil.copytree(family_folders[family], tmp_path / "model")
     spoil(KEY[family])(tmp_path / "model")
     message = refusal(tmp_path / "model")
-    assert str(tmp_path / "model") in message and WEIGHTS in message
+    assert str(tmp_path / "model") in message
     assert expected.replace("KEY", KEY[family]) in message, message
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_bigcode"])
 @pytest.mark.parametrize("key, value", [("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False),
-                                        ("add_cross_attention", True), ("activation_function", "quick_gelu")])
+                                        ("add_cross_attention", True), ("activation_function", "quick_gelu"),
+                                        ("multi_query", False)])
 def test_a_setting_that_makes_it_another_network_is_refused(key, value, family, family_folders, tmp_path):
     shutil.copytree(family_folders[family], tmp_path / "model")
     edit_config(tmp_path / "model", **{key: value})
@@ -673,7 +585,7 @@ def test_a_setting_that_makes_it_another_network_is_refused(key, value, family, 
 
 # ------------ Shards --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["llama tied", "qwen3", "gpt2", "gpt_bigcode multi-head", "starcoder2"])
+@pytest.mark.parametrize("name", ["llama tied", "qwen3", "gpt2", "gpt_bigcode", "starcoder2"])
 def test_transformers_shards_are_read_as_the_whole(name, tmp_path):
     theirs = transformers_model(MODELS[name])
     theirs.save_pretrained(tmp_path / "whole")
@@ -714,12 +626,10 @@ def moved(target):
     return damage
 
 
-def in_both_shards(edit):
-    """Damage: a tensor of the second shard is in the first too, as edit(tensor)."""
-    def damage(folder):
-        tensor = load_file(folder / SECOND)[NORM]
-        edit_tensors(folder, lambda state: state.update({NORM: edit(tensor)}), FIRST)
-    return damage
+def in_both_shards(folder):
+    """Damage: a tensor of the second shard is in the first too, and differs."""
+    tensor = load_file(folder / SECOND)[NORM]
+    edit_tensors(folder, lambda state: state.update({NORM: tensor + 1}), FIRST)
 
 
 SHARDS = {  # what is wrong with the shards → (how it comes about, what the message names)
@@ -733,16 +643,11 @@ SHARDS = {  # what is wrong with the shards → (how it comes about, what the me
     "no shards": (index({}), ["missing", "norm.weight"]),
     "a list": (index([FIRST, SECOND]), [INDEX]),
     "numbers": (index({NORM: 1}), [INDEX]),
-    "lists": (index({NORM: [FIRST]}), [INDEX]),
-    "nothing": (index(None), [INDEX]),
     "no weight_map": (spoil_bytes(INDEX, lambda content: b"{}"), [INDEX, "weight_map"]),
-    "an index that is a list": (spoil_bytes(INDEX, lambda content: b"[]"), [INDEX]),
     "a cut index": (spoil_bytes(INDEX, lambda content: content[:-9]), [INDEX]),
-    "an index that is no text": (spoil_bytes(INDEX, lambda content: b"\xff\xfe\x00"), [INDEX]),
-    "a shard not named": (index({NORM: SECOND}), ["missing", SECOND]),
+    "a shard not named": (index({NORM: SECOND}), ["missing", "embed_tokens"]),
     "a cut shard": (spoil_bytes(SECOND, lambda content: content[:-100]), [SECOND]),
-    "a tensor that differs": (in_both_shards(lambda tensor: tensor + 1), [FIRST, SECOND, NORM]),
-    "a tensor of two shapes": (in_both_shards(lambda tensor: tensor[:-1]), [FIRST, SECOND, NORM]),
+    "a tensor in both": (in_both_shards, [FIRST, SECOND, NORM]),
     "a tensor that is not finite": (spoil_tensor(NORM, one_value(float("nan")), SECOND), [SECOND, NORM]),
 }
 
@@ -756,14 +661,6 @@ def test_shards_that_are_not_right_are_refused_by_name(what, tmp_path):
     damage(tmp_path / "model")
     message = refusal(tmp_path / "model")
     assert all(text in message for text in [str(tmp_path), *named]), message
-
-
-def test_a_tensor_that_is_the_same_in_two_shards_is_taken(tmp_path):
-    gpt = tiny()
-    gpt.save_pretrained(tmp_path)
-    split(tmp_path)
-    in_both_shards(torch.clone)(tmp_path)
-    assert_same_weights(GPT.from_pretrained(tmp_path), gpt)
 
 
 # ------------ Some of the layers --------------------------------------------------------------------------------------
@@ -780,18 +677,17 @@ def test_layers_are_kept_evenly_spaced_the_first_and_the_last_among_them(n):
         assert kept[-1] == 8 and 1 <= max(steps) <= min(steps) + 1
 
 
-@pytest.mark.parametrize("n", [-1, 0, 3])
+@pytest.mark.parametrize("n", [0, 3])
 def test_a_number_of_layers_that_it_does_not_have_is_refused(n):
-    with pytest.raises(ValueError, match=f"layers.{n}.*2 layers"):
+    with pytest.raises(AssertionError, match=f"layers:{n}.*2 layers"):
         tiny().keep_layers(n)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2", "qwen2 window", "gpt_bigcode multi-head",
-                                  "starcoder2 window"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2 window", "gpt_bigcode"])
 def test_some_of_the_layers_open_in_transformers(name, n, tmp_path):
     transformers_model(MODELS[name]).save_pretrained(tmp_path / "theirs")
-    assert ("layer_types" in settings_of(tmp_path / "theirs")) == ("qwen" in name)
+    assert ("layer_types" in settings_of(tmp_path / "theirs")) == ("qwen" in name)  # an entry for each layer
     gpt = GPT.from_pretrained(tmp_path / "theirs")
     gpt.keep_layers(n)
     back = assert_opens_in_transformers(gpt, tmp_path / "ours")
@@ -814,13 +710,12 @@ print((read("VmHWM") - before) / sum(p.numel() * p.element_size() for p in model
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="only Linux says the most that a process has held")
-@pytest.mark.parametrize("dtype, layers", [(torch.float32, 6), (torch.bfloat16, 16)], ids=str)
-def test_loading_takes_hardly_more_memory_than_the_model(dtype, layers, tmp_path):
+def test_loading_takes_hardly_more_memory_than_the_model(tmp_path):
     tiny().save_pretrained(tmp_path / "small")
     with torch.device("meta"):
-        gpt = GPT(GPTConfig(vocab_size=24576, hidden_size=1024, intermediate_size=1024, num_hidden_layers=layers,
+        gpt = GPT(GPTConfig(vocab_size=24576, hidden_size=1024, intermediate_size=1024, num_hidden_layers=16,
                             num_attention_heads=8, num_key_value_heads=1, head_dim=64, tie_word_embeddings=True))
-    gpt = gpt.to(dtype).to_empty(device="cpu")
+    gpt = gpt.bfloat16().to_empty(device="cpu")
     for parameter in gpt.parameters():
         parameter.data.fill_(1)
     assert 1.8e8 < sum(p.numel() * p.element_size() for p in gpt.parameters()) < 2.2e8
@@ -910,17 +805,6 @@ def test_the_program_continues_a_prompt_and_a_seed_decides_how(folder, tmp_path,
     assert run_main(model_program, *arguments, "--seed=4")[1] != output
 
 
-def test_the_program_takes_the_tokenizer_of_the_folder(folder, tmp_path, run_main):
-    tokenizers = pytest.importorskip("tokenizers")
-    shutil.copytree(folder, tmp_path / "model")
-    vocabulary = {chr(97 + i): i for i in range(26)}
-    tokenizers.Tokenizer(tokenizers.models.BPE({**vocabulary, "</s>": 26}, [])).save(str(tmp_path / "tokenizer.json"))
-    shutil.move(tmp_path / "tokenizer.json", tmp_path / "model")
-    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
-    status, output, _ = run_main(model_program, f"--model={tmp_path / 'model'}", "--prompt=abc", "--temperature=0")
-    assert status == 0 and output.replace(" ", "").startswith("abc")
-
-
 def test_help_lists_every_key_with_its_default(run_main):
     status, output, _ = run_main(model_program, "--help")
     assert status == 0
@@ -934,7 +818,7 @@ def test_help_lists_every_key_with_its_default(run_main):
     (["--model=FOLDER", "--prompt=a", "--promt=a"], ["--promt=a"]),
     (["--model=FOLDER", "--prompt=a", "--temp=1"], ["--temp=1"]),
     (["--model=FOLDER", "--prompt="], ["--prompt"]),
-    (["--model=FOLDER/nowhere", "--prompt=a"], ["--model=FOLDER/nowhere"]),
+    (["--model=FOLDER/nowhere", "--prompt=a"], ["FOLDER/nowhere: no config.json"]),
     (["--model=FOLDER", "--prompt=a", "--max_new_tokens=0"], ["--max_new_tokens=0", "1"]),
     (["--model=FOLDER", "--prompt=a", "--top_k=0"], ["--top_k=0", "1"]),
     (["--model=FOLDER", "--prompt=a", "--seed=-1"], ["--seed=-1", "0"]),

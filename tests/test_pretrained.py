@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from conftest import read_lines
 from safetensors.torch import load_file
 
-from data import TOKENIZER_FILES, TokenBins, bytes_settings, load_tokenizer
-from distill import distillation_loss, resolve_config, train
+from data import TOKENIZER_FILES, TokenBins
+from distill import resolve_config, train
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
 
@@ -90,7 +90,7 @@ GPT_LIKE = dict(n_embd=32, n_head=4, n_positions=64)
 SIZES = {  # of the teacher and of the student
     "qwen2": (dict(LLAMA_LIKE, num_hidden_layers=3), dict(LLAMA_LIKE, hidden_size=16, num_hidden_layers=2)),
     "gpt2": (dict(GPT_LIKE, n_layer=3), dict(GPT_LIKE, n_layer=2)),
-    "gpt_bigcode": (dict(GPT_LIKE, n_layer=2), dict(GPT_LIKE, n_layer=2, multi_query=False)),
+    "gpt_bigcode": (dict(GPT_LIKE, n_layer=3), dict(GPT_LIKE, n_layer=2)),
 }
 
 
@@ -174,17 +174,6 @@ def val_windows(bins: Path, name: str, block_size: int = 24, count: int = 4) -> 
 
 
 # ----------------------------------------------- From text to an exported student ------------------------------------
-
-
-def test_the_bins_hold_the_texts_of_every_format(bins, texts, settings):
-    bpe = tokenizers.Tokenizer.from_str(json.dumps(settings))
-    for name, domain in texts.items():
-        documents = []
-        for side in ("train", "val"):
-            ids = np.fromfile(bins / f"{name}.{side}.bin", dtype="<u2")
-            assert ids.max() == ids[-1] == EOT
-            documents += [bpe.decode(part.tolist()) for part in np.split(ids, np.flatnonzero(ids == EOT))]
-        assert sorted(filter(None, documents)) == sorted(domain)
 
 
 def test_the_student_opens_in_transformers_with_our_logits(run):
@@ -319,39 +308,7 @@ def test_a_bytes_student_opens_in_transformers_and_its_ids_are_the_bytes(teacher
     assert_same_logits(teacher)
 
 
-def test_a_bytes_student_has_the_fingerprint_of_bytes_in_either_form(teacher):
-    opened = load_tokenizer(teacher)
-    named = load_tokenizer("bytes")
-    for attribute in ("fingerprint", "vocab_size", "eot", "eot_token"):
-        assert getattr(opened, attribute) == getattr(named, attribute)
-    assert json.loads((teacher / "tokenizer.json").read_text()) == bytes_settings()
-    text = "<|endoftext|> in a text is text\0\x7f\u0100"
-    assert opened.encode_batch([text])[0].tolist() == named.encode_batch([text])[0].tolist() == list(text.encode())
-
-
 # ----------------------------------------------- Padded vocabularies --------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk_size", [3, None])
-def test_a_padded_row_of_the_students_head_gets_the_gradient_of_ce_alone(chunk_size):
-    generator = torch.Generator().manual_seed(0)
-    hidden, head, teacher_hidden, teacher_head = [
-        torch.randn(rows, 6, dtype=torch.float64, generator=generator) for rows in (10, 16, 10, 20)]
-    targets = torch.randint(13, (10,), generator=generator)
-
-    def head_gradient(gamma, teacher_head):
-        leaf = head.clone().requires_grad_()
-        loss, _, _ = distillation_loss(hidden, leaf, teacher_hidden, teacher_head, targets, gamma=gamma, vocab_size=13,
-                                       chunk_size=chunk_size)
-        loss.backward()
-        return leaf.grad
-
-    alone = head_gradient(0.0, teacher_head)
-    both = head_gradient(0.5, teacher_head)
-    torch.testing.assert_close(both[13:], alone[13:], rtol=1e-12, atol=0)
-    assert (both[:13] - alone[:13]).abs().min() > 1e-6
-    teacher_head[13:] *= 1000
-    assert head_gradient(0.5, teacher_head).equal(both)
 
 
 def test_the_teachers_padded_rows_change_nothing_in_a_run(keys, models, tmp_path):
