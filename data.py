@@ -24,11 +24,11 @@ import pydoc_data.topics
 import re
 import shutil
 import sys
-import threading
 import time
-from collections import Counter, defaultdict
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,34 +50,47 @@ def user_errors(source: str | Path, fix: str):
     except UserError:
         raise
     except Exception as error:  # every library raises exceptions of its own
-        raise UserError(f"{source}: {type(error).__name__}: {error}; {fix}") from None
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{source}: {type(error).__name__}: {reason}; {fix}") from None
 
 
 def run_program(main: Callable):
-    """Run `main` as a program: a UserError is one message and status 2, Ctrl-C is status 130, without a traceback."""
+    """Run `main` as a program, and end it in one way.
+
+    A UserError or OSError is one message and status 2, Ctrl-C is status 130, and a closed output (as head's) 141, all
+    without a traceback. Under torchrun an error that all ranks raise is printed by rank 0 alone: torchrun ends the
+    others while they wait."""
+    rank = os.environ.get("RANK")
+    status = 0
     try:
         main()
-    except BrokenPipeError as error:
-        os._exit(report_error(error))  # exiting as usual would write to what is closed
-    except (UserError, OSError, KeyboardInterrupt) as error:
-        sys.exit(report_error(error))
-
-
-def report_error(error: BaseException) -> int:
-    """Print the message of an error that the user can fix. Returns the exit status of a program that it ends."""
-    if isinstance(error, SystemExit):
-        return error.code or 0
-    if isinstance(error, BrokenPipeError):  # whoever reads the output, such as head, has closed it
-        return 128 + 13  # as SIGPIPE gives
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    if isinstance(error, UserError | OSError):
-        rank = os.environ.get("RANK", "0")
-        prefix = "error" if rank == "0" else f"rank {rank}: error"
+        sys.stdout.flush()
+    except SystemExit as stop:
+        status = stop.code or 0
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        status = 128 + 13  # as SIGPIPE gives
+    except (UserError, OSError) as error:
+        status = 2
+        prefix = "error"
+        if rank not in (None, "0"):
+            time.sleep(3)
+            prefix = f"rank {rank}: error"
         for line in str(error).splitlines():
             print(f"{prefix}: {line}", file=sys.stderr)
-        return 2
-    return 1
+    except BaseException:
+        status = 1
+        traceback.print_exc()
+
+    # Out at once: exiting as usual would write to an output that is closed, threads of gloo sometimes abort a process
+    # that does, and NCCL waits for lost processes.
+    if rank is not None or status == 128 + 13:
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
+        os._exit(status)
+    if status != 0:
+        sys.exit(status)
 
 
 def import_optional(module: str, needed_for: str):
@@ -104,26 +117,6 @@ def model_folder(source: str | Path, key: str, files: Iterable[str]) -> Path:
     with user_errors(where, fix):
         import huggingface_hub
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
-
-
-@contextmanager
-def alive(what: str, every: float = 30.0):
-    """Print a line every `every` seconds for as long as the context lasts. Also works as a decorator."""
-    ended = threading.Event()
-
-    def say():
-        seconds = every
-        while not ended.wait(every):
-            print(f"still {what}, {seconds:.0f} s", flush=True)
-            seconds += every
-
-    thread = threading.Thread(target=say, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def digest(*parts) -> str:
@@ -193,7 +186,7 @@ class TokenBins:
         meta = read_meta(data_dir)
         self.dir = Path(data_dir)
         self.block_size = block_size
-        self.names = names or list(meta["domains"])
+        self.names = list(dict.fromkeys(names or meta["domains"]))
         self.tokenizer = meta["tokenizer"]  # its entry of meta.json
         self.vocab_size = self.tokenizer["vocab_size"]
         self.domains = {}  # name → entry of meta.json
@@ -242,7 +235,7 @@ class TokenBins:
 
     def content(self) -> str:
         """Identity of the tokens, independent of the folder: over the bins' entries and the tokenizer."""
-        return digest(self.domains, self.tokenizer["fingerprint"])
+        return digest(list(self.domains.items()), self.tokenizer["fingerprint"])
 
 
 def verify(data_dir: str | Path):
@@ -400,6 +393,11 @@ def saved_tokenizer(folder: Path, entry: dict) -> Tokenizer:
         fix = "copy it again" if entry["files"] else "install the version that was used then, or make the bins again"
         raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with; {fix}")
     return tokenizer
+
+
+def is_tiktoken(name: str, files: Iterable) -> bool:
+    """Whether a tokenizer is one of tiktoken's encodings, whose fingerprint no tokenizer.json has. `bytes` is not."""
+    return not files and name != "bytes"
 
 
 def save_tokenizer(folder: Path, bins: TokenBins):
@@ -740,7 +738,8 @@ def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], mad
     `domains`: name → {"dtype": "uint16" or "uint32", "train": side, "val": side}, each side {"file", "tokens",
     "sha256"}. This opens nanoGPT's train.bin and val.bin, too, as one domain."""
     for path in tokenizer.files:
-        shutil.copyfile(path, folder / path.name)
+        if path.parent.resolve() != folder.resolve():
+            shutil.copyfile(path, folder / path.name)
     files = [path.name for path in tokenizer.files]
     tokenizer_entry = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
                        "eot_token": tokenizer.eot_token, "fingerprint": tokenizer.fingerprint, "files": files}

@@ -8,8 +8,8 @@ The method is Alg. 1 of arXiv 2407.16154. Every K steps (`interval`) the student
 domain and divided by the teacher's. Domains in which the student is further behind get more of the next K steps' data.
 The loss of each step is cross-entropy plus γ times the KL divergence from the teacher's predictions (Eq. 3).
 
-The first part of this file is the paper: configuration, arms, Eq. 3, perplexities, one training step, Alg. 1. The
-second part, below the double line, is what surrounds a run.
+The first part of this file is the paper: configuration, arms, Eq. 3, perplexities, one training step, Alg. 1. What it
+calls and does not define stands in the second part, below the double line: what surrounds a run.
 """
 
 import argparse
@@ -19,19 +19,16 @@ import functools
 import json
 import math
 import os
-import pickle
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
 import uuid
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -50,28 +47,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (HUB_NAME, MODEL_FILES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError, alive, build_bins,
-                  digest, file_sha256, fsync, import_optional, load_tokenizer, model_folder, model_tokenizer,
-                  quickstart_documents, read_meta, report_error, run_program, same_tokenizer, save_tokenizer,
-                  saved_tokenizer, user_errors, write_text)
+from data import (MODEL_FILES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError, build_bins, digest, file_sha256,
+                  fsync, import_optional, is_tiktoken, load_tokenizer, model_folder, model_tokenizer,
+                  quickstart_documents, run_program, save_tokenizer, user_errors, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
-from sample_mixture import RULES, MixtureSampler, read_metrics, softmax
-
-# The first part calls five helpers before a reader meets them. rank_slice: this rank's windows of a batch. over_ranks:
-# a sum over all ranks. on_rank_0: call a function on rank 0, and give its result to all. refuse: end all ranks with a
-# message. alive: print a line every 30 seconds while a function runs.
-
+from sample_mixture import RULES, MixtureSampler, checked_weights, read_metrics
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
-
 # Sets of defaults. Config's own are the paper's values, so the presets of the paper's pairs only name the models. Where
-# the paper gives no value the choice is ours: how the tokens of a step are cut into windows, weight decay, clipping,
-# AdamW's betas.
+# the paper gives none the choice is ours: how a step's tokens are cut into windows, weight decay, clipping, the betas.
 PRESETS = {
-    "quickstart": dict(interval=25, val_samples=64, test_samples=64,
-                       block_size=256, batch_size=8, max_steps=300, lr=1e-3, min_lr=1e-4, warmup_steps=20,
-                       save_every=100),
+    "quickstart": dict(interval=25, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300,
+                       lr=1e-3, min_lr=1e-4, warmup_steps=20, save_every=100),
     "paper": {},
     "qwen1.5-14b-1.8b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-1.8B"),
     "qwen1.5-14b-4b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-4B"),
@@ -87,16 +75,11 @@ class Arm:
     """A method that the paper compares. The defaults are DDK's, so a row of ARMS says what differs."""
     help: str
     rule: str = "ddk"  # the mixture rule, a key of sample_mixture.RULES
-    divergence: str | None = "forward"  # `direction` of Eq. 3, "forward" or "reverse"; None: cross-entropy alone
-    needs_teacher: bool = True  # in training; where one is named it is measured in any case
-    # A term besides Eq. 3: a class with TED's methods. __init__ may register hooks on the layers. pretrain runs once,
-    # before the first step. sum_over_tokens gives the term of a micro-batch. reduce_gradients (returns a list), update,
-    # state_dict and load_state_dict are for parameters of its own.
-    added_loss: type | None = None
-    # A weight for each window of a batch: a function with the arguments of doremi_window_weights
-    weigh_windows: Callable | None = None
-    # Called with (config, state) by `report`, each time the command finds the run finished
-    at_end: Callable | None = None
+    divergence: str | None = "forward"  # `direction` of Eq. 3; None: cross-entropy alone
+
+    @property
+    def trains_with_teacher(self) -> bool:
+        return self.divergence is not None
 
 
 ARMS = {
@@ -105,8 +88,7 @@ ARMS = {
     "ddk_es": Arm("equal sampling: all domains alike", rule="equal"),
     "kd": Arm("knowledge distillation in the natural mixture", rule="natural"),
     "minillm": Arm("KD with teacher-forced reverse KL", rule="natural", divergence="reverse"),
-    "cpt": Arm("continued pre-training: the student alone", rule="natural", divergence=None, needs_teacher=False),
-    # ted and doremi_proxy add their rows where their code is, further below
+    "cpt": Arm("continued pre-training: the student alone", rule="natural", divergence=None),
 }
 
 
@@ -117,7 +99,7 @@ def key(default, help: str, minimum: float = -math.inf, maximum: float = math.in
 
 
 def free_key(default, help: str, **limits):
-    """A key that may have another value when the run is resumed. Models and bins are compared by content instead."""
+    """A key that may change when a run is resumed. Of teacher, student and data_dir the content is compared instead."""
     return key(default, help, may_change=True, **limits)
 
 
@@ -125,7 +107,6 @@ def free_key(default, help: str, **limits):
 class Config:
     """The keys of `python distill.py`. Where the paper gives a value, it is the default."""
     # What a run is made of
-    config: str = free_key("", "config.json of a run to repeat; keys given besides it win")
     preset: str = free_key("", "set of defaults (default: quickstart, unless teacher or student names a model)",
                            choices=PRESETS)
     teacher: str = free_key("", "folder of the teacher in Hugging Face's format, or its name on the Hub: OWNER/MODEL")
@@ -136,13 +117,13 @@ class Config:
     domains: str = key("", "name,name,… of the bins' domains (default: all)")
 
     # The method
-    method: str = key("ddk", "the arm", choices=ARMS)
+    method: str = key("ddk", "; ".join(f"{name}: {arm.help}" for name, arm in ARMS.items()), choices=ARMS)
     gamma: float = key(0.2, "γ, weight of the divergence from the teacher", minimum=0)
     temperature: float = key(1.0, "T, divides the logits of both models in the divergence", minimum=1e-3)
     alpha: float = key(0.5, "α, how much of r follows the discrepancies; the rest is uniform", minimum=0, maximum=1)
     interval: int = key(1000, "K, steps between two updates of r", minimum=1)
     val_samples: int = key(500, "validation windows per domain, by which r is updated", minimum=1)
-    test_samples: int = key(0, "test windows per domain, behind the validation windows; never used for r; 0: none",
+    test_samples: int = key(0, "test windows per domain, after the validation windows; never used for r; 0: none",
                             minimum=0)
     mixture: str = key("", "name=weight,… in place of the natural proportions")
     stop_ratio: float = key(0.0, "end when the largest perplexity ratio is at or below this; 0: never", minimum=0)
@@ -160,16 +141,14 @@ class Config:
 
     # How it is computed
     micro_batch_size: int = free_key(0, "windows per forward pass; 0: all of a rank's windows", minimum=0)
-    teacher_micro_batch_size: int = free_key(0, "windows per forward pass of the teacher, a multiple of "
-                                                "micro_batch_size; 0: equal to it", minimum=0)
     dtype: str = key("auto", "dtype of the matrix products; auto: bfloat16 on cuda, else float32",
                      choices=("auto", "float32", "bfloat16"))
     compile: str = free_key("auto", "torch.compile of the models' blocks; auto: on cuda. The loss is compiled wherever "
                                     "that pays", choices=("auto", "true", "false"))
     device: str = free_key("auto", "auto: cuda, then mps, then cpu")
-    parallel: str = free_key("auto", "under torchrun; auto: fsdp (FSDP2) on GPUs, ddp on CPUs; hsdp: sharded within a "
-                                     "node, replicated across nodes", choices=("auto", "none", "ddp", "fsdp", "hsdp"))
-    shard_teacher: bool = free_key(True, "with fsdp and hsdp, shard the teacher too; false: whole on every device")
+    parallel: str = free_key("auto", "under torchrun; auto: fsdp (FSDP2) on GPUs, ddp on CPUs",
+                             choices=("auto", "none", "ddp", "fsdp"))
+    shard_teacher: bool = free_key(True, "with fsdp, shard the teacher too; false: whole on every device")
     checkpoint_activations: bool = free_key(False, "recompute activations in the backward pass, to save memory")
     timeout: float = free_key(30, "minutes that a rank waits for the others", minimum=0.1)
 
@@ -178,16 +157,14 @@ class Config:
     keep: int = free_key(2, "newest checkpoints to keep; 0: all", minimum=0)
     resume: str = free_key("auto", "never: move the run in out_dir aside and start again", choices=("auto", "never"))
     log_every: int = free_key(10, "steps between two lines of progress", minimum=1)
-    tensorboard: bool = free_key(False, "log to TensorBoard too, in out_dir")
     wandb: bool = free_key(False, "log to Weights & Biases too")
     dry_run: bool = free_key(False, "check everything, print what the run would take, and stop")
-    pretrain_steps: int = free_key(1200, "quickstart: steps of its teacher; of its base, a quarter", minimum=4)
+    pretrain_steps: int = free_key(1200, "quickstart: steps of its teacher; the student base gets a quarter", minimum=4)
 
 
 # ------------ Eq. 3 ---------------------------------------------------------------------------------------------------
 
-
-def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: float = 0.2, temperature: float = 1.0,
+def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.2, temperature: float = 1.0,
                             direction: str = "forward", vocab_size: int | None = None, num_tokens=None,
                             token_weights=None):
     """Eq. 3: CE(student, next token) + γ · KL(softmax(z_T/T) ‖ softmax(z_S/T)), mean per token → (loss, ce, kl).
@@ -195,8 +172,9 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
     student_logits (…, V_S); teacher_logits (…, V_T), or None, then kl is 0; targets (…), already shifted, −100 is
     ignored. CE is over all V_S rows, which keeps padded ids unlikely. KL is over the first `vocab_size` ids (default:
     the smaller number of rows), both logits cut before the softmax; there is no T² factor. direction "forward" puts the
-    teacher first, as in Eq. 3; "reverse" puts the student first, as in MiniLLM. The sums, weighted by `token_weights`
-    (…) if given, are divided by `num_tokens` (default: the number of targets that count). ce and kl are detached.
+    teacher first, "reverse" the student, as in MiniLLM. (The paper prints the student first, and means the teacher: see
+    the README's details.) gamma: a number, or one per token (…). The sums, weighted by `token_weights` (…) if given,
+    are divided by `num_tokens` (default: the number of targets that count). ce and kl are detached; kl is without γ.
     Given a teacher, raises ValueError on another direction, or if vocab_size exceeds the rows of a head."""
     counted = targets != -100
     weights = counted if token_weights is None else counted * token_weights
@@ -231,15 +209,31 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma: f
         kl_per_token = (log_q.exp() * (log_q - log_p)).sum(dim=-1)
     else:
         raise ValueError(f"direction {direction!r} must be forward or reverse")
-    kl = (weights * kl_per_token).sum() / num_tokens
+    kl_per_token = weights * kl_per_token
+    kl = kl_per_token.sum() / num_tokens
 
-    return ce + gamma * kl, ce.detach(), kl.detach()
+    loss = ce + (gamma * kl_per_token).sum() / num_tokens
+    return loss, ce.detach(), kl.detach()
+
+
+# ------------ One process among several -------------------------------------------------------------------------------
+
+def rank_slice(config: Config) -> slice:
+    """This rank's windows of the batch, which all ranks draw alike."""
+    share = config.batch_size // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The ranks' `values` summed, or reduced by `op`, on every rank."""
+    if dist.is_initialized():
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values, op)
+    return values
 
 
 # ------------ ℓ_S and ℓ_T, and what is measured per domain ------------------------------------------------------------
 
-
-@alive("measuring perplexities")
 @torch.no_grad()
 def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, micro_batch_size: int,
                  precision=nullcontext()) -> dict[str, float]:
@@ -248,20 +242,10 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
     Over the tokenizer's ids alone (`vocab_size`), for teacher and student alike, with `micro_batch_size` windows per
     forward pass. All ranks call it and get the same result. Draws no random number. Raises UserError if a loss is not
     finite."""
-    device = model.head_weight.device
     ppl = {}
     for name, domain_windows in windows.items():
-        n = len(domain_windows)
-        per_rank = min(micro_batch_size, math.ceil(n / world_size()))
         ce_sum = torch.zeros((), dtype=torch.float64)
-        for batch in domain_windows.split(per_rank * world_size()):
-            # Every rank takes its share, filled up with ignored targets: FSDP requires equally many forward passes on
-            # all ranks, and torch.compile one shape.
-            my_windows = batch[rank()::world_size()]
-            n_missing = per_rank - len(my_windows)
-            padding = (0, 0, 0, n_missing)  # no columns, n_missing rows at the end
-            inputs = F.pad(my_windows[:, :-1], padding).to(device)
-            targets = F.pad(my_windows[:, 1:], padding, value=-100).to(device)
+        for inputs, targets in evaluation_batches(domain_windows, micro_batch_size, model.head_weight.device):
 
             def cross_entropy_sum(hidden, head):
                 # Divided by 1: the sum, not the mean
@@ -275,7 +259,7 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
         # Sums over counts, so that it does not matter how the windows were split
         mean_ce = over_ranks(ce_sum).item() / domain_windows[:, 1:].numel()
         if not math.isfinite(mean_ce):
-            refuse(f"domain {name}: the loss of a model is {mean_ce}; its weights are damaged, or --dtype too coarse")
+            raise UserError(f"domain {name}: the loss of a model is {mean_ce}: damaged weights, or --dtype too coarse")
         ppl[name] = math.exp(min(mean_ce, 700.0))  # exp overflows from 710 on
     return ppl
 
@@ -283,8 +267,7 @@ def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, 
 def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampler, block_size: int) -> dict[str, dict]:
     """The numbers of each domain after an evaluation, which are logged, plotted, and shown in the table at the end.
 
-    Another number that follows from these arguments is one more line here. One that needs a model is a function such as
-    `perplexities`, called beside it in `train`, and an argument of this function."""
+    Another number that follows from these arguments is one more line here."""
     domains = {}
     for i, name in enumerate(sampler.names):
         domains[name] = {
@@ -305,24 +288,21 @@ def with_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") 
 
 # ------------ State, learning rate, optimizer -------------------------------------------------------------------------
 
-
 @dataclass
 class TrainState:
-    """Everything that a run continues from, besides tensors: weights, optimizer, added loss. Saved as JSON."""
+    """Everything that a run continues from, besides tensors: weights and optimizers. Saved as JSON."""
     step: int = 0  # finished updates
     finished: bool = False
     teacher_ppl: dict | None = None  # ℓ_T: name → perplexity, measured once; None for each where there is no teacher
     test_teacher_ppl: dict | None = None  # the same on the test windows
     rule_state: dict | None = None  # of the mixture rule, such as r_t
     sampler: dict | None = None  # MixtureSampler.state_dict()
-    first_domains: dict | None = None  # measured_domains at t = 0
-    domains: dict | None = None  # … and at the last evaluation
-    weights_state: dict | None = None  # of the arm's weigh_windows
+    domains: dict | None = None  # measured_domains of the last evaluation
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of the update that follows `step` finished ones: linear warm-up to lr, then cosine to min_lr, which
-    the last update has."""
+    """Learning rate of the update that follows `step` finished ones: linear warm-up to lr, then cosine decay, which
+    reaches min_lr at the last update."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     decay_steps = config.max_steps - 1 - config.warmup_steps
@@ -332,32 +312,24 @@ def learning_rate(step: int, config: Config) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
-    """AdamW, with weight decay on matrices only."""
+def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
+    """AdamW, with weight decay on matrices only. A list, so that other parameters may get another optimizer."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
+    return [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)]
 
 
 # ------------ One training step ---------------------------------------------------------------------------------------
 
-
-def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer: torch.optim.Optimizer,
-                  windows: torch.Tensor, window_weights: torch.Tensor, *, added_loss, vocab_size: int,
-                  config: Config) -> dict[str, float]:
+def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers: list[torch.optim.Optimizer],
+                  windows: torch.Tensor, *, vocab_size: int, config: Config) -> dict[str, float]:
     """One update of the student by Eq. 3 → loss, ce, kl, lr and grad_norm, the same on all ranks.
 
     student: in its DistributedDataParallel wrapper if it has one. windows: this rank's, (n, block_size + 1) int64.
-    window_weights: of the whole batch, (batch_size,); 1 for all but DoReMi's proxy. added_loss: see TED, or None.
-    Raises UserError, before the update, if the loss or the gradient is not finite."""
+    Raises UserError, on all ranks and before the update, if the loss or the gradient is not finite."""
     arm = ARMS[config.method]
-
-    # The tokens of the whole batch, each counted by its weight. The losses of all micro-batches and ranks are sums over
-    # their tokens, divided by this number. So they, and their gradients, add up to Eq. 3's mean.
-    num_tokens = (window_weights.sum() * config.block_size).to(windows.device)
-    my_weights = window_weights[rank_slice(config)].to(windows.device)
 
     # Forward and backward passes, one micro-batch at a time
     totals = torch.zeros(3, device=windows.device)  # loss, ce and kl of this rank
@@ -367,29 +339,22 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
         rows = slice(start, start + config.micro_batch_size)
         inputs = windows[rows, :-1]
         targets = windows[rows, 1:]
-        token_weights = my_weights[rows, None].expand_as(targets)
 
-        # The teacher's hidden states; logits are made inside the loss. One forward pass of it serves one or more
-        # micro-batches of the student, of which this one begins at row `offset`.
+        # The teacher's hidden states; logits are made inside the loss.
         if arm.divergence is not None:
-            offset = start % config.teacher_micro_batch_size
-            if offset == 0:
-                teacher_inputs = windows[start:start + config.teacher_micro_batch_size, :-1]
-                with torch.no_grad(), autocast(config):
-                    all_teacher_hidden, teacher_head = teacher(teacher_inputs, loss_fn=hidden_and_head)
-            teacher_hidden = all_teacher_hidden[offset:offset + config.micro_batch_size]
+            with torch.no_grad(), autocast(config):
+                teacher_hidden, teacher_head = teacher(inputs, loss_fn=lambda hidden, head: (hidden, head))
 
-        reduce_in_last_pass_only(student, rows.stop >= len(windows), config)
-
+        # Eq. 3, as a share of the whole batch: the losses of all micro-batches and ranks are sums over their tokens,
+        # divided by the tokens of the batch. So they, and their gradients, add up to Eq. 3's mean.
         def loss_fn(hidden, head):
-            loss, ce, kl = distillation_loss(
+            return distillation_loss(
                 hidden, head, teacher_hidden, teacher_head, targets, gamma=config.gamma,
                 temperature=config.temperature, direction=arm.divergence, vocab_size=vocab_size,
-                num_tokens=num_tokens, token_weights=token_weights)
-            if added_loss is not None:
-                loss = loss + added_loss.sum_over_tokens() / num_tokens
-            return loss, ce, kl
+                num_tokens=config.batch_size * config.block_size)
 
+        if config.parallel == "ddp":  # which reduces gradients over ranks in the last pass only; FSDP does in each
+            student.require_backward_grad_sync = rows.stop >= len(windows)
         with autocast(config):
             loss, ce, kl = student(inputs, loss_fn=loss_fn)
         # Gradients of the ranks have to be added up, but DDP and FSDP average them.
@@ -397,52 +362,38 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizer:
         totals += torch.stack((loss, ce, kl)).detach()
     clear_forward_record(teacher)  # FSDP2 would keep one of each forward pass
 
-    # Clip the gradient; its norm is over all parameters, those of an added loss too.
-    parameters = list(student.parameters())
-    if added_loss is not None:
-        parameters += added_loss.reduce_gradients()
-    max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
-    grad_norm = nn.utils.clip_grad_norm_(parameters, max_norm)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()  # of all shards
-    grad_norm = grad_norm.item()
-
-    # Stop where training has gone wrong. The sums are over all ranks, so that all of them stop, or none.
+    # Clip the gradient, and stop where training has gone wrong: all ranks, or none, since they know the same numbers.
+    grad_norm = clip_gradient(student, config)
     loss, ce, kl = over_ranks(totals).tolist()
     if not math.isfinite(loss + grad_norm):
-        refuse(f"step {step}: loss {loss}, gradient norm {grad_norm}. The update was not made, and nothing is saved. "
-               f"Lower --lr={config.lr}, with --resume=never, or check the data: python data.py "
-               f"--verify={config.data_dir}")
+        raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}. The update was not made, and nothing is "
+                        f"saved. Lower --lr={config.lr}, with --resume=never, or check the data: python data.py "
+                        f"--verify={config.data_dir}")
 
-    # One step of AdamW, with this step's learning rate
+    # One step of each optimizer, with this step's learning rate
     lr = learning_rate(step, config)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    if added_loss is not None:
-        added_loss.update(lr)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
     return {"loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm}
-
-
-def hidden_and_head(hidden, head):
-    """A loss_fn for GPT that returns what it is given."""
-    return hidden, head
 
 
 # ------------ Alg. 1 --------------------------------------------------------------------------------------------------
 
-
 def train(config: Config) -> Path:
     """Alg. 1, or the arm that `method` names. Returns the folder of the last checkpoint.
 
-    Iteration s of the loop finds s finished updates. It evaluates and updates r if s is a multiple of K or the last
-    step, saves if due, and makes one update unless s is the last: there is one iteration more than updates."""
+    At iteration s of the loop, s updates are done. It evaluates if s is a multiple of K or the last step, and in the
+    former case updates r; saves if due; and makes one update unless s is the last: there is one iteration more than
+    updates."""
     config = resolve_auto(config)
     arm = ARMS[config.method]
 
     with RunFolder(Path(config.out_dir)) as run:
-        # Check everything that is cheap. Then find the checkpoint to continue from: `resumed` is its folder, or None.
+        # Rank 0 checks everything that is cheap, and shares what it found. Then it finds the checkpoint to continue
+        # from: `resumed` is its folder, or None.
         bins, model_configs = on_rank_0(preflight, config)
         state, resumed = on_rank_0(run.open, config, bins)
         if state.finished:
@@ -450,36 +401,38 @@ def train(config: Config) -> Path:
             return resumed
 
         # The data: fixed windows for validation and test, and the sampler of training windows
-        val_windows = validation_windows(bins, config.val_samples)
-        test_windows = validation_windows(bins, config.test_samples, start=config.val_samples)
+        val_windows = fixed_windows(bins, config.val_samples)
+        test_windows = fixed_windows(bins, config.test_samples, start=config.val_samples)
         sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
         if config.mixture:
             sampler.probs = parse_mixture(config.mixture)
-        base = sampler.probs
+        natural = sampler.probs  # the proportions of the data as it is, or --mixture's in their place
 
-        # The teacher and the student, on this rank's device, whole or sharded
-        teacher, student, added_loss = load_models(config, model_configs, resumed)
-        optimizer = make_optimizer(student, config)
+        # The teacher (None if there is none) and the student, on this rank's device, whole or sharded
+        models = load_models(config, model_configs, resumed)
+        teacher = models.get("teacher")
+        student = models["student"]
+        optimizers = make_optimizers(student, config)
 
         # measure(model, windows) is ℓ, name → perplexity, in the same way for both models.
         measure = functools.partial(perplexities, vocab_size=bins.vocab_size, micro_batch_size=config.micro_batch_size,
                                     precision=autocast(config))
 
-        # Continue from the checkpoint, or start: ℓ_T is measured once in a run, and TED's filters are trained.
+        # Continue from the checkpoint, or start: ℓ_T is measured once in a run.
         if resumed is not None:
-            load_checkpoint(resumed, state, sampler, student, optimizer, added_loss)
+            load_checkpoint(resumed, state, sampler, student, optimizers)
         else:
             state.teacher_ppl = dict.fromkeys(bins.names)
             state.test_teacher_ppl = dict.fromkeys(bins.names)
             if teacher is not None:
                 state.teacher_ppl = measure(teacher, val_windows)
                 state.test_teacher_ppl = measure(teacher, test_windows)
-            if added_loss is not None:
-                added_loss.pretrain(student, teacher, bins, base, config)
-            run.log("run", 0, config=asdict(config), rule=arm.rule, base=dict(zip(bins.names, base.tolist())),
-                    versions=environment(), parameters=count_parameters(teacher=teacher, student=student))
-        if not arm.needs_teacher:
-            teacher = None  # it has been measured, and training does without
+            run.log("run", 0, config=asdict(config), command=sys.argv, rule=arm.rule,
+                    natural=dict(zip(bins.names, natural.tolist())), versions=environment(),
+                    parameters=count_parameters(models))
+        if not arm.trains_with_teacher:  # it has been measured
+            teacher = None
+            models = {"student": student}
 
         # DDP wraps the student for the forward passes of training only; FSDP has sharded it in place.
         wrapped_student = student
@@ -490,7 +443,7 @@ def train(config: Config) -> Path:
         run.catch_signals()
         first_step = state.step
         while True:
-            # Every K steps, and at the end: measure ℓ_S, update r, log. A resumed run did so before its checkpoint.
+            # Every K steps: measure ℓ_S, update r, log. At the end: measure. A resumed run did so before it was saved.
             t, steps_since_update = divmod(state.step, config.interval)
             last = state.step >= config.max_steps
             just_resumed = resumed is not None and state.step == first_step
@@ -499,13 +452,13 @@ def train(config: Config) -> Path:
                 state.domains = measured_domains(student_ppl, state.teacher_ppl, sampler, config.block_size)
                 if steps_since_update == 0:
                     r, state.rule_state = RULES[arm.rule](state.rule_state, list(student_ppl.values()),
-                                                          list(state.teacher_ppl.values()), base, config.alpha)
+                                                          list(state.teacher_ppl.values()), natural, config.alpha)
                     sampler.probs = r
+                    # What the next K steps draw by: at t = 0 the natural proportions, and r_0 is in the rule's state.
                     run.log("mixture", state.step, t=t, r=dict(zip(bins.names, r.tolist())), domains=state.domains)
                 if state.step == 0:
-                    state.first_domains = state.domains
                     print_table(state.domains, state.domains)
-                if config.stop_ratio > 0 and worst_ratio(state.domains) <= config.stop_ratio:
+                if worst_ratio(state.domains) <= config.stop_ratio:  # Alg. 1's threshold; no ratio is below 0
                     last = True
 
             # After the last step: measure on the test windows too, which r never follows.
@@ -521,7 +474,7 @@ def train(config: Config) -> Path:
             if (last or save_due or signal_number) and not just_resumed:
                 state.finished = last
                 state.sampler = sampler.state_dict()
-                run.save(state, student, optimizer, added_loss, bins, config.keep)
+                save_checkpoint(run.folder_of(state.step), state, student, optimizers, bins, config.keep)
             if last:
                 return run.folder_of(state.step)
             if signal_number:
@@ -529,90 +482,84 @@ def train(config: Config) -> Path:
 
             # Draw the next batch by r. Each rank reads its share of the windows.
             started = time.perf_counter()
-            if state.step == first_step:  # the first evaluation is not part of the time per step
-                loop_started = started
-                last_line = started
-            domain_ids, windows = next_windows(sampler, bins, config)
-            window_weights = torch.ones(config.batch_size)
-            if arm.weigh_windows is not None:
-                window_weights, state.weights_state = arm.weigh_windows(
-                    state.weights_state, student, teacher, windows, domain_ids, sampler, config)
+            domain_ids, window_ids = sampler.next_batch()
+            mine = rank_slice(config)
+            windows = torch.from_numpy(bins.train_windows(domain_ids[mine], window_ids[mine])).to(config.device)
 
             # One update of the student
-            step_log = training_step(state.step, wrapped_student, teacher, optimizer, windows, window_weights,
-                                     added_loss=added_loss, vocab_size=bins.vocab_size, config=config)
+            step_log = training_step(state.step, wrapped_student, teacher, optimizers, windows,
+                                     vocab_size=bins.vocab_size, config=config)
             state.step += 1
 
             # Log
-            now = time.perf_counter()
-            tokens_per_step = config.batch_size * config.block_size
-            step_log["tokens"] = state.step * tokens_per_step
-            step_log["tokens_per_s"] = tokens_per_step / (now - started)
-            step_log["eta_s"] = (now - loop_started) / (state.step - first_step) * (config.max_steps - state.step)
+            step_log |= speed(started, state.step, config)
             run.log("train", state.step, **step_log)
-            if line_is_due(state.step, first_step, now - last_line, now - started, config):
-                print_progress(state.step, step_log, student, teacher, config)
-                last_line = now
+            print_progress(state.step, step_log, models, config)
 
 
 # ======================================================================================================================
-# What surrounds a run: Eq. 3 chunk by chunk, processes, devices, the run's folder, checkpoints, checks, baselines,
-# report, quickstart, command line
+# What surrounds a run: Eq. 3 chunk by chunk, processes, devices, the run's folder, checkpoints, checks, report,
+# quickstart, command line
 # ======================================================================================================================
 
 
 # ------------ Eq. 3 without the logits of all tokens ------------------------------------------------------------------
 
-
 def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, *,
-                      chunk_size: int | None = None, num_tokens=None, token_weights=None, **equation):
+                      chunk_size: int | None = None, **equation):
     """Eq. 3 from hidden states (…, d) and heads (V, d), without ever holding (tokens, V) logits → (loss, ce, kl).
 
     Logits are made for `chunk_size` tokens at a time, and `dense_distillation_loss` is differentiated on each chunk, so
-    that the forward pass makes the gradients too. The other keywords are those of `dense_distillation_loss`.
-    loss.backward() gives the gradients of student_hidden and student_head, once. teacher_hidden and teacher_head may
-    both be None. The default chunk has 2²⁸ logits on CUDA; elsewhere 2²⁶, and at most 512 tokens."""
-    hidden = student_hidden.flatten(0, -2)
-    targets = targets.flatten()
-    if teacher_hidden is not None:
-        teacher_hidden = teacher_hidden.flatten(0, -2)
-    if token_weights is None:
-        token_weights = torch.ones_like(targets)
-    token_weights = token_weights.flatten()
-
+    that the forward pass makes the gradients too. The other keywords are those of `dense_distillation_loss`; a tensor
+    among them that is not a single number has a value per token, and goes with the targets. loss.backward() gives the
+    gradients of student_hidden and student_head, once. teacher_hidden and teacher_head may both be None. The default
+    chunk has 2²⁸ logits on CUDA; elsewhere 2²⁶, and at most 512 tokens."""
     # What may change between steps is a tensor: torch.compile would recompile for each new value of a Python number.
-    if num_tokens is None:
-        num_tokens = (targets != -100).sum().clamp(min=1)
-    equation["num_tokens"] = torch.as_tensor(num_tokens, device=hidden.device)
-    if "gamma" in equation:
-        loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        equation["gamma"] = hidden.new_full((), equation["gamma"], dtype=loss_dtype)
+    hidden = student_hidden.flatten(0, -2)
+    if equation.get("num_tokens") is None:
+        equation["num_tokens"] = (targets != -100).sum().clamp(min=1)
+    for name in ("gamma", "num_tokens"):
+        if name in equation and not torch.is_tensor(equation[name]):
+            loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
+            equation[name] = hidden.new_full((), equation[name], dtype=loss_dtype)
+
+    # Whatever has a row or a value for each token
+    assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
+    per_token = {"targets": targets.flatten()}
+    if teacher_hidden is not None:
+        per_token["teacher_hidden"] = teacher_hidden.flatten(0, -2)
+    for name, value in list(equation.items()):
+        if torch.is_tensor(value) and value.dim() > 0:
+            per_token[name] = equation.pop(name).expand_as(targets).flatten()
 
     # Chunks of one shape, for the same reason: a power of two, and the last one is filled up with ignored targets.
     if chunk_size is None:
         most = 2**28 // len(student_head) if hidden.is_cuda else min(512, 2**26 // len(student_head))
         chunk_size = 2 ** int(math.log2(max(1, most)))
-    chunk_size = max(1, min(chunk_size, len(targets)))
-    padding = -len(targets) % chunk_size
-    if padding:
-        hidden = F.pad(hidden, (0, 0, 0, padding))
-        targets = F.pad(targets, (0, padding), value=-100)
-        token_weights = F.pad(token_weights, (0, padding))
-        if teacher_hidden is not None:
-            teacher_hidden = F.pad(teacher_hidden, (0, 0, 0, padding))
+    chunk_size = max(1, min(chunk_size, len(hidden)))
+    n_missing = -len(hidden) % chunk_size
+    hidden = add_rows(hidden, n_missing)
+    for name, value in per_token.items():
+        per_token[name] = add_rows(value, n_missing, fill=-100 if name == "targets" else 0)
 
     if not torch.is_grad_enabled():  # which an autograd.Function cannot see
         hidden = hidden.detach()
         student_head = student_head.detach()
-    return ChunkedLoss.apply(hidden, student_head, teacher_hidden, teacher_head, targets, token_weights, chunk_size,
-                             equation)
+    return ChunkedLoss.apply(hidden, student_head, teacher_head, per_token, chunk_size, equation)
+
+
+def add_rows(tensor: torch.Tensor, n: int, fill: int = 0) -> torch.Tensor:
+    """`tensor` with n rows more at its end, which hold `fill`."""
+    if n == 0:
+        return tensor
+    return torch.cat((tensor, tensor.new_full((n, *tensor.shape[1:]), fill)))
 
 
 class ChunkedLoss(torch.autograd.Function):
     """The chunks of distillation_loss. The forward pass makes the gradients as well, while the logits are there."""
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher_hidden, teacher_head, targets, token_weights, chunk_size, equation):
+    def forward(ctx, hidden, head, teacher_head, per_token, chunk_size, equation):
         # The gradient of the head is a sum over chunks: at least float32, whatever the head is.
         wants_gradient = any(ctx.needs_input_grad)
         if wants_gradient:
@@ -620,6 +567,7 @@ class ChunkedLoss(torch.autograd.Function):
             grad_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
 
         # The dtype of the products, cast once and not for each chunk
+        teacher_hidden = per_token.pop("teacher_hidden", None)
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden = hidden.to(dtype)
@@ -644,8 +592,8 @@ class ChunkedLoss(torch.autograd.Function):
             torch.mm(hidden[chunk], head.T, out=student_logits)
             if teacher_hidden is not None:
                 torch.mm(teacher_hidden[chunk], teacher_head.T, out=teacher_logits)
-            losses = eq3(student_logits, teacher_logits, targets[chunk], token_weights[chunk], equation, wants_gradient)
-            totals = totals + losses
+            values = {name: value[chunk] for name, value in per_token.items()}
+            totals = totals + eq3(student_logits, teacher_logits, values, equation, wants_gradient)
             if wants_gradient:
                 grad_logits = student_logits  # eq3 has written it over them
                 grad_hidden[chunk] = grad_logits @ head
@@ -664,7 +612,7 @@ class ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, grad_ce, grad_kl):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None, None, None
+        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None
 
 
 def aligned_empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -677,10 +625,10 @@ def aligned_empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return padded[:, :columns]
 
 
-def eq3_of_chunk(student_logits, teacher_logits, targets, token_weights, equation: dict, wants_gradient: bool):
+def eq3_of_chunk(student_logits, teacher_logits, per_token: dict, equation: dict, wants_gradient: bool):
     """Eq. 3 of one chunk → (3,): loss, ce, kl. The gradient with respect to student_logits is written over them."""
     def loss_and_parts(logits):
-        loss, ce, kl = dense_distillation_loss(logits, teacher_logits, targets, token_weights=token_weights, **equation)
+        loss, ce, kl = dense_distillation_loss(logits, teacher_logits, **per_token, **equation)
         return loss, torch.stack((loss, ce, kl))
 
     if wants_gradient:
@@ -694,7 +642,7 @@ def eq3_of_chunk(student_logits, teacher_logits, targets, token_weights, equatio
 @functools.cache
 def compile_eq3():
     """eq3_of_chunk, compiled, so that its passes over the logits are fused. If torch.compile fails here, it warns once
-    and runs uncompiled, in slices."""
+    and runs uncompiled, which is slower and holds a dozen copies of the chunk's logits."""
     compiled = torch.compile(eq3_of_chunk, dynamic=False)
     works = True
 
@@ -706,27 +654,12 @@ def compile_eq3():
             except torch._dynamo.exc.TorchDynamoException as error:
                 works = False
                 warnings.warn(f"torch.compile does not work here; the loss is slower without: {str(error)[:300]}")
-        return eq3_in_slices(*args)
+        return eq3_of_chunk(*args)
 
     return eq3
 
 
-def eq3_in_slices(student_logits, teacher_logits, targets, token_weights, equation: dict, wants_gradient: bool):
-    """eq3_of_chunk on a sixteenth of the tokens at a time, since uncompiled it holds a dozen copies of the logits."""
-    totals = 0
-    n = math.ceil(len(targets) / 16)
-    for start in range(0, len(targets), n):
-        rows = slice(start, start + n)
-        teacher_rows = None
-        if teacher_logits is not None:
-            teacher_rows = teacher_logits[rows]
-        totals = totals + eq3_of_chunk(student_logits[rows], teacher_rows, targets[rows], token_weights[rows], equation,
-                                       wants_gradient)
-    return totals
-
-
 # ------------ Many processes ------------------------------------------------------------------------------------------
-
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -736,58 +669,26 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def rank_slice(config: Config) -> slice:
-    """This rank's windows of the global batch."""
-    share = config.batch_size // world_size()
-    return slice(rank() * share, (rank() + 1) * share)
-
-
-def next_windows(sampler: MixtureSampler, bins: TokenBins, config: Config) -> tuple[np.ndarray, torch.Tensor]:
-    """Draw the next batch → domain_ids of the whole batch (B,), and this rank's windows (n, block_size + 1)."""
-    domain_ids, window_ids = sampler.next_batch()
-    mine = rank_slice(config)
-    windows = torch.from_numpy(bins.train_windows(domain_ids[mine], window_ids[mine]))
-    return domain_ids, windows.to(config.device)
-
-
-def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
-    """The ranks' `values` summed, or reduced by `op`, on every rank."""
-    if dist.is_initialized():
-        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(values, op)
-    return values
-
-
 def on_rank_0(function: Callable, *args, share: bool = True):
     """What `function(*args)` returns on rank 0, on every rank; without `share`, None on the others.
 
-    A UserError or OSError on rank 0 ends all ranks."""
+    A UserError or OSError is raised on every rank."""
     result = None
     error = None
     if rank() == 0:
         try:
             result = function(*args)
-        except BrokenPipeError:  # run_program ends the program quietly
-            raise
         except (UserError, OSError) as exception:
-            error = str(exception)
+            error = exception
     if dist.is_initialized():
-        shared = [(result if share else None, error)]
+        shared = [result if share else None, error]
         dist.broadcast_object_list(shared)
-        error = shared[0][1]
+        error = shared[1]
         if rank() != 0:
-            result = shared[0][0]
+            result = shared[0]
     if error is not None:
-        refuse(error)
+        raise error
     return result
-
-
-def refuse(message: str):
-    """End all ranks for a reason that all of them know. The error is raised on rank 0, which prints it."""
-    if rank() != 0:
-        time.sleep(3)  # torchrun ends all ranks as soon as one ends: rank 0 has to print first
-        sys.exit(2)
-    raise UserError(message)
 
 
 @contextmanager
@@ -797,41 +698,40 @@ def process_group(config: Config):
         yield
         return
     # Each process takes the GPU of its number.
-    device = resolve_device(config.device)
     backend = "gloo"
     device_id = None
-    if device.type == "cuda":
+    if resolve_device(config.device).type == "cuda":
         backend = "nccl"
         device_id = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device_id)
     dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout), device_id=device_id)
-
-    status = 0
-    try:
-        with open(os.devnull, "w") as nowhere:
-            output = nullcontext() if rank() == 0 else redirect_stdout(nowhere)
-            with output:
-                yield
-                dist.barrier()
-    except BaseException as error:
-        # A process that ends makes the collectives of the others fail.
-        if isinstance(error, RuntimeError) and re.search("gloo|NCCL|Connection (closed|reset|refused)", str(error)):
+    with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
+        try:
+            yield
+            dist.barrier()
+        except RuntimeError as error:
+            # A process that ends makes the collectives of the others fail.
+            if not re.search("gloo|NCCL|Connection (closed|reset|refused)", str(error)):
+                raise
             reason = " ".join(str(error).split())[:600]  # NCCL's own cause is on its second line
-            error = UserError(f"another process is gone, or silent for {config.timeout} minutes ({reason}); the same "
-                              "command continues from the last checkpoint")
-        status = report_error(error)
-        if status == 1:
-            traceback.print_exc()
+            raise UserError(f"another process is gone, or silent for {config.timeout} minutes ({reason}); the same "
+                            "command continues from the last checkpoint") from None
 
-    # Out at once: threads of gloo sometimes abort a process that exits as usual, and NCCL waits for lost processes.
-    with suppress(BrokenPipeError):
-        sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+
+def evaluation_batches(windows: torch.Tensor, micro_batch_size: int, device) -> Iterator[tuple]:
+    """This rank's share of `windows` (n, block_size + 1) as (inputs, targets), micro_batch_size at a time.
+
+    Filled up with ignored targets: FSDP requires equally many passes on all ranks, and torch.compile one shape."""
+    per_rank = min(micro_batch_size, math.ceil(len(windows) / world_size()))
+    for batch in windows.split(per_rank * world_size()):
+        my_windows = batch[rank()::world_size()]
+        n_missing = per_rank - len(my_windows)
+        inputs = add_rows(my_windows[:, :-1], n_missing)
+        targets = add_rows(my_windows[:, 1:], n_missing, fill=-100)
+        yield inputs.to(device), targets.to(device)
 
 
 # ------------ Models on devices ---------------------------------------------------------------------------------------
-
 
 def resolve_auto(config: Config) -> Config:
     """`config` with what this machine and these processes make of each `auto`, and of micro_batch_size=0."""
@@ -839,71 +739,62 @@ def resolve_auto(config: Config) -> Config:
     on_cuda = device.type == "cuda"
     parallel = "none"
     if dist.is_initialized():
-        parallel = "fsdp" if on_cuda and can_shard(config) else "ddp"
+        device = device.type  # without a number: each process has taken its own
+        parallel = "fsdp" if on_cuda else "ddp"
     choices = {
-        "device": str(device),
         "dtype": "bfloat16" if on_cuda else "float32",
         "compile": "true" if on_cuda else "false",
         "parallel": parallel,
     }
-    config = replace(config, **{name: choice for name, choice in choices.items() if getattr(config, name) == "auto"})
-    if config.micro_batch_size == 0:
-        config = replace(config, micro_batch_size=config.batch_size // world_size())
-    if config.teacher_micro_batch_size == 0:
-        config = replace(config, teacher_micro_batch_size=config.micro_batch_size)
-    return config
-
-
-def can_shard(config: Config) -> bool:
-    """An added loss reads whole layers, so FSDP is not for it."""
-    return ARMS[config.method].added_loss is None
-
-
-def is_sharded(config: Config) -> bool:
-    return config.parallel in ("fsdp", "hsdp")
+    values = {name: choice for name, choice in choices.items() if getattr(config, name) == "auto"}
+    micro_batch_size = config.micro_batch_size or config.batch_size // world_size()
+    return replace(config, device=str(device), micro_batch_size=micro_batch_size, **values)
 
 
 def autocast(config: Config):
     """The dtype of the matrix products. Under FSDP its own policy casts."""
     device_type = torch.device(config.device).type
-    enabled = config.dtype == "bfloat16" and not is_sharded(config)
+    enabled = config.dtype == "bfloat16" and config.parallel != "fsdp"
     return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
 
 
-def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Path | None):
-    """The teacher (None if none is needed), the student, and the arm's added loss (None for most) on every rank."""
-    arm = ARMS[config.method]
-    teacher = None
-    if config.teacher and (arm.needs_teacher or resumed is None):
-        teacher = load_model(config.teacher, config, model_configs["teacher"], getattr(torch, config.dtype))
-        teacher.requires_grad_(False)
-    student = load_model(str(resumed or config.student), config, model_configs["student"], torch.float32)
+def models_of(config: Config) -> dict[str, str]:
+    """The models of a run: role, which is also their key, → what the key names. Preflight, hashes and loading walk it.
 
-    # Before the blocks are compiled: TED's hooks have to be there by then.
-    added_loss = None
-    if arm.added_loss is not None:
-        added_loss = arm.added_loss(student, teacher, config)
+    The student is trained, in float32. Any other is a frozen teacher, in the dtype of the products."""
+    sources = {"teacher": config.teacher, "student": config.student}
+    return {role: source for role, source in sources.items() if source}
+
+
+def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Path | None) -> dict[str, GPT]:
+    """The models that the run still needs, role → model, on every rank; the student from `resumed` if it continues."""
+    models = {}
+    for role, source in models_of(config).items():
+        dtype = getattr(torch, config.dtype)
+        if role == "student":
+            dtype = torch.float32
+            source = str(resumed or source)
+        elif resumed is not None and not ARMS[config.method].trains_with_teacher:
+            continue  # it has been measured
+
+        # Rank 0 reads the model. Other ranks get one on the meta device, for `spread` to fill.
+        print(f"reading the {role}: {source}", flush=True)
+        model = on_rank_0(read_model, role, source, config, model_configs[role], dtype, share=False)
+        if model is None:
+            with torch.device("meta"):
+                model = GPT(model_configs[role]).to(dtype)
+        model.requires_grad_(role == "student")
+        models[role] = model
 
     if config.compile == "true":
-        torch._dynamo.config.recompile_limit = 64  # the blocks of both models are one piece of code
+        torch._dynamo.config.recompile_limit = 64  # the blocks of all models are one piece of code
         torch._dynamo.config.optimize_ddp = False  # which would cut blocks at DDP's buckets
-    if teacher is not None:
-        spread(teacher, config, shard=is_sharded(config) and config.shard_teacher)
-    spread(student, config, shard=is_sharded(config))
-    return teacher, student, added_loss
+    for role, model in models.items():
+        spread(model, config, shard=config.parallel == "fsdp" and (role == "student" or config.shard_teacher))
+    return models
 
 
-def load_model(source: str, config: Config, model_config: GPTConfig, dtype: torch.dtype) -> GPT:
-    """The model that `source` names, read on rank 0. Other ranks get one on the meta device, for `spread` to fill."""
-    model = on_rank_0(read_model, source, config, model_config, dtype, share=False)
-    if model is None:
-        with torch.device("meta"):
-            model = GPT(model_config).to(dtype)
-    return model
-
-
-@alive("reading a model")
-def read_model(source: str, config: Config, model_config: GPTConfig, dtype: torch.dtype) -> GPT:
+def read_model(role: str, source: str, config: Config, model_config: GPTConfig, dtype: torch.dtype) -> GPT:
     """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
     kind, _, size = source.partition(":")
     if kind == "scratch":
@@ -914,11 +805,11 @@ def read_model(source: str, config: Config, model_config: GPTConfig, dtype: torc
         model = GPT.from_pretrained(model_folder(config.teacher, "--teacher", MODEL_FILES))
         model.keep_layers(int(size))
         return model.to(dtype)
-    return GPT.from_pretrained(model_folder(source, "--model", MODEL_FILES), dtype)
+    return GPT.from_pretrained(model_folder(source, f"--{role}", MODEL_FILES), dtype)
 
 
 def spread(model: GPT, config: Config, shard: bool):
-    """Put the model that rank 0 read on every rank's device: whole, or sharded over all ranks, or those of a node.
+    """Put the model that rank 0 read on every rank's device: whole, or sharded over all ranks.
 
     FSDP2 gathers one block at a time, in the dtype of the products, and reduces gradients in float32. Without
     `cast_forward_inputs` the rotary tables stay float32."""
@@ -945,15 +836,7 @@ def spread(model: GPT, config: Config, shard: bool):
     # Shard what has no memory yet, so that no rank ever holds more than its share
     whole_state = model.state_dict() if rank() == 0 else {}
     model.to("meta")
-    device_type = torch.device(config.device).type
-    if config.parallel == "hsdp":
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])  # of a node
-        nodes = world_size() // devices
-        mesh = init_device_mesh(device_type, (nodes, devices), mesh_dim_names=("replicate", "shard"))
-        for group in mesh.get_all_groups():  # they would have the backend's own timeout
-            dist.distributed_c10d._set_pg_timeout(timedelta(minutes=config.timeout), group)
-    else:
-        mesh = init_device_mesh(device_type, (world_size(),))
+    mesh = init_device_mesh(torch.device(config.device).type, (world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     for layer in model.layers:
@@ -965,14 +848,11 @@ def spread(model: GPT, config: Config, shard: bool):
     set_model_state_dict(model, whole_state, options=whole_tensors())
 
 
-def reduce_in_last_pass_only(student: nn.Module, is_last: bool, config: Config):
-    """Called before each micro-batch: DDP reduces the gradients over ranks in the step's last backward pass only.
-
-    FSDP reduces them in each, so that a rank holds no more than its shard; hsdp across nodes in the last only."""
-    if config.parallel == "ddp":
-        student.require_backward_grad_sync = is_last
-    elif config.parallel == "hsdp":
-        student.set_requires_all_reduce(is_last)
+def recomputed(forward: Callable) -> Callable:
+    """`forward`, whose activations are computed again in the backward pass. torch.compile skips a partial."""
+    def checkpointed(*inputs):
+        return checkpoint(forward, *inputs, use_reentrant=False)
+    return checkpointed
 
 
 def clear_forward_record(model: GPT | None):
@@ -981,11 +861,13 @@ def clear_forward_record(model: GPT | None):
         model.reset_iter_state()
 
 
-def recomputed(forward: Callable) -> Callable:
-    """`forward`, whose activations are computed again in the backward pass. torch.compile skips a partial."""
-    def checkpointed(*inputs):
-        return checkpoint(forward, *inputs, use_reentrant=False)
-    return checkpointed
+def clip_gradient(student: nn.Module, config: Config) -> float:
+    """Scale the gradient down to a norm of grad_clip, if it is larger. Returns its norm before, over all shards."""
+    max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
+    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), max_norm)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()
+    return grad_norm.item()
 
 
 def whole_tensors(cpu_offload: bool = False) -> StateDictOptions:
@@ -994,7 +876,6 @@ def whole_tensors(cpu_offload: bool = False) -> StateDictOptions:
 
 
 # ------------ The run's folder ----------------------------------------------------------------------------------------
-
 
 class RunFolder(ExitStack):
     """A run's out_dir: its lock, config.json, metrics.jsonl, checkpoints, and the signals that ask for one.
@@ -1005,14 +886,11 @@ class RunFolder(ExitStack):
         super().__init__()
         self.out_dir = out_dir
         self.metrics = None
-        self.tensorboard = None
         self.wandb = None
         self.received_signal = 0
 
     def open(self, config: Config, bins: TokenBins) -> tuple[TrainState, Path | None]:
-        """Lock the folder, and find the checkpoint to continue from.
-
-        Returns the training state and the checkpoint's folder (None: start)."""
+        """Lock the folder, and find the checkpoint to continue from → the training state, its folder (None: start)."""
         record = {"config": asdict(config), "content": experiment_content(config, bins)}
 
         # Take the folder for this process alone, if it is a run's.
@@ -1045,34 +923,28 @@ class RunFolder(ExitStack):
         write_text(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
         if not state.finished:
             write_text(self.out_dir / "config.json", json.dumps(record, indent=1))
-            self.open_logs(config, state.step)
+            self.metrics = self.enter_context(open(metrics_path, "a", encoding="utf-8"))
+            if config.wandb:
+                self.open_wandb(config)
         return state, resumed
 
-    def open_logs(self, config: Config, step: int):
-        self.metrics = self.enter_context(open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8"))
-        if config.tensorboard:
-            tensorboard = import_optional("torch.utils.tensorboard", "--tensorboard")
-            self.tensorboard = tensorboard.SummaryWriter(config.out_dir, purge_step=step + 1)
-            self.callback(self.tensorboard.close)
-        if config.wandb:
-            # A resumed run, on another machine too, continues its curves. Delete the file in a copy of the folder.
-            id_path = self.out_dir / "wandb_id"
-            if not id_path.exists():
-                write_text(id_path, uuid.uuid4().hex)
+    def open_wandb(self, config: Config):
+        """Log to Weights & Biases. A resumed run, on another machine too, continues its curves, by the id in a file."""
+        id_path = self.out_dir / "wandb_id"
+        if not id_path.exists():
+            write_text(id_path, uuid.uuid4().hex)
+        with user_errors("--wandb", "run wandb login, or set WANDB_MODE=offline"):
             self.wandb = import_optional("wandb", "--wandb").init(
-                project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", config=asdict(config))
-            self.callback(self.wandb.finish)
+                project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", dir=config.out_dir,
+                config=asdict(config))
+        self.callback(self.wandb.finish)
 
     def log(self, kind: str, step: int, **values):
-        """Append a line to metrics.jsonl, and to TensorBoard and Weights & Biases if they are asked for."""
-        line = {"kind": kind, "step": step, **values}
+        """Append a line to metrics.jsonl, and log it to Weights & Biases if that is asked for."""
         if self.metrics is not None:
-            print(json.dumps(line), file=self.metrics, flush=True)
-        if self.tensorboard is not None:
-            for name, value in scalars(line).items():
-                self.tensorboard.add_scalar(name, value, step)
-        if self.wandb is not None:
-            self.wandb.log(scalars(line), step=step)
+            print(json.dumps({"kind": kind, "step": step, **values}), file=self.metrics, flush=True)
+        if self.wandb is not None and kind != "run":
+            self.wandb.log({kind: values}, step=step)
 
     def catch_signals(self):
         """From here on SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C wait for the loop to save. A second Ctrl-C exits at once."""
@@ -1092,26 +964,6 @@ class RunFolder(ExitStack):
 
     def folder_of(self, step: int) -> Path:
         return self.out_dir / f"step_{step:08d}"
-
-    def save(self, state: TrainState, student: GPT, optimizer, added_loss, bins: TokenBins, keep: int):
-        """Write the checkpoint of this step, then delete all but the newest `keep`."""
-        save_checkpoint(self.folder_of(state.step), state, student, optimizer, added_loss, bins)
-        if rank() == 0 and keep > 0:
-            for old in list_checkpoints(self.out_dir)[:-keep]:
-                shutil.rmtree(old)
-        if dist.is_initialized():
-            dist.barrier()  # no rank leaves before the checkpoint is whole
-
-
-def scalars(line: dict) -> dict[str, float]:
-    """The numbers of a metrics line: kind/key, or domain/key for those of each domain."""
-    numbers = {f"{line['kind']}/{key}": value for key, value in line.items() if key != "step"}
-    for name, probability in line.get("r", {}).items():
-        numbers[f"{name}/r"] = probability
-    for name, domain in line.get("domains", {}).items():
-        for key, value in domain.items():
-            numbers[f"{name}/{key}"] = value
-    return {key: value for key, value in numbers.items() if isinstance(value, int | float)}
 
 
 LOCK = ".lock"
@@ -1139,14 +991,13 @@ def free_name(path: Path) -> Path:
     return free
 
 
-@alive("hashing the models")
 def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
-    """What identifies the bins and models of an experiment, wherever they lie: hashes of their content."""
-    content = {"data_dir": bins.content()}
-    for role in ("teacher", "student"):
-        source = getattr(config, role)
+    """What identifies the bins and models of an experiment, wherever they lie: key → hash of the content."""
+    content = {"data_dir": bins.content(), "teacher": ""}  # "": a run without a teacher
+    for role, source in models_of(config).items():
         content[role] = source
-        if source and not is_made(source):
+        if not is_made(source):
+            print(f"hashing the {role}: {source}", flush=True)
             folder = model_folder(source, f"--{role}", MODEL_FILES)
             files = [folder / "config.json", *weight_files(folder)]
             content[role] = digest([(path.name, file_sha256(path)) for path in files])
@@ -1154,44 +1005,38 @@ def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
 
 
 def check_same_experiment(out_dir: Path, record: dict):
-    """Raises UserError if `out_dir` holds a run of another configuration or content than `record`, naming each key."""
+    """Raises UserError if `out_dir` holds a run of another experiment than `record`, naming each key that differs.
+
+    A key that is newer than that run had its default then, and a content that it did not record is not compared."""
     path = out_dir / "config.json"
     with user_errors(path, "not as a run writes it; name another --out_dir"):
-        before = json.loads(path.read_text(encoding="utf-8"))
-        old_config = asdict(Config()) | before["config"]  # there may be new keys since then
-        old_content = dict(before["content"])
-
-    # Keys that define the experiment, then the content of data and models
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        before = {**asdict(Config()), **saved["config"]}
+        content_before = {**record["content"], **saved["content"]}
     problems = []
     for entry in fields(Config):
-        value = record["config"][entry.name]
-        old_value = old_config[entry.name]
-        if value != old_value and not entry.metadata["may_change"]:
-            problem = f"--{entry.name}={value}: the run in {out_dir} has {entry.name}={old_value}"
-            if entry.name == "max_steps":  # which sets the learning rate of all steps
-                problem += "; to train longer, begin a new run with its last checkpoint as --student"
-            problems.append(problem)
-    for name, content in record["content"].items():
-        if content != old_content.get(name):
-            problems.append(f"--{name}={record['config'][name]}: another content than the run in {out_dir} has with "
-                            f"{name}={old_config[name]}")
+        name = entry.name
+        other_value = before[name] != record["config"][name] and not entry.metadata["may_change"]
+        other_content = content_before.get(name) != record["content"].get(name)
+        if other_value or other_content:
+            what = "content" if other_content else "value"
+            problems.append(f"--{name}={record['config'][name]}: another {what} than the run in {out_dir} has with "
+                            f"{name}={before[name]}")
     if problems:
         problems.append(f"--out_dir={out_dir}: keep the values of its run, name another folder, or move the run aside "
-                        "with --resume=never")
+                        "with --resume=never. To train a finished student longer, name its folder as --student")
         raise UserError("\n".join(problems))
 
 
 def environment() -> dict:
     """Versions that a result may depend on, and the git revision of this file if it has one."""
-    revision = None
-    if shutil.which("git"):
-        command = ["git", "-C", Path(__file__).parent, "rev-parse", "HEAD"]
-        revision = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__, "git": revision}
+    status, revision = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+            "git": revision if status == 0 else None}
 
 
-def count_parameters(**models: GPT | None) -> dict[str, int]:
-    return {role: sum(p.numel() for p in model.parameters()) for role, model in models.items() if model is not None}
+def count_parameters(models: dict[str, GPT]) -> dict[str, int]:
+    return {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
 
 
 def stop_by_signal(number: int, folder: Path):
@@ -1207,26 +1052,26 @@ def stop_by_signal(number: int, folder: Path):
 # is whole, or not there.
 
 
-@alive("saving a checkpoint")
-def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizer, added_loss, bins: TokenBins):
-    """Write a checkpoint. All ranks call it; rank 0 writes. Raises UserError if it cannot be written."""
+def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: list, bins: TokenBins, keep: int):
+    """Write the checkpoint of this step, then delete all but the newest `keep`. All ranks call it, rank 0 writes, and
+    none leaves before it is whole."""
     # Gather whole tensors. An optimizer that has made no update yet has no state, and would make one up if asked.
     options = whole_tensors(cpu_offload=True)
     weights = get_model_state_dict(student, options=options)
-    saved = {"optimizer": None, "added_loss": None}
+    optimizer_state = None
     if state.step > 0:
-        saved["optimizer"] = get_optimizer_state_dict(student, optimizer, options=options)
-    if added_loss is not None:
-        saved["added_loss"] = added_loss.state_dict()
-    if rank() != 0:
-        return
+        optimizer_state = get_optimizer_state_dict(student, optimizers, options=options)
+    on_rank_0(write_checkpoint, folder, state, student, weights, optimizer_state, bins, keep)
 
+
+def write_checkpoint(folder: Path, state: TrainState, student: GPT, weights: dict, optimizer_state, bins: TokenBins,
+                     keep: int):
     # Write all files under another name, and to the disk itself.
     temporary = folder.with_name(folder.name + ".tmp")
     try:
         student.save_pretrained(temporary, weights)
         save_tokenizer(temporary, bins)
-        torch.save(saved, temporary / "optimizer.pt")
+        torch.save(optimizer_state, temporary / "optimizer.pt")
         write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
         manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
         write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
@@ -1238,9 +1083,12 @@ def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizer, ad
         raise UserError(f"{folder}: cannot be saved ({error}); make room, and the same command continues from the "
                         "checkpoint before it") from None
 
-    # Now it is whole.
+    # Now it is whole, and old ones may go.
     os.replace(temporary, folder)
     fsync(folder.parent)
+    if keep > 0:
+        for old in list_checkpoints(folder.parent)[:-keep]:
+            shutil.rmtree(old)
 
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
@@ -1248,7 +1096,6 @@ def list_checkpoints(out_dir: Path) -> list[Path]:
     return sorted(out_dir.glob("step_" + 8 * "[0-9]"))
 
 
-@alive("checking the checkpoints")
 def newest_checkpoint(out_dir: Path) -> Path | None:
     """The newest whole checkpoint. Damaged ones are named and renamed corrupt_step_…."""
     # What a run that was killed in a save has left
@@ -1269,53 +1116,41 @@ def damaged_files(folder: Path) -> list[str]:
     """The files of a checkpoint that are missing, or not as its manifest says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        wrong = [name for name in ("config.json", "model.safetensors", "optimizer.pt", "train_state.json")
-                 if name not in manifest]
-        for name, sha256 in manifest.items():
-            path = folder / name
-            if path.parent != folder or not path.is_file() or file_sha256(path) != sha256:
-                wrong.append(name)
-    except (OSError, ValueError, AttributeError, TypeError):
-        wrong = ["manifest.json"]
-    return wrong
+        return [name for name, sha256 in manifest.items()
+                if not (folder / name).is_file() or file_sha256(folder / name) != sha256]
+    except (OSError, ValueError, AttributeError):
+        return ["manifest.json"]
 
 
 NOT_AS_SAVED = "not as a run saves it; delete this step's folder, and the checkpoint before it is used"
 
 
 def read_state(folder: Path) -> TrainState:
-    """The training state of a checkpoint. Raises UserError if it is not of this folder's step."""
+    """The training state of a checkpoint."""
     path = folder / "train_state.json"
     with user_errors(path, NOT_AS_SAVED):
-        state = TrainState(**json.loads(path.read_text(encoding="utf-8")))
-        if folder.name != f"step_{state.step:08d}":
-            raise ValueError(f"it is of step {state.step}")
-    return state
+        return TrainState(**json.loads(path.read_text(encoding="utf-8")))
 
 
-def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, student: GPT, optimizer, added_loss):
-    """Restore the sampler, the optimizer, and what an added loss keeps. Rank 0 reads; only tensors are unpickled.
-    Raises UserError if the sampler's state is of other domains."""
+def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, student: GPT, optimizers: list):
+    """Restore the sampler and the optimizers. Rank 0 reads; only tensors are unpickled."""
     with user_errors(folder / "train_state.json", NOT_AS_SAVED):
         sampler.load_state_dict(state.sampler)
-    saved = on_rank_0(read_optimizer, folder, share=False)
-    if rank() != 0:  # these ranks get their part from rank 0
-        saved = {"optimizer": {}, "added_loss": None}
-    if added_loss is not None:
-        added_loss.load_state_dict(on_rank_0(saved.get, "added_loss"))
-    if state.step > 0:
-        set_optimizer_state_dict(student, optimizer, saved["optimizer"], options=whole_tensors())
-        # Loading makes a list of the tuple, and checkpoints of a resumed run are to be equal to the bit.
+    optimizer_state = on_rank_0(read_optimizer_state, folder, share=False)
+    if state.step == 0:
+        return
+    set_optimizer_state_dict(student, optimizers, optimizer_state or {}, options=whole_tensors())
+    # Loading makes lists of a group's tuples, and checkpoints of a resumed run are to be equal to the bit.
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["betas"] = tuple(group["betas"])
+            for name, value in group.items():
+                if isinstance(value, list) and name != "params":
+                    group[name] = tuple(value)
 
 
-def read_optimizer(folder: Path) -> dict:
+def read_optimizer_state(folder: Path) -> dict:
     with user_errors(folder / "optimizer.pt", NOT_AS_SAVED):
-        try:
-            return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # its own message advises to unpickle everything
-            raise ValueError("it holds more than tensors") from None
+        return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
 
 
 # ------------ Checks before anything slow -----------------------------------------------------------------------------
@@ -1325,28 +1160,23 @@ DESCRIBING_FILES = ("config.json", TOKENIZER_META, *TOKENIZER_FILES)
 
 
 def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
-    """The bins and the sizes of the models, checked before a weight is read. Raises UserError with all problems.
-
-    With dry_run, also prints what the run would take."""
+    """The bins and the models' configurations, checked before a weight is read. UserError with all problems."""
     bins = open_bins(config)
     problems = []
 
     # The bins against the keys
-    if attempt(problems, validation_windows, bins, config.val_samples) is not None:
-        attempt(problems, validation_windows, bins, config.test_samples, config.val_samples)
+    if attempt(problems, fixed_windows, bins, config.val_samples) is not None:
+        attempt(problems, fixed_windows, bins, config.test_samples, config.val_samples)
     mixture = parse_mixture(config.mixture)
     if mixture and set(mixture) != set(bins.names):
         problems.append(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
 
     # The models against the bins
     model_configs = {}
-    for role in ("teacher", "student"):
-        source = getattr(config, role)
-        if source:
-            model_config = attempt(problems, read_model_config, role, source, bins, model_configs.get("teacher"))
-            if model_config is not None:
-                model_configs[role] = model_config
-                attempt(problems, check_model, role, source, model_config, bins)
+    for role, source in models_of(config).items():
+        model_config = attempt(problems, checked_model_config, role, source, bins, model_configs.get("teacher"))
+        if model_config is not None:
+            model_configs[role] = model_config
     if config.dry_run:
         print_cost(config, bins, model_configs)
     if problems:
@@ -1364,14 +1194,11 @@ def attempt(problems: list[str], function: Callable, *args):
 
 
 def open_bins(config: Config) -> TokenBins:
-    names = None
-    if config.domains:
-        names = config.domains.split(",")
-    return TokenBins(config.data_dir, config.block_size, names)
+    return TokenBins(config.data_dir, config.block_size, config.domains.split(",") if config.domains else None)
 
 
-def validation_windows(bins: TokenBins, count: int, start: int = 0) -> dict[str, torch.Tensor]:
-    """`count` validation windows of each domain from `start` on, (count, block_size + 1) int64; {} if count is 0.
+def fixed_windows(bins: TokenBins, count: int, start: int = 0) -> dict[str, torch.Tensor]:
+    """`count` windows of each domain's validation bin from `start` on, (count, block_size + 1) int64; {} if count is 0.
     UserError if a domain has fewer."""
     if count == 0:
         return {}
@@ -1383,48 +1210,37 @@ def parse_mixture(text: str) -> dict[str, float]:
     if not text:
         return {}
     try:
-        weights = {}
-        for part in text.strip().split(","):
-            name, weight = part.split("=")
-            weights[name] = float(weight)
-            if not 0 <= weights[name] < math.inf:
-                raise ValueError
-        if sum(weights.values()) == 0:
-            raise ValueError
+        pairs = [part.split("=") for part in text.strip().split(",")]
+        weights = {name: float(weight) for name, weight in pairs}
+        checked_weights("weights", list(weights.values()), len(pairs))
     except ValueError:
         raise UserError(f"--mixture={text}: write name=weight,… with weights ≥ 0, not all 0") from None
     return weights
 
 
-SIZE_ALONE = r"\d+x\d+"  # LxD without the scratch: before it
-
-
 def is_made(source: str) -> bool:
     """Whether a student is made anew, or of the teacher's layers: not a folder, and no name on the Hub.
 
-    Another kind of student is added here, and in `contradictions`, `read_model_config` and `read_model`."""
+    Another kind of student is added here, and in `contradictions`, `checked_model_config` and `read_model`."""
     return source.partition(":")[0] in ("scratch", "layers")
 
 
-def read_model_config(role: str, source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
-    """The GPTConfig of the model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
+def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
+    """The GPTConfig of the model that `source` names. UserError unless it can read the bins' windows, and has the
+    tokenizer of the bins."""
+    # A student that is made: for the bins, or of the teacher, which is checked itself
     kind, _, size = source.partition(":")
     if kind == "scratch":
         layers, width = size.split("x")
         return GPTConfig.scratch(int(layers), int(width), bins.vocab_size, bins.block_size)
     if kind == "layers":
-        if teacher is None:
-            raise UserError(f"--student={source}: the teacher cannot be read")
-        if int(size) > teacher.num_hidden_layers:
-            raise UserError(f"--student={source}: the teacher has {teacher.num_hidden_layers} layers")
+        if teacher is None or int(size) > teacher.num_hidden_layers:
+            raise UserError(f"--student={source}: the teacher cannot be read, or has fewer layers")
         return replace(teacher, num_hidden_layers=int(size))
-    return read_config(model_folder(source, f"--{role}", DESCRIBING_FILES))
 
-
-def check_model(role: str, source: str, model_config: GPTConfig, bins: TokenBins):
-    """Raises UserError unless the model can read the bins' windows, and has the tokenizer of the bins."""
-    if is_made(source):  # for the bins, or of the teacher, which is checked itself
-        return
+    # A folder, or a name on the Hub
+    folder = model_folder(source, f"--{role}", DESCRIBING_FILES)
+    model_config = read_config(folder)
     fix = f"make the bins again with data.py --tokenizer={source}"
     if model_config.vocab_size < bins.vocab_size:
         raise UserError(f"--{role}={source}: has {model_config.vocab_size} ids, but the tokenizer of the bins has "
@@ -1432,108 +1248,54 @@ def check_model(role: str, source: str, model_config: GPTConfig, bins: TokenBins
     if model_config.context < bins.block_size:
         raise UserError(f"--block_size={bins.block_size}: the {role} {source} reads at most {model_config.context} "
                         "tokens")
-    try:
-        folder = model_folder(source, f"--{role}", DESCRIBING_FILES)
-        tokenizer = model_tokenizer(folder, bins.tokenizer["eot_token"])
-    except UserError as error:
-        raise UserError(f"--{role}={source}: {error}") from None
-    if tokenizer is None:
-        print(f"WARNING: --{role}={source} has no tokenizer.json; it is taken, since it has enough ids for the bins")
-    elif tokenizer.fingerprint != bins.tokenizer["fingerprint"]:
-        if not same_tokenizer(saved_tokenizer(bins.dir, bins.tokenizer), tokenizer):
-            raise UserError(f"--{role}={source}: its tokenizer {tokenizer.name} ({tokenizer.vocab_size} ids) is not "
-                            f"that of the bins, {bins.tokenizer['name']} ({bins.vocab_size} ids); {fix}")
+    ours = bins.tokenizer
+    theirs = model_tokenizer(folder, ours["eot_token"])
+    if theirs is None or is_tiktoken(theirs.name, theirs.files) != is_tiktoken(ours["name"], ours["files"]):
+        print(f"WARNING: --{role}={source} has no tokenizer that can be compared with the bins', {ours['name']}; it is "
+              "taken, since it has enough ids")
+    elif theirs.fingerprint != ours["fingerprint"]:
+        raise UserError(f"--{role}={source}: its tokenizer {theirs.name} ({theirs.vocab_size} ids) is not that of the "
+                        f"bins, {ours['name']} ({ours['vocab_size']} ids); {fix}")
+    return model_config
 
 
 def contradictions(config: Config) -> list[str]:
     """What is wrong with a configuration that can be told without opening a file."""
-    problems = []
     arm = ARMS[config.method]
     makes_models = config.preset == "quickstart"
     launched = "RANK" in os.environ
-    world = 1
-    if launched or config.dry_run:
-        world = int(os.environ.get("WORLD_SIZE", 1))
-
-    # Models
-    for role, source in (("teacher", config.teacher), ("student", config.student)):
-        if role == "teacher" and is_made(source):
-            problems.append(f"--teacher={source}: name a trained model; for a folder of that name write ./{source}")
-        elif role == "student" and is_made(source):
-            if not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*", source):
-                problems.append(f"--student={source}: write scratch:LxD with D even, as in scratch:4x128, or layers:N")
-        elif not source or os.path.isdir(source):
-            continue
-        elif re.fullmatch(SIZE_ALONE, source):
-            problems.append(f"--{role}={source}: no such folder; a new student is --student=scratch:{source}")
-        elif not re.fullmatch(HUB_NAME, source):
-            problems.append(f"--{role}={source}: no such folder, and no name on the Hugging Face Hub, OWNER/MODEL")
-    if not config.preset:
-        problems.append(f"--preset: name one, since it sets what a step is: {describe_presets()}")
-    if not config.student and not makes_models:
-        problems.append("--student: name its folder, scratch:LxD or layers:N")
-    if not config.teacher and not makes_models:
-        if config.student.partition(":")[0] == "layers":
-            problems.append(f"--student={config.student}: layers of which --teacher? Name its folder")
-        if arm.needs_teacher:
-            problems.append(f"--teacher: --method={config.method} requires one; name its folder")
-        if config.stop_ratio > 0:
-            problems.append(f"--stop_ratio={config.stop_ratio}: a ratio requires a teacher; name its folder with "
-                            "--teacher")
-
-    # Folders
-    if config.data_dir and not os.path.isdir(config.data_dir) and not makes_models:
-        problems.append(f"--data_dir={config.data_dir}: no such folder; make bins there with data.py")
-    if os.path.isfile(config.out_dir):
-        problems.append(f"--out_dir={config.out_dir}: is a file; name a folder")
-
-    # Data
-    domains = config.domains.split(",")
-    if len(set(domains)) < len(domains):
-        problems.append(f"--domains={config.domains}: name each once")
-    attempt(problems, parse_mixture, config.mixture)
-    if config.mixture and arm.rule == "equal":
-        problems.append(f"--mixture={config.mixture}: --method={config.method} draws all domains alike")
-    if 0 < config.max_steps <= config.warmup_steps:
-        problems.append(f"--warmup_steps={config.warmup_steps}: the whole run would be warm-up, since "
-                        f"--max_steps={config.max_steps}; a tenth of the steps is common")
-    if config.min_lr > config.lr:
-        problems.append(f"--min_lr={config.min_lr}: must not be above --lr={config.lr}")
-
-    # Processes and devices
+    world = int(os.environ.get("WORLD_SIZE", 1)) if launched or config.dry_run else 1
     per_pass = max(1, config.micro_batch_size)
-    if config.batch_size % (per_pass * world):
-        problems.append(f"--batch_size={config.batch_size}: must be a multiple of micro_batch_size={per_pass} × "
-                        f"{world} processes")
-    attempt(problems, resolve_device, config.device)
-    if config.parallel == "none" and world > 1:
-        problems.append(f"--parallel=none: there are {world} processes; take ddp or fsdp")
-    share = config.batch_size // world
-    student_per_pass = config.micro_batch_size or max(1, share)
-    teacher_per_pass = config.teacher_micro_batch_size or student_per_pass
-    if config.teacher_micro_batch_size > 0 and (teacher_per_pass % student_per_pass or share % teacher_per_pass):
-        problems.append(f"--teacher_micro_batch_size={teacher_per_pass}: must be a multiple of "
-                        f"micro_batch_size={student_per_pass}, and divide the {share} windows of a process")
-    if config.parallel in ("ddp", "fsdp", "hsdp") and not launched and not config.dry_run:
-        problems.append(f"--parallel={config.parallel}: start with torchrun --nproc_per_node=N distill.py")
-    elif config.parallel == "hsdp" and world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):
-        problems.append("--parallel=hsdp: there is one node; take fsdp (for --dry_run set LOCAL_WORLD_SIZE to the GPUs "
-                        "of a node)")
-    if is_sharded(config) and not can_shard(config):
-        problems.append(f"--method={config.method}: not with {config.parallel}; take --parallel=ddp")
-    if arm.added_loss is not None and teacher_per_pass != student_per_pass:
-        problems.append(f"--teacher_micro_batch_size={teacher_per_pass}: --method={config.method} compares layers of "
-                        "one micro-batch; leave it out")
-    if launched and ":" in config.device:
-        problems.append(f"--device={config.device}: each process takes its own; leave out the number")
-    if launched and config.device in ("auto", "cuda") and torch.cuda.is_available():
-        if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-            problems.append(f"--device={config.device}: more processes than GPUs here; start fewer, or --device=cpu")
+    too_few_gpus = (launched and config.device in ("auto", "cuda") and torch.cuda.is_available()
+                    and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count())
 
-    # Packages
-    for name in ("tensorboard", "wandb"):
-        if getattr(config, name):
-            attempt(problems, import_optional, name, f"--{name}")
+    checks = [  # (whether it is wrong, the message)
+        (not config.preset, f"--preset: name one, since it sets what a step is: {describe_presets()}"),
+        (is_made(config.student) and not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*",
+                                                      config.student),
+         f"--student={config.student}: write scratch:LxD with D even, as in scratch:4x128, or layers:N"),
+        (is_made(config.teacher), f"--teacher={config.teacher}: name the folder of a trained model"),
+        (not config.student and not makes_models, "--student: name its folder, scratch:LxD or layers:N"),
+        (arm.trains_with_teacher and not config.teacher and not makes_models,
+         f"--teacher: --method={config.method} requires one; name its folder"),
+        (config.mixture and arm.rule == "equal",
+         f"--mixture={config.mixture}: --method={config.method} draws all domains alike"),
+        (0 < config.max_steps <= config.warmup_steps,
+         f"--warmup_steps={config.warmup_steps}: the whole run would be warm-up, since --max_steps={config.max_steps}; "
+         "a tenth of the steps is common"),
+        (config.batch_size % (per_pass * world) != 0,
+         f"--batch_size={config.batch_size}: must be a multiple of micro_batch_size={per_pass} × {world} processes"),
+        (config.parallel == "none" and world > 1,
+         f"--parallel=none: there are {world} processes; take ddp or fsdp"),
+        (config.parallel in ("ddp", "fsdp") and not launched and not config.dry_run,
+         f"--parallel={config.parallel}: start with torchrun --nproc_per_node=N distill.py"),
+        (too_few_gpus, f"--device={config.device}: more processes than GPUs here; start fewer, or --device=cpu"),
+    ]
+    problems = [message for is_wrong, message in checks if is_wrong]
+    attempt(problems, parse_mixture, config.mixture)
+    attempt(problems, resolve_device, config.device)
+    if config.wandb:
+        attempt(problems, import_optional, "wandb", "--wandb")
     return problems
 
 
@@ -1541,66 +1303,42 @@ def describe_presets() -> str:
     """What a step of the presets is, for the message that asks for one."""
     described = []
     for name in ("quickstart", "paper"):
-        values = asdict(Config()) | PRESETS[name]
-        described.append(f"{name} ({values['batch_size']} windows × {values['block_size']} tokens a step, "
-                         f"{values['max_steps']:,} steps, lr {values['lr']:g})")
+        preset = Config(**PRESETS[name])
+        described.append(f"{name} ({preset.batch_size} windows × {preset.block_size} tokens a step, "
+                         f"{preset.max_steps:,} steps, lr {preset.lr:g})")
     return " or ".join(described)
 
 
 # ------------ What a run takes ----------------------------------------------------------------------------------------
 
-
-def forward_flops(model: GPT, block_size: int) -> int:
-    """Floating-point operations of a forward pass, per token."""
-    config = model.config
-    weights = sum(p.numel() for p in model.layers.parameters()) + config.vocab_size * config.hidden_size
-    # Besides the products with the weights, two with the causal half of T × T scores in each layer
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * block_size
-    return 2 * weights + 2 * attention
-
-
-def step_flops(student: GPT, teacher: GPT | None, config: Config) -> int:
-    """Floating-point operations of a training step: the student's forward and backward pass, the teacher's forward.
-
-    What an arm adds, such as TED's filters and the passes that weigh DoReMi's windows, is not counted."""
-    flops = 3 * forward_flops(student, config.block_size)
-    if ARMS[config.method].divergence is not None and teacher is not None:
-        flops += forward_flops(teacher, config.block_size)
-    return flops * config.batch_size * config.block_size
+def step_flops(parameters: dict[str, int], config: Config) -> float:
+    """Floating-point operations of a training step, about: 6 a weight and token for the student, 2 for a teacher."""
+    flops_per_token = 6 * parameters["student"]
+    if ARMS[config.method].trains_with_teacher:
+        flops_per_token += 2 * sum(n for role, n in parameters.items() if role != "student")
+    return flops_per_token * config.batch_size * config.block_size
 
 
 def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConfig]):
     """Print what a run would take, from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says."""
-    # Each model: its size, and its bytes on a device
+    # Bytes per device: the teacher's weights in the dtype of the products, the student's in float32 with gradients and
+    # AdamW's two moments
     world = int(os.environ.get("WORLD_SIZE", 1))
-    sharded = world > 1 and config.parallel != "ddp" and can_shard(config)
-    shards = world
-    if config.parallel == "hsdp":
-        shards = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    gpts = {}
-    for role, model_config in model_configs.items():
-        with torch.device("meta"):
-            gpts[role] = GPT(model_config)
-        n = count_parameters(model=gpts[role])["model"]
-
-        # Bytes per device: the teacher's weights in the dtype of the products, the student's in float32 with gradients
-        # and AdamW's two moments
-        per_device = n
-        if sharded and (role == "student" or config.shard_teacher):
-            per_device = n / shards
-        if role == "teacher":
-            width = 2 if config.dtype == "bfloat16" else 4
-            parts = {"weights": width * per_device}
-        else:
-            parts = {"weights": 4 * per_device, "gradients": 4 * per_device, "optimizer": 8 * per_device}
-        described = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items())
-        print(f"{role}: {model_config.model_type}, {model_config.num_hidden_layers} layers × "
-              f"{model_config.hidden_size}, {n:,} parameters; on each of {world} devices {described}")
+    with torch.device("meta"):
+        parameters = count_parameters({role: GPT(model_config) for role, model_config in model_configs.items()})
+    for role, n in parameters.items():
+        parts = {"weights": 2 if config.dtype == "bfloat16" else 4}
+        if role == "student":
+            parts = {"weights": 4, "gradients": 4, "optimizer": 8}
+        is_sharded = config.parallel != "ddp" and (role == "student" or config.shard_teacher)
+        shards = world if is_sharded else 1
+        described = ", ".join(f"{part} {width * n / shards / 2**30:.2f} GiB" for part, width in parts.items())
+        print(f"{role}: {n:,} parameters; on each of {world} devices {described}")
 
     # A step
-    if "student" in gpts:
-        print(f"a step: {config.batch_size * config.block_size:,} tokens, "
-              f"{step_flops(gpts['student'], gpts.get('teacher'), config):.2e} FLOPs; {config.max_steps:,} steps")
+    if "student" in parameters:
+        print(f"a step: {config.batch_size * config.block_size:,} tokens, {step_flops(parameters, config):.2e} FLOPs; "
+              f"{config.max_steps:,} steps")
 
     # Epochs of each domain, if it were drawn in natural proportions, and if all were drawn alike
     drawn = config.max_steps * config.batch_size
@@ -1610,237 +1348,40 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
               f"{drawn / len(bins.names) / n:.2f} if all domains are drawn alike")
 
 
-def format_bytes(n: float) -> str:
-    if n < 2**30:
-        return f"{n / 2**20:,.1f} MiB"
-    return f"{n / 2**30:,.1f} GiB"
+def speed(started: float, step: int, config: Config) -> dict[str, float]:
+    """Tokens so far, tokens per second of the step that began at `started`, and seconds that the rest will take."""
+    seconds = time.perf_counter() - started
+    tokens_per_step = config.batch_size * config.block_size
+    return {"tokens": step * tokens_per_step, "tokens_per_s": tokens_per_step / seconds,
+            "eta_s": seconds * (config.max_steps - step)}
 
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense, bfloat16
 
 
-def usage(student: GPT, teacher: GPT | None, tokens_per_s: float, config: Config) -> str:
-    """Peak memory of this process, and the share of the GPUs' peak FLOPs that is used (MFU) where it is known."""
-    if not config.device.startswith("cuda"):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if sys.platform != "darwin":
-            peak *= 1024  # Linux counts KiB, macOS bytes
-        return format_bytes(peak)
-    text = format_bytes(torch.cuda.max_memory_allocated(config.device))
-    peak = peak_flops(config)
-    if peak is not None:
-        flops_per_s = step_flops(student, teacher, config) * tokens_per_s / (config.batch_size * config.block_size)
-        text += f"  MFU {flops_per_s / (peak * world_size()):.0%}"
-    return text
-
-
-def peak_flops(config: Config) -> float | None:
-    """Floating-point operations per second that a GPU can do in bfloat16; None for another device or dtype."""
-    if config.device.startswith("cuda") and config.dtype == "bfloat16":
-        for name, flops in PEAK_FLOPS.items():
-            if name in torch.cuda.get_device_name(config.device):
-                return flops
-    return None
-
-
-def line_is_due(step: int, first_step: int, since_line: float, step_time: float, config: Config) -> bool:
-    """Whether progress is printed after this step: the first one and the last, every log_every, and, where steps are
-    slow, before 30 seconds have passed since the line before. Times in seconds."""
-    is_end = step in (first_step + 1, config.max_steps)
-    return is_end or step % config.log_every == 0 or since_line + step_time > 30
-
-
-def print_progress(step: int, step_log: dict, student: GPT, teacher: GPT | None, config: Config):
-    minutes, seconds = divmod(int(step_log["eta_s"]), 60)
-    print(f"step {step}/{config.max_steps}  loss {step_log['loss']:.3f}  ce {step_log['ce']:.3f}  "
-          f"kl {step_log['kl']:.3f}  lr {step_log['lr']:.1e}  {step_log['tokens_per_s']:,.0f} tokens/s  "
-          f"{usage(student, teacher, step_log['tokens_per_s'], config)}  ETA {minutes}:{seconds:02d}", flush=True)
-
-
-# ------------ Baseline: TED -------------------------------------------------------------------------------------------
-
-
-class TED:
-    """Task-aware layer-wise distillation (arXiv 2210.01351) in a small form: a row of ARMS with an added loss.
-
-    Linear filters map up to four evenly spaced layers of each model to the teacher's width. They start as the identity,
-    cut or filled with zeros. Stage 1 trains the filters of the two frozen models to predict the next token; the
-    teacher's frozen final norm and head read them, where TED trains a head for each. Stage 2 adds the distance between
-    the filtered layers to Eq. 3 and goes on training the student's filters. Layers' outputs come from forward hooks,
-    which have to be there before the first forward pass. Models and filters are whole on every device."""
-
-    MAX_PAIRS = 4
-    WEIGHT = 0.1  # of the distance in the loss
-    STAGE_1 = 0.1  # its steps, as a share of max_steps
-
-    def __init__(self, student: GPT, teacher: GPT, config: Config):
-        width = teacher.config.hidden_size
-        self.outputs = {}  # (role, pair) → the layer's output (…, d), of the latest forward pass
-        self.filters = nn.ModuleDict()
-        pairs = min(self.MAX_PAIRS, len(student.layers), len(teacher.layers))
-        for role, model in (("student", student), ("teacher", teacher)):
-            self.filters[role] = nn.ModuleList()
-            for pair in range(pairs):  # evenly spaced layers, the last among them
-                depth = round((pair + 1) * len(model.layers) / pairs)
-                layer = model.layers[depth - 1]
-                layer.register_forward_hook(functools.partial(self.keep_output, role, pair))
-                linear = nn.Linear(model.config.hidden_size, width, bias=False, device=config.device)
-                nn.init.eye_(linear.weight)
-                self.filters[role].append(linear)
-        self.filters["teacher"].requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(self.filters["student"].parameters(), lr=config.lr, betas=(0.9, 0.95),
-                                           weight_decay=config.weight_decay)
-
-    def keep_output(self, role: str, pair: int, layer, inputs, output):
-        self.outputs[role, pair] = output
-
-    @alive("training TED's filters")
-    def pretrain(self, student: GPT, teacher: GPT, bins: TokenBins, base: np.ndarray, config: Config):
-        """Stage 1, on batches of the base proportions. The run itself begins with the same batches."""
-        sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
-        sampler.probs = base
-        self.filters.requires_grad_(True)
-        optimizer = torch.optim.AdamW(self.filters.parameters(), lr=config.lr, weight_decay=0.0)
-        steps = int(self.STAGE_1 * config.max_steps)
-        print(f"TED's filters: {steps} steps", flush=True)
-        for _ in range(steps):
-            # This rank's windows, through both models: the hooks keep the layers' outputs.
-            _, windows = next_windows(sampler, bins, config)
-            for micro_batch in windows.split(config.micro_batch_size):
-                inputs = micro_batch[:, :-1]
-                targets = micro_batch[:, 1:]
-                with torch.no_grad(), autocast(config):
-                    student(inputs, loss_fn=hidden_and_head)
-                    teacher(inputs, loss_fn=hidden_and_head)
-
-                # Every filter by itself: the sum of their losses gives each its own gradient.
-                with autocast(config):
-                    for (role, pair), output in self.outputs.items():
-                        hidden = teacher.norm(self.filters[role][pair](output))
-                        loss, _, _ = distillation_loss(hidden, teacher.head_weight, None, None, targets,
-                                                       num_tokens=config.batch_size * config.block_size)
-                        loss.backward()
-                self.outputs.clear()
-
-            # One update of all filters
-            for weight in self.filters.parameters():
-                weight.grad = over_ranks(weight.grad)
-            optimizer.step()
-            optimizer.zero_grad()
-        self.filters["teacher"].requires_grad_(False)
-
-    def sum_over_tokens(self) -> torch.Tensor:
-        """The weighted distance: the squared difference as a share of the teacher's square, so that no model's scale
-        matters; the mean over pairs, the sum over tokens. The outputs that it used are dropped."""
-        distances = []
-        for pair, (filter_S, filter_T) in enumerate(zip(self.filters["student"], self.filters["teacher"])):
-            filtered_S = filter_S(self.outputs["student", pair]).float()
-            filtered_T = filter_T(self.outputs["teacher", pair]).float()
-            difference = (filtered_S - filtered_T).square().sum(dim=-1)
-            distances.append((difference / filtered_T.square().sum(dim=-1)).sum())
-        self.outputs.clear()
-        return self.WEIGHT * torch.stack(distances).mean()
-
-    def reduce_gradients(self) -> list[nn.Parameter]:
-        """Average the gradients over ranks, as DDP does with the student's. Returns the parameters, to be clipped."""
-        for weight in self.filters["student"].parameters():
-            weight.grad = over_ranks(weight.grad) / world_size()
-        return list(self.filters["student"].parameters())
-
-    def update(self, lr: float):
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def state_dict(self) -> dict:
-        return {"filters": self.filters.state_dict(), "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict):
-        self.filters.load_state_dict(state["filters"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-ARMS["ted"] = Arm("KD, and the distance between filtered layers", rule="natural", added_loss=TED)
-
-
-# ------------ Baseline: DoReMi's proxy --------------------------------------------------------------------------------
-# CPT&DoReMi (arXiv 2305.10429) is three runs: a reference (cpt), a proxy whose loss is weighted by α (doremi_proxy,
-# with the reference as its teacher), and cpt again in the mixture that the proxy has found: the mean of its α.
-
-
-def doremi_update(alpha, excess, step_size: float = 1.0, smoothing: float = 1e-3) -> np.ndarray:
-    """DoReMi's Alg. 1: α′ = α · exp(η λ), then (1 − c) · α′/Σα′ + c/N. (N,) float64.
-
-    alpha: the last weights. excess, λ: the proxy's loss above the reference's, nats per token, per domain."""
-    log_alpha = np.log(np.asarray(alpha, dtype=np.float64)) + step_size * np.asarray(excess)
-    return (1 - smoothing) * softmax(log_alpha) + smoothing / len(log_alpha)
-
-
-@torch.no_grad()
-def doremi_window_weights(state: dict | None, proxy: GPT, reference: GPT, windows: torch.Tensor, domain_ids: np.ndarray,
-                          sampler: MixtureSampler, config: Config) -> tuple[torch.Tensor, dict]:
-    """A weight for each window of a batch, α of its domain over the probability it was drawn by → ((B,), new state).
-
-    windows: this rank's. domain_ids: of the whole batch. The state holds α, λ ("excess") and the "total" of α over the
-    steps. λ is the mean over the domain's tokens on all ranks, cut at 0 for each token; a domain that was not drawn
-    keeps its λ."""
-    N = len(sampler.names)
-    if state is None:
-        state = {"alpha": [1 / N] * N, "excess": [0.0] * N, "total": [0.0] * N}
-
-    # Sums over this rank's tokens, then over ranks
-    sums = torch.zeros(2, N, device=windows.device)
-    my_ids = torch.from_numpy(domain_ids[rank_slice(config)]).to(windows.device)
-    for rows, ids in zip(windows.split(config.micro_batch_size), my_ids.split(config.micro_batch_size)):
-        targets = rows[:, 1:]
-
-        def token_losses(hidden, head):
-            # One window at a time, so that the logits of one alone are held
-            losses = []
-            for window_hidden, window_targets in zip(hidden, targets):
-                logits = F.linear(window_hidden, head).float()
-                losses.append(F.cross_entropy(logits, window_targets, reduction="none"))
-            return torch.stack(losses)
-
-        with autocast(config):
-            proxy_losses = proxy(rows[:, :-1], loss_fn=token_losses)
-            reference_losses = reference(rows[:, :-1], loss_fn=token_losses)
-        excess = (proxy_losses - reference_losses).clamp(min=0).sum(dim=1)
-        tokens = torch.full_like(excess, targets.shape[1])
-        sums.index_add_(1, ids, torch.stack((excess, tokens)))
-    excess_sum, tokens = over_ranks(sums).cpu().double().numpy()
-
-    # Update α, and weigh each window by it
-    excess = np.where(tokens > 0, excess_sum / np.maximum(tokens, 1), state["excess"])
-    alpha = doremi_update(state["alpha"], excess)
-    total = alpha + state["total"]
-    weights = np.divide(alpha, sampler.probs, out=np.zeros(N), where=sampler.probs > 0)
-    window_weights = torch.tensor(weights[domain_ids], dtype=torch.float32)
-    return window_weights, {"alpha": alpha.tolist(), "excess": excess.tolist(), "total": total.tolist()}
-
-
-def write_doremi_mixture(config: Config, state: TrainState):
-    """Write the mean of α over the proxy's steps to mixture.txt, as --mixture takes it."""
-    if state.weights_state is None:
+def print_progress(step: int, step_log: dict, models: dict[str, GPT], config: Config):
+    """Print a line after the first step and the last, and every log_every; on GPUs with the peak of memory and, where
+    the card is known, MFU: the share of its FLOPs that is used."""
+    if step not in (1, config.max_steps) and step % config.log_every != 0:
         return
-    total = np.array(state.weights_state["total"])
-    shares = total / total.sum()
-    mixture = ",".join(f"{name}={share!r}" for name, share in zip(state.domains, shares.tolist()))
-    path = Path(config.out_dir) / "mixture.txt"
-    write_text(path, mixture + "\n")
-    print(f"DoReMi's mixture, for --mixture: {mixture} (also in {path})")
-
-
-ARMS["doremi_proxy"] = Arm("DoReMi's proxy; its teacher is the reference, a finished cpt", rule="natural",
-                           divergence=None, weigh_windows=doremi_window_weights, at_end=write_doremi_mixture)
+    text = (f"step {step}/{config.max_steps}  loss {step_log['loss']:.3f}  ce {step_log['ce']:.3f}  "
+            f"kl {step_log['kl']:.3f}  lr {step_log['lr']:.1e}  {step_log['tokens_per_s']:,.0f} tokens/s")
+    if config.device.startswith("cuda"):
+        text += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+        for card, peak in PEAK_FLOPS.items():
+            if card in torch.cuda.get_device_name() and config.dtype == "bfloat16":
+                steps_per_s = step_log["tokens_per_s"] / (config.batch_size * config.block_size)
+                flops_per_s = step_flops(count_parameters(models), config) * steps_per_s
+                text += f"  MFU {flops_per_s / (peak * world_size()):.0%}"
+    print(f"{text}  ETA {timedelta(seconds=int(step_log['eta_s']))}", flush=True)
 
 
 # ------------ Report --------------------------------------------------------------------------------------------------
 
-
 def worst_ratio(domains: dict[str, dict]) -> float:
-    return max(domain["ratio"] for domain in domains.values())
+    """The largest ratio of the domains; infinite where there is no teacher."""
+    ratios = [domain["ratio"] for domain in domains.values()]
+    return math.inf if None in ratios else max(ratios)
 
 
 def print_teacher_warnings(domains: dict[str, dict], vocab_size: int):
@@ -1859,34 +1400,24 @@ def print_teacher_warnings(domains: dict[str, dict], vocab_size: int):
 def report(config: Config, folder: Path):
     """Print what a run did in each domain, from its first evaluation to its last, and what to try next."""
     state = read_state(folder)
-    print_teacher_warnings(state.first_domains, open_bins(config).vocab_size)
+    metrics = read_metrics(folder.parent / "metrics.jsonl")
+    first = next(line["domains"] for line in metrics if line["kind"] == "mixture")
+    print_teacher_warnings(first, open_bins(config).vocab_size)
     print(f"{config.method}, seed {config.seed}, step {state.step}: first → last evaluation\n")
-    print_table(state.first_domains, state.domains)
+    print_table(first, state.domains)
     if config.teacher:
-        print(f"worst ratio: {worst_ratio(state.first_domains):.2f} → {worst_ratio(state.domains):.2f}")
+        print(f"worst ratio: {worst_ratio(first):.2f} → {worst_ratio(state.domains):.2f}")
     if config.test_samples > 0:
         print("\nOn the test windows, which r never followed:\n")
         print_table(state.domains, state.domains, tested=True)
-    arm = ARMS[config.method]
-    if arm.at_end is not None:
-        arm.at_end(config, state)
-    if config.preset == "quickstart":
-        other = "kd" if config.method != "kd" else "ddk"
-        print(f"\nAnother arm on the same models:  python distill.py --preset=quickstart --data_dir={config.data_dir} "
-              f"--teacher={config.teacher} --student={config.student} --method={other}\n"
-              f"Text by this student:            python model.py --model={folder} --prompt='def main('")
-    print(f"The student is in {folder}")
+    print(f"The student is in {folder}. Text by it:  python model.py --model={folder} --prompt='def main('")
 
 
 def print_table(first_domains: dict[str, dict], domains: dict[str, dict], tested: bool = False):
     """One row per domain, one column per number of measured_domains, as first → last where it has changed; with
     `tested`, those on the test windows instead."""
     first_row = next(iter(domains.values()))
-    columns = []
-    for column in first_row:
-        is_test_column = column.startswith("test_")
-        if is_test_column == tested:
-            columns.append(column)
+    columns = [column for column in first_row if column.startswith("test_") == tested]
     print(f"{'':14}" + "".join(f"{column:>20}" for column in columns))
     for name, domain in domains.items():
         row = f"{name:14}"
@@ -1933,38 +1464,27 @@ def pretraining(keys: dict, **given) -> Config:
 
 
 def quickstart(config: Config) -> Config:
-    """Make what the quickstart lacks, in `data_dir`: bins, teacher, student base. Returns `config` with its models.
-
-    Every arm and seed then starts from the same two models."""
-    # The runs of the models that the user has not named, checked before anything is made
+    """Make what the quickstart lacks, in `data_dir`: bins, teacher, student base, from which every arm and seed starts.
+    Returns `config` with its models."""
+    # The bins, and then the checks of the main run, before minutes of training
+    on_rank_0(make_quickstart_bins, config)
     runs = {}
+    problems = []
     for role, keys in quickstart_models(config.pretrain_steps).items():
         if not getattr(config, role):
             runs[role] = pretraining(keys, data_dir=config.data_dir, out_dir=f"{config.data_dir}/{role}",
                                      device=config.device, compile=config.compile, timeout=config.timeout)
-            problems = contradictions(runs[role])
-            if problems:
-                refuse("\n".join(problems))
-
-    if runs and config.block_size > 2048:
-        refuse(f"--block_size={config.block_size}: the quickstart's models read at most 2048 tokens")
-
-    # The bins, and then the main run's own checks, before minutes of training
-    on_rank_0(make_quickstart_bins, config)
-    whole_config = replace(config, **{role: run.student for role, run in runs.items()})
+            problems += contradictions(runs[role])
+    if problems:
+        raise UserError("\n".join(problems))
+    on_rank_0(preflight, replace(config, **{role: run.student for role, run in runs.items()}))
     if config.dry_run:
-        return whole_config
-    if runs:
-        on_rank_0(preflight, whole_config)
+        return config
 
     for role, run in runs.items():
-        print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}", flush=True)
-        try:
-            folder = train(run)
-        except UserError as error:
-            raise UserError(f"{error}\nThat was the quickstart's {role}. If another one is there already, keep the "
-                            f"--pretrain_steps that it was made with, or delete {run.out_dir}") from None
-        config = replace(config, **{role: str(folder)})
+        print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}; it is made once, with the "
+              "--pretrain_steps of that time", flush=True)
+        config = replace(config, **{role: str(train(run))})
     print(f"\nWith --preset=quickstart these can be named:  --teacher={config.teacher}  --student={config.student}\n",
           flush=True)
     return config
@@ -1976,14 +1496,9 @@ def make_quickstart_bins(config: Config):
         print(f"Collecting text into {data_dir} …", flush=True)
         with locked(data_dir):
             build_bins(data_dir, load_tokenizer("bytes"), quickstart_documents(QUICKSTART_BYTES), val_fraction=0.1)
-    names = read_meta(data_dir)["domains"].keys()
-    if names != QUICKSTART_BYTES.keys() and not (config.teacher and config.student):
-        raise UserError(f"--data_dir={data_dir}: holds {' '.join(names)}, not the quickstart's text; name --teacher "
-                        "and --student, or another folder")
 
 
 # ------------ Command line --------------------------------------------------------------------------------------------
-
 
 def parse_config(argv: list[str] | None = None) -> Config:
     """The Config of a command line. Of a key given twice the last counts. Raises UserError with everything that is
@@ -1992,17 +1507,15 @@ def parse_config(argv: list[str] | None = None) -> Config:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, entry in Config.__dataclass_fields__.items():
         # A boolean key alone means true. Values are converted below, so that all problems are reported together.
-        alone = "true" if entry.type is bool else None
+        alone = "true" if entry.type is bool else ""
         metavar = "|".join(entry.metadata["choices"] or ["VALUE"])
         parser.add_argument(f"--{name}", nargs="?", const=alone, default=argparse.SUPPRESS, metavar=metavar,
-                            help=help_of(name).replace("%", "%%"))
+                            help=help_of(name))
     texts, unknown = parser.parse_known_args(argv)
 
-    # Convert the values, on top of those of --config, and look for words that are no keys.
+    # Convert the values, and look for words that are no keys.
     problems = []
     given = {}
-    if getattr(texts, "config", None):
-        given = attempt(problems, read_run_config, texts.config) or {}
     for name, text in vars(texts).items():
         value = attempt(problems, convert, name, text)
         if value is not None:
@@ -2010,71 +1523,21 @@ def parse_config(argv: list[str] | None = None) -> Config:
     for word in unknown:
         name = word.lstrip("-").partition("=")[0]
         similar = difflib.get_close_matches(name, Config.__dataclass_fields__, n=1)
-        advice = "write --key=value; --help lists the keys"
-        if name in OTHER_NAMES:
-            advice = f"here it is --{OTHER_NAMES[name]}"
-        elif similar:
-            advice = f"did you mean --{similar[0]}?"
+        advice = f"did you mean --{similar[0]}?" if similar else "write --key=value; --help lists the keys"
         problems.append(f"{word}: unknown key; {advice}")
 
     # Then what contradicts what
     config = resolve_config(given)
     problems += contradictions(config)
     if problems:
-        if os.environ.get("RANK", "0") != "0":  # rank 0 has to print first: torchrun ends all ranks when one ends
-            time.sleep(1)
         raise UserError("\n".join(problems))
     return config
-
-
-# Words of other programs for our keys
-OTHER_NAMES = {
-    **dict.fromkeys(("learning_rate", "max_lr"), "lr"),
-    **dict.fromkeys(("num_epochs", "num_train_epochs", "epochs", "max_iters", "num_steps"), "max_steps"),
-    **dict.fromkeys(("model", "model_name_or_path", "student_model"), "student"),
-    **dict.fromkeys(("teacher_model", "teacher_model_name_or_path"), "teacher"),
-    **dict.fromkeys(("bf16", "fp16", "precision", "torch_dtype"), "dtype=bfloat16"),
-    "gradient_accumulation_steps": "micro_batch_size: windows per forward pass; accumulation follows from it",
-    **dict.fromkeys(("per_device_train_batch_size", "device_batch_size"), "micro_batch_size"),
-    **dict.fromkeys(("train_batch_size", "total_batch_size", "global_batch_size"), "batch_size"),
-    **dict.fromkeys(("max_seq_length", "max_length", "seq_len", "sequence_length", "context_length"), "block_size"),
-    **dict.fromkeys(("output_dir", "save_dir"), "out_dir"),
-    **dict.fromkeys(("dataset", "data", "data_path", "train_file"), "data_dir"),
-    **dict.fromkeys(("warmup_ratio", "warmup_iters", "num_warmup_steps"), "warmup_steps"),
-    **dict.fromkeys(("eval_interval", "eval_steps", "eval_every"), "interval"),
-    **dict.fromkeys(("save_steps", "save_interval"), "save_every"),
-    **dict.fromkeys(("logging_steps", "log_interval"), "log_every"),
-    **dict.fromkeys(("max_grad_norm", "clip_grad", "gradient_clipping"), "grad_clip"),
-    **dict.fromkeys(("gradient_checkpointing", "activation_checkpointing"), "checkpoint_activations"),
-    **dict.fromkeys(("kl_weight", "kd_weight", "kd_ratio", "lambda"), "gamma"),
-    "resume_from_checkpoint": "out_dir: the same command continues the run there",
-}
-
-
-# Keys that --config does not take from a run: they belong to its folder, its machine or its occasion.
-NOT_REPEATED = ("config", "out_dir", "resume", "dry_run", "device", "parallel", "compile", "micro_batch_size",
-                "teacher_micro_batch_size")
-
-
-def read_run_config(path: str) -> dict:
-    """The keys to repeat a run by, from its config.json: all but NOT_REPEATED."""
-    with user_errors(f"--config={path}", "name the config.json in the out_dir of a run"):
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        if "config" not in saved:
-            raise ValueError("not a run's configuration" + (", but a model's" if "model_type" in saved else ""))
-        given = {}
-        for name, value in saved["config"].items():
-            if name not in NOT_REPEATED:
-                given[name] = convert(name, str(value))
-    return given
 
 
 def help_of(name: str) -> str:
     """The meaning of a key, with its default and, where it differs, the quickstart's."""
     entry = Config.__dataclass_fields__[name]
     text = entry.metadata["help"]
-    if name == "method":
-        text += "; " + "; ".join(f"{method}: {arm.help}" for method, arm in ARMS.items())
     if entry.default != "":
         text += f" (default: {entry.default}"
         if name in PRESETS["quickstart"]:
@@ -2083,34 +1546,28 @@ def help_of(name: str) -> str:
     return text
 
 
-def convert(name: str, text: str | None):
+def convert(name: str, text: str):
     """The value of a key from its text. Raises UserError."""
     entry = Config.__dataclass_fields__[name]
     choices = entry.metadata["choices"]
-    if text is None:
-        raise UserError(f"--{name}: requires a value")
-    if name == "dtype":
-        text = {"bf16": "bfloat16", "fp32": "float32"}.get(text, text)
-        if text in ("fp16", "float16"):
-            raise UserError(f"--dtype={text}: requires loss scaling, which is not done here; take bfloat16 or float32")
+    if entry.type is bool:
+        choices = ("true", "false")
+        text = text.lower()
     if choices and text not in choices:
         raise UserError(f"--{name}={text}: must be one of {' '.join(choices)}")
     if entry.type is bool:
-        if text.lower() not in ("true", "false"):
-            raise UserError(f"--{name}={text}: must be true or false")
-        return text.lower() == "true"
+        return text == "true"
     if entry.type is str:
         return text
-    try:
-        value = entry.type(text)
-    except ValueError:
-        kind = "a whole number" if entry.type is int else "a number"
-        raise UserError(f"--{name}={text}: must be {kind}") from None
     minimum = entry.metadata["minimum"]
     maximum = entry.metadata["maximum"]
-    if not minimum <= value <= maximum or not math.isfinite(value):
-        bounds = f"{minimum} or more" if maximum == math.inf else f"from {minimum} to {maximum}"
-        raise UserError(f"--{name}={text}: must be {bounds}, and finite")
+    kind = "a whole number" if entry.type is int else "a number"
+    try:
+        value = entry.type(text)
+        if not minimum <= value <= maximum or not math.isfinite(value):
+            raise ValueError
+    except ValueError:
+        raise UserError(f"--{name}={text}: must be {kind} from {minimum} to {maximum}") from None
     return value
 
 
@@ -2119,8 +1576,8 @@ def resolve_config(given: dict) -> Config:
     preset = given.get("preset", "")
     if not preset:
         student = given.get("student", "")
-        names_student = student and not is_made(student) and not re.fullmatch(SIZE_ALONE, student)
-        if not given.get("teacher") and not names_student:
+        names_a_model = given.get("teacher") or (student and not is_made(student))
+        if not names_a_model:
             preset = "quickstart"
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     if not config.data_dir and preset:
@@ -2140,7 +1597,8 @@ def main():
         if config.preset == "quickstart":
             config = quickstart(config)
         if config.dry_run:
-            on_rank_0(preflight, config)
+            if config.preset != "quickstart":
+                on_rank_0(preflight, config)
             return
         folder = train(config)
         on_rank_0(report, config, folder)

@@ -16,7 +16,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ class GPTConfig:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6  # of LayerNorm too
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # llama-3's, with the keys of LLAMA3_ROPE
+    rope_scaling: dict | None = None  # llama-3's four numbers, by the keys of LLAMA3_ROPE
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -131,7 +131,7 @@ ACTIVATIONS = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
-LLAMA3_ROPE = ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 def rotary_tables(config, T, device):
@@ -344,7 +344,7 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "GPT":
-        """Read a Hugging Face folder, on the CPU, with weights as `dtype` (None: each as in the file).
+        """Read a Hugging Face folder, on the CPU, with weights as `dtype` (None: the file's).
 
         A missing file, or a missing, unexpected, mis-shaped, non-finite or contradictory tensor is a UserError that
         names it. Nothing is unpickled, and nothing is filled in. Memory is that of the model and of one tensor."""
@@ -354,7 +354,9 @@ class GPT(nn.Module):
         with user_errors(folder / "config.json", "sizes of a network are expected"), torch.device("meta"):
             model = cls(config)
         model.load_state_dict(read_weights(folder, model, dtype), assign=True)
-        return model
+        # A file of several dtypes makes a model of one that holds them all
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        return model.to(reduce(torch.promote_types, dtypes))
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None):
         """Write `config.json` and `model.safetensors` as transformers does for this family, in the weights' dtype.
@@ -451,7 +453,10 @@ def write_config(folder, config, dtype):
 
     # rope_theta also stands in rope_parameters, where transformers 5 reads it
     if not family.learned_positions:
-        rope = config.rope_scaling or {"rope_type": "default"}
+        rope = {"rope_type": "default"}
+        if config.rope_scaling is not None:
+            rope = {"rope_type": "llama3", **config.rope_scaling}
+            settings["rope_scaling"] = rope
         settings["rope_parameters"] = {**rope, "rope_theta": config.rope_theta}
 
     settings["dtype"] = str(dtype).removeprefix("torch.")
@@ -570,8 +575,8 @@ def stored_tensors(folder):
             with safe_open(path, framework="pt") as file:
                 keys = [key for key in file.keys() if not re.search(BUFFERS, key)]
         for key in keys:
-            if key in stored:
-                raise UserError(f"{path}: {key} is in {stored[key]} too; copy the folder again")
+            if key in stored and not read_tensor(stored[key], key).equal(read_tensor(path, key)):
+                raise UserError(f"{path}: {key} differs from the one in {stored[key]}; copy both again")
             stored[key] = path
     return stored
 

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import TokenBins, UserError, import_optional, run_program, saved_tokenizer, user_errors
+from data import TokenBins, import_optional, run_program, saved_tokenizer, user_errors
 
 # ------------ Eq. 1 and Eq. 2 -----------------------------------------------------------------------------------------
-
 
 def discrepancy_factor(student_ppl, teacher_ppl) -> np.ndarray:
     """Eq. 1, the domain discrepancy factor: r[i] = softmax_i(ℓ_S[i] / ℓ_T[i]).
@@ -78,39 +77,39 @@ def checked_weights(name: str, weights, N: int) -> np.ndarray:
 
 # ------------ The table of mixture rules ------------------------------------------------------------------------------
 # A rule is called after each evaluation: at t = 0, before training, and after every K steps. It gets its own state
-# (None at t = 0), the perplexities just measured (those of the teacher are None if the run has no teacher), the base
-# proportions (the natural ones, or --mixture's) and α; all in the order of the domains. It returns r, which the next K
-# steps draw by, and its new state: a dict of lists and numbers, empty if there is nothing to remember, saved in every
+# (None at t = 0), the perplexities just measured (those of the teacher are None if the run has no teacher), the natural
+# proportions (or --mixture's in their place) and α. Lists are in the order of the domains. It returns r, which the next
+# K steps draw by, and its new state: a dict of lists and numbers, empty if there is nothing to remember, saved in every
 # checkpoint.
 # The training loop and `--metrics` both call it through RULES: a new rule is one function and one line of the table.
-# Its own coefficients are constants in it, since another argument would change all rules and both calls.
+# Write a rule's own coefficients into it as constants: another argument would change every rule and both calls.
 
 
-def natural_rule(state, student_ppl, teacher_ppl, base, alpha):
-    """The base proportions throughout: KD, CPT and the other baselines."""
-    return base, {}
+def natural_rule(state, student_ppl, teacher_ppl, natural, alpha):
+    """The natural proportions throughout: KD, CPT and the other baselines."""
+    return natural, {}
 
 
-def equal_rule(state, student_ppl, teacher_ppl, base, alpha):
+def equal_rule(state, student_ppl, teacher_ppl, natural, alpha):
     """All domains alike from the first step: DDK (ES)."""
-    return np.full(len(base), 1 / len(base)), {}
+    return np.full(len(natural), 1 / len(natural)), {}
 
 
-def ddk_rule(state, student_ppl, teacher_ppl, base, alpha):
+def ddk_rule(state, student_ppl, teacher_ppl, natural, alpha):
     """Alg. 1: r_0 by Eq. 1, r_{t+1} by Eq. 2. The first K steps draw from the data as it is, not by r_0."""
     if state is None:
         factor = discrepancy_factor(student_ppl, teacher_ppl)
-        r = base
+        r = natural
     else:
         factor = smooth_update(state["factor"], student_ppl, teacher_ppl, alpha)
         r = factor
     return r, {"factor": factor.tolist()}
 
 
-def ddk_no_fs_rule(state, student_ppl, teacher_ppl, base, alpha):
+def ddk_no_fs_rule(state, student_ppl, teacher_ppl, natural, alpha):
     """DDK without factor smoothing: Eq. 1 after every K steps."""
     if state is None:
-        return base, {}
+        return natural, {}
     return discrepancy_factor(student_ppl, teacher_ppl), {}
 
 
@@ -122,7 +121,6 @@ RULES = {
 }
 
 # ------------ Drawing batches -----------------------------------------------------------------------------------------
-
 
 # The second word of each hash says what it is for, so that no two uses share random numbers.
 WALK = 1  # the order of a domain's windows in an epoch
@@ -184,8 +182,8 @@ class MixtureSampler:
         top_bits = int(random_hash(self.seed, START, self.step)[0] >> np.uint64(32))
         start = top_bits / 2**32  # in [0, 1), exact
         edges = np.append(0, np.cumsum(self.probs))
-        edges /= edges[-1]  # ends at exactly 1, and a last domain of probability 0 stays empty
-        points_below = np.ceil(B * edges - start)  # how many of start, start + 1, start + 2, … lie below each edge
+        edges /= edges[-1]  # the last edge is exactly 1, and so is the one before if the last probability is 0
+        points_below = np.ceil(B * edges - start)  # of start, start + 1, … : how many lie below B · edge
         counts = np.diff(points_below).astype(np.int64)
 
         # Shuffle the places of the batch among the domains.
@@ -280,53 +278,43 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.n
 
 # ------------ The program: replay, plot, show -------------------------------------------------------------------------
 
-
 def read_metrics(path: Path) -> list[dict]:
     """The lines of a run's metrics.jsonl. A torn last line, left by a run that was killed, is dropped.
 
-    Raises UserError if the file cannot be read, or if a line is not one that a run writes."""
+    Raises UserError if the file cannot be read, or if a whole line is not JSON."""
     with user_errors(path, "name the metrics.jsonl of a run's out_dir"):
         text = Path(path).read_text(encoding="utf-8")
         whole_lines = text[:text.rfind("\n") + 1].splitlines()
-        metrics = [json.loads(line) for line in whole_lines]
-        for line in metrics:
-            expected = {"kind", "step"}
-            if line["kind"] == "mixture":
-                expected |= {"t", "r", "domains"}
-            if not expected <= line.keys() or not isinstance(line["step"], int):
-                raise ValueError(f"a {line['kind']} line requires {' '.join(sorted(expected))}")
-    return metrics
+        return [json.loads(line) for line in whole_lines]
 
 
-def replay(mixture_lines: list[dict], rule: str, base: dict[str, float], alpha: float) -> list[dict[str, float]]:
+def replay(mixture_lines: list[dict], rule: str, natural: dict[str, float], alpha: float) -> list[dict[str, float]]:
     """r after each evaluation, name → probability, by a rule of RULES and the perplexities of the mixture lines."""
-    base_probs = np.array(list(base.values()))
+    natural_probs = np.array(list(natural.values()))
     state = None
     replayed = []
     for line in mixture_lines:
-        student_ppl = [line["domains"][name]["student_ppl"] for name in base]
-        teacher_ppl = [line["domains"][name]["teacher_ppl"] for name in base]
-        r, state = RULES[rule](state, student_ppl, teacher_ppl, base_probs, alpha)
-        replayed.append(dict(zip(base, r.tolist())))
+        student_ppl = [line["domains"][name]["student_ppl"] for name in natural]
+        teacher_ppl = [line["domains"][name]["teacher_ppl"] for name in natural]
+        r, state = RULES[rule](state, student_ppl, teacher_ppl, natural_probs, alpha)
+        replayed.append(dict(zip(natural, r.tolist())))
     return replayed
 
 
 def show_replay(args: argparse.Namespace) -> dict[str, float]:
     """Print r as the rule and α make it from the perplexities that a run logged. Returns the last r."""
-    metrics = read_metrics(args.metrics)
-    run_lines = [line for line in metrics if line["kind"] == "run"]
-    mixture_lines = [line for line in metrics if line["kind"] == "mixture"]
-    if not run_lines or not mixture_lines:
-        raise UserError(f"--metrics={args.metrics}: no run and no evaluation in it; name the metrics.jsonl of a run")
-    run = run_lines[0]
-
     # Replay with what the run used, unless the command line says otherwise
     with user_errors(f"--metrics={args.metrics}", "name the metrics.jsonl of a run with a teacher"):
+        metrics = read_metrics(args.metrics)
+        run = next((line for line in metrics if line["kind"] == "run"), None)
+        mixture_lines = [line for line in metrics if line["kind"] == "mixture"]
+        if run is None or not mixture_lines:
+            raise ValueError("no run and no evaluation in it")
         rule = args.rule or run["rule"]
         alpha = args.alpha
         if alpha is None:
             alpha = run["config"]["alpha"]
-        replayed = replay(mixture_lines, rule, run["base"], alpha)
+        replayed = replay(mixture_lines, rule, run["natural"], alpha)
 
         # How far the replay is from what the run drew by
         largest = 0.0
@@ -335,7 +323,7 @@ def show_replay(args: argparse.Namespace) -> dict[str, float]:
                 largest = max(largest, abs(line["r"][name] - r[name]))
 
     print(f"r by the rule {rule}, α = {alpha}")
-    print(f"{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in run["base"]))
+    print(f"{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in run["natural"]))
     for line, r in zip(mixture_lines, replayed):
         print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r.values()))
     print(f"largest difference from the run's own r: {largest:.1e}\n")

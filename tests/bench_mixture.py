@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from data import TokenBins, build_bins, load_tokenizer, run_program
-from distill import distillation_loss, hidden_and_head, make_optimizer, perplexities, resolve_config
+from distill import distillation_loss, make_optimizers, perplexities, resolve_config
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
 
@@ -75,14 +75,14 @@ def main():
     B = config.batch_size
     teacher = GPT(GPTConfig.scratch(4, 128, VOCAB, config.block_size))
     student = GPT(GPTConfig.scratch(2, 96, VOCAB, config.block_size))
-    optimizer = make_optimizer(student, config)
+    optimizer, = make_optimizers(student, config)
     windows = torch.randint(0, VOCAB, (B, config.block_size + 1))
 
     def step():
         inputs = windows[:, :-1]
         targets = windows[:, 1:]
         with torch.no_grad():
-            teacher_hidden, teacher_head = teacher(inputs, loss_fn=hidden_and_head)
+            teacher_hidden, teacher_head = teacher(inputs, loss_fn=lambda *hidden_and_head: hidden_and_head)
         loss, _, _ = student(inputs, loss_fn=lambda hidden, head: distillation_loss(
             hidden, head, teacher_hidden, teacher_head, targets))
         loss.backward()

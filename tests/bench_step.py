@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from data import TokenBins, Tokenizer, build_bins
-from distill import (dense_distillation_loss, distillation_loss, hidden_and_head, make_optimizer, peak_flops,
+from distill import (PEAK_FLOPS, count_parameters, dense_distillation_loss, distillation_loss, make_optimizers,
                      resolve_config, step_flops, train)
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
@@ -122,6 +122,11 @@ def median(times: list[float]) -> float:
     return statistics.median(times[len(times) // 3:])
 
 
+def hidden_and_head(hidden, head):
+    """A loss_fn for GPT that returns what it is given."""
+    return hidden, head
+
+
 # ------------ The implementations -------------------------------------------------------------------------------------
 
 
@@ -129,7 +134,7 @@ def parts(args: argparse.Namespace) -> dict:
     folder = Path(args.folder)
     teacher = GPT.from_pretrained(folder / "teacher", getattr(torch, args.dtype)).to(args.device).requires_grad_(False)
     student = GPT.from_pretrained(folder / "student", torch.float32).to(args.device)
-    optimizer = make_optimizer(student, run_config(args))
+    optimizer, = make_optimizers(student, run_config(args))
     seconds = {"teacher": [], "student forward": [], "loss": [], "student backward": [], "optimizer": []}
     losses = []
     for windows in batches(args):
@@ -275,14 +280,14 @@ def peak_gib(device: str) -> float:
 
 def share_of_peak(args: argparse.Namespace, seconds: float) -> str:
     """MFU of a step: its FLOPs over what the GPU could do in its time; – where that is not known."""
-    config = run_config(args)
-    peak = peak_flops(config)
-    if peak is None:
+    if args.device != "cuda":
         return "–"
     with torch.device("meta"):
-        student = GPT(model_config(args, "student"))
-        teacher = GPT(model_config(args, "teacher"))
-    return f"{step_flops(student, teacher, config) / seconds / peak:.0%}"
+        parameters = count_parameters({role: GPT(model_config(args, role)) for role in ("student", "teacher")})
+    for card, peak in PEAK_FLOPS.items():
+        if card in torch.cuda.get_device_name():
+            return f"{step_flops(parameters, run_config(args)) / seconds / peak:.0%}"
+    return "–"
 
 
 def run_in_a_process(name: str, args: argparse.Namespace) -> dict:

@@ -60,6 +60,7 @@ def run_main(monkeypatch, capsys):
     """Runs a module's `main` as a program with arguments, in this process: (exit status, stdout, stderr)."""
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
+        monkeypatch.setattr(os, "_exit", sys.exit)  # which ends a program where the test says that torchrun started it
         status = 0
         try:
             run_program(module.main)
