@@ -3,6 +3,7 @@
     python tests/compare_arms.py --seeds=5 --arms=ddk,ddk_es,kd,cpt       the quickstart's setting
     python tests/compare_arms.py --setting=larger --seeds=3 --arms=ddk,kd  a BPE tokenizer, a larger teacher
     python tests/compare_arms.py --setting=real --teacher=DIR --seeds=2 --arms=ddk,ddk_es,kd     a pretrained teacher
+    python tests/compare_arms.py --code=ted --arms=ted     a fork's arm beside those that have run; ted/ has its files
     python tests/compare_arms.py --gains=assets/quickstart.json,assets/even.json       what DDK gains in which setting
 
 The teacher is made once, or given. A seed makes its own student base, by another initialization and another order of
@@ -26,7 +27,12 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+# The four files are imported from --code, so it has to be known before the other arguments are read.
+CODE_PARSER = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+CODE_PARSER.add_argument("--code", default=str(Path(__file__).parents[1]),
+                         help="folder of a fork's four files, whose arms are run (default: the project's own)")
+CODE = CODE_PARSER.parse_known_args()[0].code
+sys.path.insert(0, CODE)
 
 import torch
 
@@ -46,6 +52,10 @@ ARMS = {
     "cpt_doremi": {"method": "cpt"},  # in the mixture of the proxy, see run_arm
     "cpt": {"method": "cpt"},
 }
+for method in distill.ARMS:  # and what a fork has besides; doremi_proxy is a stage of cpt_doremi
+    if method not in (*ARMS, "doremi_proxy"):
+        ARMS[method] = {"method": method}
+FORKS = {"ted": "ted", "cpt_doremi": "doremi"}  # arms that are forks → the diff in tests/forks
 ABLATIONS = {
     **{f"gamma={value}": {"gamma": value} for value in (0.0, 0.1, 0.3, 0.5)},
     **{f"temperature={value}": {"temperature": value} for value in (0.1, 0.2, 0.5, 2.0)},
@@ -193,7 +203,7 @@ def summary(out_dir: Path) -> dict:
     run_line = next(line for line in metrics if line["kind"] == "run")
     end = next(line for line in metrics if line["kind"] == "end")["domains"]
     mixtures = [line for line in metrics if line["kind"] == "mixture"]
-    replayed = replay(mixtures, run_line["rule"], run_line["base"], run_line["config"]["alpha"])
+    replayed = replay(mixtures, run_line["rule"], run_line["natural"], run_line["config"]["alpha"])
     for line, r in zip(mixtures, replayed, strict=True):
         assert all(abs(line["r"][name] - r[name]) < 1e-9 for name in r), f"{out_dir}: r does not follow at {line}"
     ratios = [domain["test_ratio"] for domain in end.values()]
@@ -348,9 +358,8 @@ def domains_figure(results: dict, path: Path):
     figure.savefig(path, dpi=110)
 
 
-def arms_figure(results: dict, path: Path):
+def arms_figure(results: dict, names: list[str], path: Path):
     """Worst and mean ratio of each arm: a point per seed, and the mean with two standard errors."""
-    names = [name for name in ARMS if name in results]
     figure = import_optional("matplotlib.figure", "figures").Figure(figsize=(9, 0.4 * len(names) + 1.2),
                                                                      layout="constrained")
     for ax, measure in zip(figure.subplots(1, 2, sharey=True), ("worst_ratio", "mean_ratio")):
@@ -369,8 +378,9 @@ def arms_figure(results: dict, path: Path):
 def write_report(results: dict, setting: str, folder: Path):
     """Write SETTING.md and the figures, and print the former."""
     folder.mkdir(parents=True, exist_ok=True)
+    arms = [name for name in dict.fromkeys([*ARMS, *results]) if name in results and name not in ABLATIONS]
     first = [one["first_worst_ratio"] for runs in results.values() for one in runs.values()]
-    apart = [abs(domain["test_ratio"] / domain["ratio"] - 1) for name in ARMS for one in results.get(name, {}).values()
+    apart = [abs(domain["test_ratio"] / domain["ratio"] - 1) for name in arms for one in results[name].values()
              for domain in one["end"].values()]
     some_run = next(iter(next(iter(results.values())).values()))
     counts = [f"{name} {val} and {test}" for name, (val, test) in some_run["documents"].items()]
@@ -378,9 +388,9 @@ def write_report(results: dict, setting: str, folder: Path):
              f"{statistics.mean(first):.2f} on the validation windows. At the end a domain's ratios on test and",
              f"validation windows are {statistics.mean(apart):.0%} apart on average, {max(apart):.0%} at most.",
              f"Documents in the validation and the test windows: {', '.join(counts)}.", "",
-             *table(results, ARMS, MEASURES), "",
+             *table(results, arms, MEASURES), "",
              "Perplexity of each domain's test windows, and its ratio to the teacher's:", "",
-             *domains_table(results, ARMS), ""]
+             *domains_table(results, arms), ""]
     if results.keys() & ABLATIONS.keys():
         lines += ["DDK with one value changed:", "", *ablations_table(results), ""]
     lines += ["The paper's claims, by paired differences over seeds, decided at 95 % (Student's t):", "",
@@ -389,7 +399,7 @@ def write_report(results: dict, setting: str, folder: Path):
     write_text(folder / f"{setting}.md", text)
     if "ddk" in results and "kd" in results:
         domains_figure(results, folder / f"{setting}_domains.png")
-    arms_figure(results, folder / f"{setting}_arms.png")
+    arms_figure(results, arms, folder / f"{setting}_arms.png")
     print(f"\n{text}\nwritten to {folder}")
 
 
@@ -455,15 +465,29 @@ def first_difference(results: dict) -> float:
 # ----------------------------------------------- The program --------------------------------------------------------
 
 
+def can_run(name: str) -> bool:
+    """Whether the code has the method of an arm."""
+    method = "doremi_proxy" if name == "cpt_doremi" else ARMS[name].get("method", "ddk")
+    return method in distill.ARMS
+
+
 def chosen_arms(text: str) -> list[str]:
-    """name,… of arms and ablations, where arms, ablations and all stand for the groups. Raises UserError."""
-    groups = {"arms": list(ARMS), "ablations": list(ABLATIONS), "all": list(ARMS | ABLATIONS)}
+    """name,… of arms and ablations, where arms, ablations and all stand for what the code can run. Raises UserError."""
+    arms = [name for name in ARMS if can_run(name)]
+    groups = {"arms": arms, "ablations": list(ABLATIONS), "all": [*arms, *ABLATIONS]}
     names = []
     for word in text.split(","):
         names += groups.get(word, [word])
-    for name in names:
-        if name not in ARMS | ABLATIONS:
-            raise UserError(f"--arms={text}: {name} is none of {' '.join(ARMS | ABLATIONS)}")
+    problems = []
+    for name in dict.fromkeys(names):
+        if name in FORKS and name not in arms:
+            fork = FORKS[name]
+            problems.append(f"--arms={text}: {name} is a fork, and not in {CODE}; mkdir {fork} && cp *.py {fork} && "
+                            f"git apply --directory={fork} tests/forks/{fork}.diff, then --code={fork}")
+        elif name not in groups["all"]:
+            problems.append(f"--arms={text}: {name} is none of {' '.join(groups['all'])}")
+    if problems:
+        raise UserError("\n".join(problems))
     return list(dict.fromkeys(names))
 
 
@@ -479,7 +503,7 @@ def own_keys(text: str) -> dict:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, parents=[CODE_PARSER],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=list(SETTINGS), default="quickstart", help="data, models and steps")
     parser.add_argument("--teacher", default="", help="folder of a pretrained teacher, for --setting=real")

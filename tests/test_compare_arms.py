@@ -12,7 +12,10 @@ import pytest
 import torch
 from compare_arms import (ABLATIONS, ARMS, CLAIMS, MEASURES, ablations_table, chosen_arms, domains_table, gain,
                           mean_and_error, paired, table, verdicts, write_gains)
+from test_forks import patched
 
+import distill
+from data import UserError
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -80,9 +83,22 @@ def test_gains_are_shares_by_seed_and_a_row_for_each_setting_and_arm(tmp_path, c
 
 
 def test_arms_and_ablations_by_name():
-    assert chosen_arms("arms") == list(ARMS) and chosen_arms("all") == [*ARMS, *ABLATIONS]
+    own = ["ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"]
+    assert chosen_arms("arms") == own and chosen_arms("all") == [*own, *ABLATIONS]
     assert chosen_arms("kd,gamma=0.5") == ["kd", "gamma=0.5"]
     assert all(name in ARMS | ABLATIONS for _, *names in CLAIMS for name in names)
+
+
+def test_an_arm_that_is_a_fork_is_asked_for_with_its_diff_and_runs_where_the_code_has_it(monkeypatch):
+    with pytest.raises(UserError) as error:
+        chosen_arms("kd,ted,cpt_doremi,best")
+    lines = str(error.value).splitlines()
+    for line, fork in zip(lines[:2], ("ted", "doremi")):
+        assert line.endswith(f"git apply --directory={fork} tests/forks/{fork}.diff, then --code={fork}")
+    assert len(lines) == 3 and "best is none of ddk" in lines[2]
+    for method in ("ted", "doremi_proxy"):
+        monkeypatch.setitem(distill.ARMS, method, distill.ARMS["kd"])
+    assert chosen_arms("arms") == list(ARMS) and chosen_arms("ted,cpt_doremi") == ["ted", "cpt_doremi"]
 
 
 @pytest.mark.slow
@@ -97,7 +113,10 @@ def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(tmp_path)
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    assert "3/3  cpt_doremi, seed 0" in compare("--arms=ddk,kd,cpt_doremi", "--seeds=1")
+    assert "2/2  kd, seed 0" in compare("--arms=ddk,kd", "--seeds=1")
+    (tmp_path / "fork").mkdir()
+    fork = patched("doremi", tmp_path / "fork")
+    assert "1/1  cpt_doremi, seed 0" in compare(f"--code={fork}", "--arms=ddk,kd,cpt_doremi", "--seeds=1")
     printed = compare("--arms=ddk,kd", "--seeds=2")
     assert "2/2  kd, seed 1" in printed and "seed 0" not in printed and "Collecting" not in printed
     results = json.loads((tmp_path / "out" / "results.json").read_text())

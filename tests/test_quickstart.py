@@ -47,7 +47,7 @@ def test_the_quickstart_makes_bins_teacher_base_and_student(checkout):
                    checkout / "data/quickstart/student/step_00000001", out_dir / "step_00000004"):
         assert (folder / "model.safetensors").is_file(), folder
     assert [line["t"] for line in read_lines(out_dir, "mixture")] == [0, 1, 2]
-    for wanted in ("ETA", "worst ratio", "--method=kd", "out/quickstart-ddk-0/step_00000004"):
+    for wanted in ("ETA", "worst ratio", "--teacher=data/quickstart", "out/quickstart-ddk-0/step_00000004"):
         assert wanted in printed
     for name in meta["domains"]:
         assert len(re.findall(rf"(?m)^ *{name}\b", printed)) >= 2  # before training, and at the end
@@ -62,16 +62,16 @@ def test_another_arm_uses_the_same_bins_and_models(checkout):
     assert runs[0]["domains"] == runs[1]["domains"]  # both start from the same student and teacher
 
 
-def readme_blocks() -> list[list[str]]:
-    """The commands of each of the README's bash blocks, in their order."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def readme_blocks(kind: str) -> list[list[str]]:
+    """The commands of each of the README's `kind` of blocks, in their order."""
+    blocks = re.findall(rf"```{kind}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     return [[command for line in block.replace("\\\n", " ").splitlines() for command in line.split(" && ")]
             for block in blocks]
 
 
 def test_the_commands_of_the_readme_work_as_written(checkout):
     """Made small by keys that come last; pip and pytest are left to whoever runs this test."""
-    blocks = readme_blocks()
+    blocks = readme_blocks("bash")
     for wanted in ("python distill.py", "pip install -r requirements-dev.txt", "pytest"):
         assert any(wanted in block for block in blocks)
     shutil.copytree(checkout / "data" / "quickstart", checkout / "data" / "try")
@@ -90,5 +90,13 @@ def test_the_commands_of_the_readme_work_as_written(checkout):
     with ThreadPoolExecutor(2) as pool:  # no block requires another
         list(pool.map(run_block, blocks))
     assert (checkout / "mixture.png").is_file()
+
+
+def test_the_commands_that_apply_a_fork_work_as_written(checkout):
+    blocks = [block for block in readme_blocks("sh") if any("git apply" in command for command in block)]
+    assert len(blocks) == 2
+    for command in blocks[0] + blocks[1]:
+        run(checkout, f"{command} {SMALL}" if "distill.py" in command else command)
+    assert (checkout / "out/quickstart-ted-0/step_00000004/filters.pt").is_file()
     mixture = (checkout / "out/proxy/mixture.txt").read_text().strip()
     assert json.loads((checkout / "out/cpt-doremi/config.json").read_text())["config"]["mixture"] == mixture
