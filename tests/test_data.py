@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 from collections import Counter
 from functools import partial
@@ -165,15 +166,28 @@ def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
     (UserError("--a: wrong\n--b: wrong too"), "0", 2, "error: --a: wrong\nerror: --b: wrong too\n"),
     (UserError("--a: wrong"), "3", 2, "rank 3: error: --a: wrong\n"),
     (OSError(28, "No space left on device", "x"), "0", 2, "error: [Errno 28] No space left on device: 'x'\n"),
-    (KeyboardInterrupt(), "0", 130, "")])
-def test_an_error_that_the_user_can_fix_ends_a_program_without_a_traceback(
+    (KeyboardInterrupt(), "0", 130, ""), (BrokenPipeError(), "0", 141, ""), (SystemExit(138), "0", 138, ""),
+    (SystemExit(), "0", 0, "")], ids=repr)
+def test_what_ends_a_program_is_its_status_and_message_without_a_traceback(
         capsys, monkeypatch, error, rank, status, message):
+    """As torchrun starts it: it leaves at once, and ranks other than 0 let that one speak first."""
     def main():
         raise error
+    waited = []
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(SystemExit) as stop:
         run_program(main)
     assert (stop.value.code, capsys.readouterr().err) == (status, message)
+    assert bool(waited) == (rank == "3")
+
+
+def test_a_mistake_of_ours_has_its_traceback_and_a_program_that_ends_well_returns(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run_program(lambda: 1 / 0)
+    assert stop.value.code == 1 and "ZeroDivisionError" in capsys.readouterr().err
+    assert run_program(lambda: None) is None
 
 
 def test_a_file_that_requires_a_package_names_it(tmp_path, monkeypatch):

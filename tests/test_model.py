@@ -1,7 +1,6 @@
 """The model: transformers' logits both ways, strict folders, dropped layers, generation, and the program."""
 
 import json
-import os
 import pickle
 import shutil
 import subprocess
@@ -33,38 +32,31 @@ LLAMA3_ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_fre
                    original_max_position_embeddings=32)  # with rope_theta 100: wavelengths of 6 to 291 tokens
 MODELS = {
     "llama": LlamaConfig(**LLAMA),
-    "llama grouped-query": LlamaConfig(**GROUPED),
     "llama multi-query": LlamaConfig(**LLAMA, num_key_value_heads=1),
     "llama tied": LlamaConfig(**LLAMA, tie_word_embeddings=True),
     "llama attention bias": LlamaConfig(**LLAMA, attention_bias=True),
     "llama mlp bias": LlamaConfig(**LLAMA, mlp_bias=True),
-    "llama wide heads": LlamaConfig(**GROUPED, head_dim=20),
-    "llama rope_theta": LlamaConfig(**LLAMA, rope_theta=500000.0),
+    "llama rope_theta": LlamaConfig(**GROUPED, head_dim=20, rope_theta=500000.0),
     "llama-3 rope": LlamaConfig(**LLAMA, rope_parameters=dict(LLAMA3_ROPE, rope_theta=100.0)),
     "llama gelu": LlamaConfig(**LLAMA, hidden_act="gelu_pytorch_tanh"),
-    "mistral": MistralConfig(**GROUPED, sliding_window=None),
-    "mistral window": MistralConfig(**GROUPED, sliding_window=24),
+    "mistral": MistralConfig(**GROUPED, sliding_window=24),
     "qwen2": Qwen2Config(**GROUPED),
     "qwen2 tied": Qwen2Config(**LLAMA, num_key_value_heads=4, tie_word_embeddings=True, rope_theta=1e6),
     "qwen2 window": Qwen2Config(**GROUPED, **QWEN_WINDOW, max_window_layers=1),
-    "qwen2 window above": Qwen2Config(**GROUPED, **QWEN_WINDOW, max_window_layers=3),  # that is, above all layers
     "qwen2 window off": Qwen2Config(**GROUPED, sliding_window=24, max_window_layers=1),
     "qwen2 one layer slides": Qwen2Config(**GROUPED, **QWEN_WINDOW, layer_types=[
         "full_attention", "sliding_attention", "full_attention"]),
     "qwen3": Qwen3Config(**GROUPED, head_dim=20),
-    "qwen3 bias": Qwen3Config(**GROUPED, head_dim=12, attention_bias=True),
-    "qwen3 window": Qwen3Config(**GROUPED, head_dim=12, **QWEN_WINDOW, max_window_layers=2),
+    "qwen3 bias": Qwen3Config(**GROUPED, head_dim=12, attention_bias=True, **QWEN_WINDOW, max_window_layers=2),
     "gpt2": GPT2Config(**GPT2),
     "gpt2 untied": GPT2Config(**GPT2, n_inner=100, tie_word_embeddings=False, activation_function="gelu"),
     "gpt2 odd heads": GPT2Config(**{**GPT2, "n_embd": 36}, activation_function="relu"),
     "gpt_bigcode": GPTBigCodeConfig(**GPT2),
     "gpt_bigcode untied": GPTBigCodeConfig(**GPT2, n_inner=100, tie_word_embeddings=False, activation_function="gelu"),
     "starcoder2": Starcoder2Config(**STARCODER2),
-    "starcoder2 window": Starcoder2Config(**STARCODER2, sliding_window=24, rope_theta=999999.4420358813),
     "starcoder2 no bias": Starcoder2Config(**STARCODER2, use_bias=False, sliding_window=24, tie_word_embeddings=False),
 }
-SLIDING = ("mistral window", "qwen2 window", "qwen2 window above", "qwen2 one layer slides", "qwen3 window",
-           "starcoder2 window", "starcoder2 no bias")
+SLIDING = ("mistral", "qwen2 window", "qwen2 one layer slides", "qwen3 bias", "starcoder2 no bias")
 
 
 def tokens(vocab_size: int, *shape: int) -> torch.Tensor:
@@ -159,16 +151,11 @@ def test_logits_and_tensor_names_are_transformers_both_ways(name, tmp_path):
 ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling")
 NULLS = dict.fromkeys(("rope_scaling", "partial_rotary_factor"))
 EDITED = {  # what is edited in a config.json → (model, keys that are removed, keys that are set)
-    "rope_parameters, as of transformers 5": ("llama", ROPE_KEYS, dict(
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0})),
-    "rope_theta, as of transformers 4": ("llama", ROPE_KEYS, dict(rope_theta=500000.0, rope_scaling=None)),
-    "rope_theta is a whole number": ("llama", ROPE_KEYS, dict(rope_theta=500000)),
+    "rope_theta, as of transformers 4": ("llama", ROPE_KEYS, dict(rope_theta=500000, rope_scaling=None)),
     # What is added by hand to a file of transformers 5 to stretch the context
     "rope_scaling before rope_parameters": ("llama rope_theta", (), dict(rope_scaling=dict(LLAMA3_ROPE,
                                                                                            rope_theta=100.0))),
     "rope_scaling without rope_theta": ("llama rope_theta", (), dict(rope_scaling=LLAMA3_ROPE)),
-    "rope_scaling is empty": ("llama rope_theta", (), dict(rope_scaling={})),
-    "rope_scaling is null": ("llama rope_theta", (), dict(rope_scaling=None)),
     **{f"nulls in {family}": (family, (), NULLS) for family in FAMILIES},
     "layer_types is null": ("qwen2 window", (), dict(layer_types=None)),
     # Keys that only other families have
@@ -181,8 +168,7 @@ EDITED = {  # what is edited in a config.json → (model, keys that are removed,
     **{f"llama's keys in {family}": (family, (), dict(
         QWEN_WINDOW, attention_bias=False, mlp_bias=False, rms_norm_eps=0.5, rope_theta=5.0, rope_scaling=LLAMA3_ROPE))
        for family in ("gpt2", "gpt_bigcode")},
-    "Qwen's keys in mistral": ("mistral window", (), dict(use_sliding_window=False, max_window_layers=28)),
-    "Qwen's keys in starcoder2": ("starcoder2 window", (), dict(use_sliding_window=False, max_window_layers=28)),
+    "Qwen's keys in mistral": ("mistral", (), dict(use_sliding_window=False, max_window_layers=28)),
 }
 
 
@@ -226,14 +212,10 @@ V4 = dict(GROUPED, hidden_act="silu", initializer_range=0.02, use_cache=True, bo
           torch_dtype="bfloat16")
 GPT2_V4 = dict(GPT2, initializer_range=0.02, attn_pdrop=0.1, bos_token_id=1, eos_token_id=2, summary_activation=None)
 HUB = {  # a model of the hub → its config.json as transformers 4 wrote it, with small sizes
-    "gpt2": dict(GPT2_V4, model_type="gpt2", activation_function="gelu_new", n_ctx=64,
-                 task_specific_params={"text-generation": {"do_sample": True, "max_length": 50}}),
     "starcoder": dict(GPT2_V4, model_type="gpt_bigcode", activation_function="gelu", attention_softmax_in_fp32=True,
                       multi_query=True, n_inner=192, scale_attn_weights=True, torch_dtype="float32"),
     "Qwen1.5": dict(V4, model_type="qwen2", max_window_layers=1, rope_theta=1000000.0, sliding_window=16,
                     tie_word_embeddings=True, use_sliding_window=False),
-    "Qwen2 window": dict(V4, model_type="qwen2", max_window_layers=2, rope_theta=1000000.0, sliding_window=16,
-                         use_sliding_window=True),
     "Qwen3": dict(V4, model_type="qwen3", attention_bias=False, head_dim=20, max_window_layers=28, rope_scaling=None,
                   rope_theta=1000000, sliding_window=None, tie_word_embeddings=True, use_sliding_window=False),
     "starcoder2": dict(V4, model_type="starcoder2", mlp_type="default", hidden_act="gelu_pytorch_tanh",
@@ -251,13 +233,13 @@ def test_a_config_of_transformers_4_makes_the_same_network_and_keeps_its_keys(na
     theirs.save_pretrained(tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(HUB[name]))
     ours = GPT.from_pretrained(tmp_path)
-    assert ours.config.context == (16 if name in ("Qwen2 window", "starcoder2", "Mistral-v0.1") else 64)
+    assert ours.config.context == (16 if name in ("starcoder2", "Mistral-v0.1") else 64)
     assert_same_logits(ours, theirs)
     assert_opens_in_transformers(ours, tmp_path / "ours")
     assert HUB[name].keys() <= settings_of(tmp_path / "ours").keys()
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-3 rope", "qwen2", "mistral", "starcoder2"])
+@pytest.mark.parametrize("name", ["llama-3 rope", "qwen2", "starcoder2"])
 def test_rotary_positions_go_on_beyond_the_configured_ones(name, tmp_path):
     theirs = transformers_model(MODELS[name])
     theirs.save_pretrained(tmp_path)
@@ -266,7 +248,7 @@ def test_rotary_positions_go_on_beyond_the_configured_ones(name, tmp_path):
 
 # ------------ Sizes from scratch --------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("width", [32, 48, 64, 96, 98, 100, 120, 128, 192, 200, 256, 384, 576, 1000])
+@pytest.mark.parametrize("width", [32, 48, 98, 120, 192, 576, 1000])
 def test_scratch_has_even_heads_and_opens_in_transformers(width, tmp_path):
     config = GPTConfig.scratch(1, width, 31, 5000)
     assert (config.hidden_size, config.num_hidden_layers, config.vocab_size, config.context) == (width, 1, 31, 5000)
@@ -309,8 +291,8 @@ def test_more_tokens_than_the_window_or_the_learned_positions_are_refused(family
 @torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
 def test_compiled_blocks_are_whole_where_dynamo_makes_head_dim_symbolic():
     """As it does under FSDP2, once teacher and student differ in it."""
-    for family, head_dim in (("llama", 8), ("llama", 16), ("gpt2", 8), ("gpt2", 16)):
-        gpt, idx = tiny(family, num_hidden_layers=1, head_dim=head_dim), tokens(30, 2, 7)
+    for head_dim in (8, 16):
+        gpt, idx = tiny(num_hidden_layers=1, head_dim=head_dim), tokens(30, 2, 7)
         expected = gpt(idx)
         gpt.layers[0].compile(fullgraph=True, backend="eager")
         torch.testing.assert_close(gpt(idx), expected)
@@ -340,21 +322,12 @@ def test_rope_theta_and_dtype_are_written_for_both_transformers_versions(tmp_pat
     assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
-def test_whole_tensors_can_be_saved_for_a_model_that_does_not_hold_them(tmp_path):
-    gpt = tiny("gpt2").bfloat16()
-    with torch.device("meta"):
-        shell = GPT(gpt.config)
-    shell.save_pretrained(tmp_path, state=gpt.state_dict())
-    assert settings_of(tmp_path)["dtype"] == "bfloat16"
-    assert_same_weights(GPT.from_pretrained(tmp_path), gpt)
-
-
 @pytest.mark.parametrize("wanted", [None, torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_each_tensor_is_in_the_dtype_of_the_file_unless_another_is_asked_for(wanted, tmp_path):
+def test_a_model_is_in_the_dtype_that_holds_all_of_the_file_unless_another_is_asked_for(wanted, tmp_path):
     gpt = tiny("gpt2").bfloat16()
     gpt.norm.half()
     gpt.save_pretrained(tmp_path)
-    assert_same_weights(GPT.from_pretrained(tmp_path, wanted), gpt if wanted is None else gpt.to(wanted))
+    assert_same_weights(GPT.from_pretrained(tmp_path, wanted), gpt.to(wanted or torch.float32))
 
 
 def without(prefix: str):
@@ -377,11 +350,7 @@ CAUSAL = torch.ones(1, 1, 64, 64).tril()
 STORED_OTHERWISE = {  # how → (model, edit of its tensors)
     "gpt2 as on the hub": ("gpt2", as_on_the_hub),
     "gpt2 untied without a prefix": ("gpt2 untied", without("transformer.")),
-    "gpt_bigcode without a prefix": ("gpt_bigcode", without("transformer.")),
-    "llama without a prefix": ("llama", without("model.")),
-    "gpt2 with buffers": ("gpt2", with_buffers(CAUSAL, *(f"transformer.h.{i}.attn.bias" for i in range(3)))),
     "gpt2 with masked buffers": ("gpt2", with_buffers(torch.tensor(-1e4), "transformer.h.1.attn.masked_bias")),
-    "gpt_bigcode with buffers": ("gpt_bigcode", with_buffers(CAUSAL.bool(), "transformer.h.0.attn.bias")),
     "llama with buffers": ("llama", with_buffers(torch.ones(6), "model.layers.1.self_attn.rotary_emb.inv_freq")),
     "a tied head that is also in the file": ("llama tied", lambda state: state.update(
         {"lm_head.weight": state["model.embed_tokens.weight"].clone()})),
@@ -399,8 +368,8 @@ def test_files_of_other_versions_are_read(how, tmp_path):
     assert_opens_in_transformers(ours, tmp_path / "ours")
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-3 rope", "mistral window", "qwen2", "qwen2 window", "qwen3",
-                                  "gpt2 untied", "gpt_bigcode untied", "starcoder2 window"])
+@pytest.mark.parametrize("name", ["llama-3 rope", "mistral", "qwen2 window", "qwen3", "gpt2 untied",
+                                  "gpt_bigcode untied", "starcoder2"])
 def test_what_config_json_says_besides_is_kept_and_a_second_save_changes_nothing(name, tmp_path):
     transformers_model(MODELS[name]).save_pretrained(tmp_path / "theirs")
     edit_config(tmp_path / "theirs", bos_token_id=7, eos_token_id=[1, 2], attention_dropout=0.5, ours={"a": [1, None]},
@@ -419,14 +388,6 @@ def test_what_config_json_says_besides_is_kept_and_a_second_save_changes_nothing
     assert sorted(path.name for path in (tmp_path / "again").iterdir()) == [CONFIG, WEIGHTS]
     for file in (CONFIG, WEIGHTS):
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
-
-
-def test_loading_and_saving_leave_the_global_random_state(tmp_path):
-    before = torch.get_rng_state()
-    tiny().save_pretrained(tmp_path)
-    torch.set_rng_state(before)
-    GPT.from_pretrained(tmp_path).save_pretrained(tmp_path / "again")
-    assert torch.get_rng_state().equal(before)
 
 
 def test_a_loaded_model_does_not_change_with_its_file(tmp_path):
@@ -496,21 +457,16 @@ DAMAGE = {  # what is wrong → (how it comes about, what the message names)
     "the folder of a run": (lambda folder: (folder / "metrics.jsonl").touch(), ["step_"]),
     "unexpected layer": (spoil_config(num_hidden_layers=1), ["unexpected", Q]),
     "would broadcast": (spoil_tensor(NORM, lambda tensor: tensor[:1]), [WEIGHTS, NORM]),
-    "empty tensor": (spoil_tensor(NORM, lambda tensor: tensor[:0]), [WEIGHTS, NORM]),
     "another vocabulary": (spoil_config(vocab_size=29), [WEIGHTS, "model.embed_tokens.weight", "30", "29"]),
-    "infinity": (spoil_tensor(NORM, one_value(float("inf"))), [WEIGHTS, NORM, "finite"]),
     "minus infinity": (spoil_tensor(NORM, one_value(float("-inf"))), [WEIGHTS, NORM, "finite"]),
     "a tied head that differs": (spoil_config(tie_word_embeddings=True), [WEIGHTS, "lm_head.weight"]),
     "cut weights": (spoil_bytes(WEIGHTS, lambda content: content[:-100]), [WEIGHTS]),
-    "weights of another format": (spoil_bytes(WEIGHTS, lambda content: b"version https://git-lfs" * 9), [WEIGHTS]),
     "cut config": (spoil_bytes(CONFIG, lambda content: content[:40]), [CONFIG]),
     "a config that is a list": (spoil_bytes(CONFIG, lambda content: b"[]"), [CONFIG]),
-    "no model_type": (spoil_config(["model_type"]), [CONFIG, "model_type"]),
     "unknown model_type": (spoil_config(model_type="mamba"), [CONFIG, "mamba"]),
     "unknown activation": (spoil_config(hidden_act="relu2"), [CONFIG, "relu2"]),
     "llama3 without a value": (spoil_rope("rope_scaling", rope_type="llama3", factor=8.0), ["low_freq_factor"]),
     "unknown rope_parameters": (spoil_rope("rope_parameters", rope_type="yarn", factor=2.0), [CONFIG, "yarn"]),
-    "unknown rope_scaling": (spoil_rope("rope_scaling", rope_type="dynamic", factor=2.0), [CONFIG, "dynamic"]),
     "unknown rope_scaling of old": (spoil_rope("rope_scaling", type="linear", factor=2.0), [CONFIG, "linear"]),
     "unknown rope_scaling beside rope_parameters": (
         spoil_config(rope_scaling={"rope_type": "yarn", "factor": 8.0}), [CONFIG, "yarn"]),
@@ -518,14 +474,11 @@ DAMAGE = {  # what is wrong → (how it comes about, what the message names)
                                                      [CONFIG, "partial_rotary_factor", "0.5"]),
     "quantised": (spoil_config(quantization_config={"quant_method": "gptq"}), [CONFIG, "quantization_config", "gptq"]),
     # Sizes that the weights do not have, or no network
-    "a negative size": (spoil_config(intermediate_size=-1), [CONFIG, "-1"]),
     "a size that is a text": (spoil_config(intermediate_size="many"), [CONFIG]),
     "no layers": (spoil_config(num_hidden_layers=0), [CONFIG]),
     "no heads": (spoil_config(["head_dim"], num_attention_heads=0), [CONFIG]),
-    "odd heads": (spoil_config(head_dim=9), [WEIGHTS, "q_proj.weight is [32, 32]", "[36, 32]"]),
     "heads in no groups": (spoil_config(num_key_value_heads=3), [WEIGHTS, "k_proj.weight is [16, 32]", "[24, 32]"]),
-    **{f"no {key}": (spoil_config([key]), [CONFIG, key])
-       for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
+    "no hidden_size": (spoil_config(["hidden_size"]), [CONFIG, "hidden_size"]),
 }
 
 
@@ -585,7 +538,7 @@ def test_a_setting_that_makes_it_another_network_is_refused(key, value, family, 
 
 # ------------ Shards --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", ["llama tied", "qwen3", "gpt2", "gpt_bigcode", "starcoder2"])
+@pytest.mark.parametrize("name", ["llama tied", "qwen3", "gpt2"])
 def test_transformers_shards_are_read_as_the_whole(name, tmp_path):
     theirs = transformers_model(MODELS[name])
     theirs.save_pretrained(tmp_path / "whole")
@@ -636,17 +589,11 @@ SHARDS = {  # what is wrong with the shards → (how it comes about, what the me
     "a shard missing": (lambda folder: (folder / SECOND).unlink(), [SECOND, INDEX]),
     "no index": (lambda folder: (folder / INDEX).unlink(), [WEIGHTS, "index"]),
     "above the folder": (moved(lambda folder: "../above.safetensors"), ["../above.safetensors", INDEX]),
-    "below the folder": (moved(lambda folder: "sub/below.safetensors"), ["sub/below.safetensors", INDEX]),
     "by an absolute path": (moved(lambda folder: str(folder.parent / "away" / "far.safetensors")), ["away", INDEX]),
     "a folder": (index({NORM: ".."}), ["..", INDEX]),
-    "itself": (index({NORM: ""}), [INDEX]),
-    "no shards": (index({}), ["missing", "norm.weight"]),
-    "a list": (index([FIRST, SECOND]), [INDEX]),
     "numbers": (index({NORM: 1}), [INDEX]),
     "no weight_map": (spoil_bytes(INDEX, lambda content: b"{}"), [INDEX, "weight_map"]),
-    "a cut index": (spoil_bytes(INDEX, lambda content: content[:-9]), [INDEX]),
     "a shard not named": (index({NORM: SECOND}), ["missing", "embed_tokens"]),
-    "a cut shard": (spoil_bytes(SECOND, lambda content: content[:-100]), [SECOND]),
     "a tensor in both": (in_both_shards, [FIRST, SECOND, NORM]),
     "a tensor that is not finite": (spoil_tensor(NORM, one_value(float("nan")), SECOND), [SECOND, NORM]),
 }
@@ -683,15 +630,13 @@ def test_a_number_of_layers_that_it_does_not_have_is_refused(n):
         tiny().keep_layers(n)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2 window", "gpt_bigcode"])
-def test_some_of_the_layers_open_in_transformers(name, n, tmp_path):
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen2 window"])
+def test_some_of_the_layers_open_in_transformers(name, tmp_path):
     transformers_model(MODELS[name]).save_pretrained(tmp_path / "theirs")
     assert ("layer_types" in settings_of(tmp_path / "theirs")) == ("qwen" in name)  # an entry for each layer
     gpt = GPT.from_pretrained(tmp_path / "theirs")
-    gpt.keep_layers(n)
-    back = assert_opens_in_transformers(gpt, tmp_path / "ours")
-    assert back.config.num_hidden_layers == n
+    gpt.keep_layers(2)
+    assert assert_opens_in_transformers(gpt, tmp_path / "ours").config.num_hidden_layers == 2
     assert_same_weights(GPT.from_pretrained(tmp_path / "ours"), gpt)
 
 
@@ -713,24 +658,21 @@ print((read("VmHWM") - before) / sum(p.numel() * p.element_size() for p in model
 def test_loading_takes_hardly_more_memory_than_the_model(tmp_path):
     tiny().save_pretrained(tmp_path / "small")
     with torch.device("meta"):
-        gpt = GPT(GPTConfig(vocab_size=24576, hidden_size=1024, intermediate_size=1024, num_hidden_layers=16,
+        gpt = GPT(GPTConfig(vocab_size=12288, hidden_size=1024, intermediate_size=1024, num_hidden_layers=8,
                             num_attention_heads=8, num_key_value_heads=1, head_dim=64, tie_word_embeddings=True))
-    gpt = gpt.bfloat16().to_empty(device="cpu")
+    gpt = gpt.bfloat16().to_empty(device="cpu")  # 100 MB
     for parameter in gpt.parameters():
         parameter.data.fill_(1)
-    assert 1.8e8 < sum(p.numel() * p.element_size() for p in gpt.parameters()) < 2.2e8
     gpt.save_pretrained(tmp_path / "large")
     result = subprocess.run([sys.executable, "-c", LOADS, tmp_path / "small", tmp_path / "large"], capture_output=True,
                             text=True, cwd=Path(model_program.__file__).parent)
-    (tmp_path / "large" / WEIGHTS).unlink()
     assert result.returncode == 0, result.stderr
     assert 0.9 < float(result.stdout) < 1.35
 
 
 # ------------ Generation ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("family, changes", [("llama", {}), ("llama", dict(max_position_embeddings=8)),
-                                             ("gpt2", dict(max_position_embeddings=8)),
+@pytest.mark.parametrize("family, changes", [("llama", {}), ("gpt2", dict(max_position_embeddings=8)),
                                              ("mistral", dict(sliding_window=8))])
 def test_greedy_takes_the_likeliest_token_after_as_many_as_the_context_holds(family, changes):
     gpt, prompt = tiny(family, **changes), tokens(30, 3, 13)
@@ -792,15 +734,11 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_program_continues_a_prompt_and_a_seed_decides_how(folder, tmp_path, run_main):
+def test_the_program_continues_a_prompt_and_a_seed_decides_how(folder, run_main):
     arguments = [f"--model={folder}", "--tokenizer=bytes", "--prompt=Grüße <|endoftext|>", "--max_new_tokens", "30",
                  "--temperature=0", "--temperature=1.5"]
-    program = Path(model_program.__file__).resolve()
-    result = subprocess.run([sys.executable, program, *arguments, "--seed=3"], cwd=tmp_path, capture_output=True,
-                            env={**os.environ, "PYTHONUTF8": "1"})
-    assert result.returncode == 0, result.stderr
-    output = result.stdout.decode()
-    assert output.startswith("Grüße <|endoftext|>") and len(output) > 25
+    status, output, err = run_main(model_program, *arguments, "--seed=3")
+    assert (status, err) == (0, "") and output.startswith("Grüße <|endoftext|>") and len(output) > 25
     assert run_main(model_program, *arguments, "--seed=3") == (0, output, "")
     assert run_main(model_program, *arguments, "--seed=4")[1] != output
 
@@ -815,29 +753,22 @@ def test_help_lists_every_key_with_its_default(run_main):
 
 @pytest.mark.parametrize("arguments, named", [
     ([], ["--model"]),
-    (["--model=FOLDER", "--prompt=a", "--promt=a"], ["--promt=a"]),
     (["--model=FOLDER", "--prompt=a", "--temp=1"], ["--temp=1"]),
     (["--model=FOLDER", "--prompt="], ["--prompt"]),
     (["--model=FOLDER/nowhere", "--prompt=a"], ["FOLDER/nowhere: no config.json"]),
     (["--model=FOLDER", "--prompt=a", "--max_new_tokens=0"], ["--max_new_tokens=0", "1"]),
     (["--model=FOLDER", "--prompt=a", "--top_k=0"], ["--top_k=0", "1"]),
     (["--model=FOLDER", "--prompt=a", "--seed=-1"], ["--seed=-1", "0"]),
-    (["--model=FOLDER", "--prompt=a", "--temperature=-1"], ["--temperature=-1", "0"]),
     (["--model=FOLDER", "--prompt=a", "--temperature=nan"], ["--temperature=nan"]),
-    (["--model=FOLDER", "--prompt=a", "--max_new_tokens=many"], ["--max_new_tokens", "many"]),
     (["--model=FOLDER", "--prompt=a", "--device=abacus"], ["--device=abacus", "cpu"]),
-    (["--model=FOLDER", "--prompt=a", "--device=cpu:1"], ["--device=cpu:1", "cpu"]),
     (["--model=FOLDER", "--prompt=a", "--tokenizer=bytes", "--eot=none such"], ["--eot=none such"]),
     (["--model=FOLDER", "--prompt=a", "--tokenizer=none such"], ["--tokenizer=none such"]),
     (["--model=FOLDER", "--prompt=a"], ["--tokenizer", "FOLDER"]),  # it has none
-    (["--model=BROKEN", "--prompt=a"], ["BROKEN", CONFIG]),
     (["--model=SMALL", "--prompt=z", "--tokenizer=bytes"], ["30", "257"]),  # rows and ids
 ])
 def test_the_programs_errors_are_a_message_and_status_2(arguments, named, folder, tmp_path, run_main):
     tiny().save_pretrained(tmp_path / "small")
-    tiny().save_pretrained(tmp_path / "broken")
-    (tmp_path / "broken" / CONFIG).write_text("{")
-    for name, path in (("FOLDER", folder), ("BROKEN", tmp_path / "broken"), ("SMALL", tmp_path / "small")):
+    for name, path in (("FOLDER", folder), ("SMALL", tmp_path / "small")):
         arguments = [text.replace(name, str(path)) for text in arguments]
         named = [text.replace(name, str(path)) for text in named]
     status, output, message = run_main(model_program, *arguments)
