@@ -2,11 +2,12 @@
 
 `discrepancy_factor` is Eq. 1 and `smooth_update` is Eq. 2. RULES is the table of mixture rules: what each arm draws by.
 `MixtureSampler` draws the batches. Nothing here depends on torch, on models or on ranks. As a program, this file shows
-how batches are drawn from a folder of bins, replays r from the perplexities that a run logged, and plots the paper's
-Fig. 3:
+how batches are drawn from a folder of bins, replays r from the perplexities that a run logged, and puts runs side by
+side, in a table and in the paper's Fig. 1 and Fig. 3:
 
     python sample_mixture.py --data_dir=data/quickstart
     python sample_mixture.py --metrics=out/quickstart-ddk-0/metrics.jsonl --alpha=0.8 --plot=mixture.png
+    python sample_mixture.py --metrics out/quickstart-*/metrics.jsonl --plot=runs.png
 """
 
 import argparse
@@ -301,11 +302,17 @@ def replay(mixture_lines: list[dict], rule: str, natural: dict[str, float], alph
     return replayed
 
 
+def run_name(path: str) -> str:
+    """The folder of a metrics.jsonl."""
+    return Path(path).absolute().parent.name
+
+
 def show_replay(args: argparse.Namespace) -> dict[str, float]:
     """Print r as the rule and α make it from the perplexities that a run logged. Returns the last r."""
     # Replay with what the run used, unless the command line says otherwise
-    with user_errors(f"--metrics={args.metrics}", "name the metrics.jsonl of a run with a teacher"):
-        metrics = read_metrics(args.metrics)
+    [path] = args.metrics
+    with user_errors(f"--metrics={path}", "name the metrics.jsonl of a run with a teacher"):
+        metrics = read_metrics(path)
         run = next((line for line in metrics if line["kind"] == "run"), None)
         mixture_lines = [line for line in metrics if line["kind"] == "mixture"]
         if run is None or not mixture_lines:
@@ -328,35 +335,88 @@ def show_replay(args: argparse.Namespace) -> dict[str, float]:
         print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r.values()))
     print(f"largest difference from the run's own r: {largest:.1e}\n")
     if args.plot:
-        plot(mixture_lines, replayed, args.plot)
+        plot({run_name(path): mixture_lines}, args.plot, replayed)
     return replayed[-1]
 
 
-def plot(mixture_lines: list[dict], replayed: list[dict[str, float]], path: str):
-    """The paper's Fig. 3, r and the perplexity ratio over the steps, and every other number logged per domain."""
-    matplotlib_figure = import_optional("matplotlib.figure", f"--plot={path}")
-    steps = [line["step"] for line in mixture_lines]
-    names = list(replayed[0])
-    first_domain = mixture_lines[0]["domains"][names[0]]
-    keys = ["r", "ratio"]
-    for key, value in first_domain.items():
-        if key not in keys and value is not None:
-            keys.append(key)
+def show_runs(args: argparse.Namespace):
+    """Print the last perplexities and ratios of several runs side by side: on the test windows if all have some."""
+    # The evaluations of each run, and what was measured last, by the name of its folder
+    mixtures = {}
+    last = {}
+    for path in args.metrics:
+        with user_errors(f"--metrics {path}", "name the metrics.jsonl of runs on the same domains, with a teacher"):
+            lines = [line for line in read_metrics(path) if line["kind"] in ("mixture", "end")]
+            name = run_name(path)
+            if name in last:
+                name = path
+            last[name] = lines[-1]["domains"]
+            mixtures[name] = [line for line in lines if line["kind"] == "mixture"]
+            first_run = next(iter(last.values()))
+            if last[name].keys() != first_run.keys() or None in [domain["ratio"] for domain in last[name].values()]:
+                raise ValueError("other domains than the run before, or no teacher")
+    tested = all("test_ratio" in domain for domains in last.values() for domain in domains.values())
+    prefix = "test_" if tested else ""
 
-    # Three panels a row, one for each number, with a curve for each domain
-    n_rows = math.ceil(len(keys) / 3)
+    # The table: a row per run
+    width = 2 + max(map(len, ["teacher", *last]))
+    print(f"perplexity (ratio to the teacher's) on the {'test' if tested else 'validation'} windows:\n")
+    header = "".join(f"{name[:16]:>18}" for name in first_run)
+    print(f"{'':{width}}{header}{'worst ratio':>14}{'mean ratio':>12}")
+    for name, domains in last.items():
+        row = f"{name:{width}}"
+        ratios = []
+        for domain in domains.values():
+            ratios.append(domain[f"{prefix}ratio"])
+            row += f"{domain[f'{prefix}student_ppl']:9.2f} ({ratios[-1]:6.2f})"
+        print(f"{row}{max(ratios):14.3f}{sum(ratios) / len(ratios):12.3f}")
+    teacher = [f"{domain[f'{prefix}teacher_ppl']:9.2f}{'':9}" for domain in first_run.values()]
+    print(f"{'teacher':{width}}" + "".join(teacher))
+    if args.plot:
+        plot(mixtures, args.plot)
+
+
+def plot(runs: dict[str, list[dict]], path: str, r: list[dict[str, float]] | None = None):
+    """The paper's Fig. 1, perplexity per domain of the student before, of each run, and of the teacher; its Fig. 3, the
+    ratio over tokens, for each run; and r, a panel of ours, if it is given. All on the validation windows.
+
+    runs: name → mixture lines, on the same domains."""
+    matplotlib_figure = import_optional("matplotlib.figure", f"--plot={path}")
+    n_panels = 1 + len(runs)
+    if r is not None:
+        n_panels += 1
+    n_rows = math.ceil(n_panels / 3)
     figure = matplotlib_figure.Figure(figsize=(12, 3.2 * n_rows), layout="constrained")
-    axes = figure.subplots(n_rows, 3, squeeze=False).flat
-    for ax, key in zip(axes, keys):
-        for name in names:
-            if key == "r":  # which holds until the next evaluation
-                ax.step(steps, [r[name] for r in replayed], where="post", label=name)
-            else:
-                ax.plot(steps, [line["domains"][name][key] for line in mixture_lines], label=name)
-        ax.set(xlabel="step", title=key)
-    axes[0].legend()
-    for ax in axes[len(keys):]:
-        ax.set_visible(False)
+    panels = figure.subplots(n_rows, 3, squeeze=False).flatten()
+    for panel in panels[n_panels:]:
+        panel.set_visible(False)
+
+    # Fig. 1: bars side by side in each domain
+    first = next(iter(runs.values()))[0]["domains"]
+    bars = {"student before": [domain["student_ppl"] for domain in first.values()]}
+    for run, lines in runs.items():
+        bars[run] = [domain["student_ppl"] for domain in lines[-1]["domains"].values()]
+    bars["teacher"] = [domain["teacher_ppl"] for domain in first.values()]
+    left = np.arange(len(first))
+    width = 0.8 / len(bars)
+    for i, (label, heights) in enumerate(bars.items()):
+        panels[0].bar(left + i * width, np.array(heights, dtype=float), width, align="edge", label=label)
+    panels[0].set(title="perplexity, last evaluation", xticks=left + 0.4, xticklabels=list(first))
+
+    # Fig. 3, and r, which holds until the next evaluation
+    for panel, (run, lines) in zip(panels[1:], runs.items()):
+        tokens = [sum(domain["tokens"] for domain in line["domains"].values()) for line in lines]
+        for name in first:
+            ratios = [line["domains"][name]["ratio"] for line in lines]
+            panel.plot(tokens, np.array(ratios, dtype=float), label=name)
+        panel.set(xlabel="tokens", title=f"{run}: perplexity, student / teacher")
+        panel.sharey(panels[1])
+    if r is not None:
+        for name in first:
+            panels[2].step(tokens, [shares[name] for shares in r], where="post", label=name)
+        panels[2].set(xlabel="tokens", title="r")
+    for panel in panels[:2]:
+        panel.legend(fontsize="small")
     with user_errors(f"--plot={path}", "name a .png in a folder that exists"):
         figure.savefig(path, dpi=120)
     print(f"wrote {path}")
@@ -365,7 +425,7 @@ def plot(mixture_lines: list[dict], replayed: list[dict[str, float]], path: str)
 def show_draws(args: argparse.Namespace, r: dict[str, float] | None):
     """Print what `--steps` batches draw from each domain, and the domain's next window as text."""
     names = list(r) if r else None
-    bins = TokenBins(args.data_dir, args.block_size, names, f"--metrics={args.metrics}")
+    bins = TokenBins(args.data_dir, args.block_size, names, f"--metrics={' '.join(args.metrics)}")
     tokenizer = saved_tokenizer(bins.dir, bins.tokenizer)
 
     # Draw by r, or by the natural proportions
@@ -396,10 +456,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="", help="bins: show how a run would draw from them, and some text")
-    parser.add_argument("--metrics", default="", help="metrics.jsonl of a run: replay r from the perplexities in it")
+    parser.add_argument("--metrics", nargs="+", default=[], help="metrics.jsonl of a run: replay r from the "
+                        "perplexities in it; of several runs: put them side by side")
     parser.add_argument("--rule", choices=list(RULES), help="replay by this rule (default: the run's)")
     parser.add_argument("--alpha", type=float, help="replay with this α, from 0 to 1 (default: the run's)")
-    parser.add_argument("--plot", default="", help="plot r and the ratios of --metrics to this .png")
+    parser.add_argument("--plot", default="", help="plot what --metrics shows to this .png")
     parser.add_argument("--block_size", type=int, default=256, help="tokens per window (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=64, help="windows per step (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=100, help="steps to draw (default: %(default)s)")
@@ -415,8 +476,13 @@ def main():
         if getattr(args, key) < 1:
             parser.error(f"--{key}={getattr(args, key)} must be 1 or more")
 
+    if len(args.metrics) > 1 and (args.rule or args.alpha is not None):
+        parser.error("--rule and --alpha replay one run: name one --metrics")
+
     r = None
-    if args.metrics:
+    if len(args.metrics) > 1:
+        show_runs(args)
+    elif args.metrics:
         r = show_replay(args)
     if args.data_dir:
         show_draws(args, r)

@@ -353,18 +353,62 @@ def test_the_program_draws_by_the_last_r_replayed_and_from_the_runs_domains_alon
     assert status == 2 and f"--metrics={metrics}: {bins} has no other" in stderr
 
 
-def test_the_plot_shows_every_number_that_is_logged_per_domain_or_is_refused(program, metrics, tmp_path):
+def test_the_plot_of_one_run_has_fig_1_fig_3_and_r_or_is_refused(program, metrics, tmp_path):
     pytest.importorskip("matplotlib")
     assert program(f"--metrics={metrics}", f"--plot={tmp_path / 'fig.png'}")[0] == 0
     assert (tmp_path / "fig.png").read_bytes().startswith(b"\x89PNG")
-    metrics.write_text(metrics.read_text().replace('"epochs"', '"something_new"'))
     assert program(f"--metrics={metrics}", f"--plot={tmp_path / 'fig.svg'}")[0] == 0
     svg = (tmp_path / "fig.svg").read_text()
-    for title in ("r", "ratio", "student_ppl", "teacher_ppl", "tokens", "something_new"):
-        assert f"<!-- {title} -->" in svg
+    for text in ("r", f"{tmp_path.name}: perplexity, student / teacher", "perplexity, last evaluation", "tokens"):
+        assert f"<!-- {text} -->" in svg
     for name in ("no_such_folder/fig.png", "fig.nonsense"):
         status, _, stderr = program(f"--metrics={metrics}", f"--plot={tmp_path / name}")
         assert status == 2 and f"--plot={tmp_path / name}" in stderr
+
+
+@pytest.fixture
+def two_runs(tmp_path):
+    """The metrics of two finished runs, in folders of their own."""
+    paths = []
+    for name, end in (("one", [5.0, 4.0]), ("other", [6.0, 3.0])):
+        path = tmp_path / name / "metrics.jsonl"
+        path.parent.mkdir()
+        write_lines(path, [*LINES[:-1], {"kind": "end", "step": 30, "domains": domains(end)}])
+        paths.append(path)
+    return paths
+
+
+def test_runs_side_by_side_have_a_row_each_of_what_was_measured_last(program, two_runs):
+    status, stdout, _ = program("--metrics", *two_runs)
+    rows = {line.split()[0]: line.split()[1:] for line in stdout.splitlines() if line}
+    assert status == 0 and "on the validation windows" in stdout
+    assert " ".join(rows["one"]) == "5.00 ( 1.25) 4.00 ( 1.00) 1.250 1.125"
+    assert " ".join(rows["other"]) == "6.00 ( 1.50) 3.00 ( 0.75) 1.500 1.125"
+    assert rows["teacher"] == ["4.00", "4.00"]
+
+    # On the test windows where all runs have some
+    for path in two_runs:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for name, domain in lines[-1]["domains"].items():
+            domain.update(test_student_ppl=8.0, test_teacher_ppl=2.0, test_ratio=4.0)
+        write_lines(path, lines)
+    assert "on the test windows" in program("--metrics", *two_runs)[1]
+
+
+def test_runs_side_by_side_are_plotted_as_fig_1_and_fig_3(program, two_runs, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert program("--metrics", *two_runs, f"--plot={tmp_path / 'fig.svg'}")[0] == 0
+    svg = (tmp_path / "fig.svg").read_text()
+    for text in ("student before", "one", "other", "teacher", "one: perplexity, student / teacher", "tokens"):
+        assert f"<!-- {text} -->" in svg
+
+
+def test_runs_that_cannot_stand_side_by_side_are_one_message(program, two_runs):
+    status, _, stderr = program("--metrics", *two_runs, "--alpha=0.5")
+    assert status == 2 and "--alpha" in stderr
+    write_lines(two_runs[1], [*LINES[:-1], {"kind": "end", "step": 30, "domains": domains([5.0], None)}])
+    status, _, stderr = program("--metrics", *two_runs)
+    assert status == 2 and str(two_runs[1]) in stderr and "other domains" in stderr
 
 
 @pytest.mark.parametrize("arguments, named", [
