@@ -1,7 +1,7 @@
 """Text to per-domain token bins, and bins to windows.
 
     python data.py --out_dir=data/mine --tokenizer=bytes 'code=src/**/*.py' books=books/ web=web.jsonl.gz
-    python data.py --out_dir=data/pile --tokenizer=DIR --domain_key=meta.pile_set_name 'pile/*.jsonl.zst'
+    python data.py --out_dir=data/pile --tokenizer=DIR --domain_key=meta.pile_set_name 'pile/*.jsonl.zst' code=src/
     python data.py --verify=data/mine
 
 A bins folder holds for each domain NAME.train.bin and NAME.val.bin: token ids without a header, little-endian, uint16
@@ -11,6 +11,7 @@ tokenizer, and gives the size and sha256 of each bin. Helpers that all four prog
 
 import argparse
 import ast
+import fcntl
 import glob
 import gzip
 import hashlib
@@ -26,8 +27,9 @@ import shutil
 import sys
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +49,9 @@ def user_errors(source: str | Path, fix: str):
     """Turn any exception into a UserError that names `source` and the `fix`. A UserError passes unchanged."""
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except Exception as error:  # every library raises exceptions of its own
+    except BaseException as error:  # every library raises exceptions of its own, and a panic in Rust is no Exception
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{source}: {type(error).__name__}: {reason}; {fix}") from None
 
@@ -93,10 +95,10 @@ def run_program(main: Callable):
         sys.exit(status)
 
 
-def import_optional(module: str, needed_for: str):
-    """Import a module that only some uses require. UserError says how to install its package."""
+def import_optional(module: str, needed_for: str, or_else: str = ""):
+    """Import a module that only some uses require. UserError says how to install its package, or what else to do."""
     package = module.partition(".")[0]
-    with user_errors(needed_for, f"pip install {package}"):
+    with user_errors(needed_for, f"pip install {package} {or_else}".strip()):
         return importlib.import_module(module)
 
 
@@ -112,10 +114,10 @@ def model_folder(source: str | Path, key: str, files: Iterable[str]) -> Path:
     if path.exists() or path.parent.exists() or not re.fullmatch(HUB_NAME, str(source)):
         return path
     where = f"{key}={source}: no such folder, and not to be had from the Hugging Face Hub"
-    fix = ("name a folder, or pip install huggingface_hub; where there is a network:  "
-           f"hf download {source} --local-dir models/{path.name}")
+    download = f"hf download {source} --local-dir models/{path.name}"
+    fix = f"name a folder; where there is a network:  {download}"
+    huggingface_hub = import_optional("huggingface_hub", where, f"or {fix}")
     with user_errors(where, fix):
-        import huggingface_hub
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
 
 
@@ -148,6 +150,21 @@ def write_text(path: Path, text: str):
     os.replace(temporary, path)
 
 
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path):
+    """Make the folder if there is none, and keep all other processes out of it for as long as the context lasts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "w") as file:  # network file systems lock files that are open for writing, not folders
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is using it; wait for it, or name another folder") from None
+        yield
+
+
 # ------------ Windows and bins ----------------------------------------------------------------------------------------
 
 FORMAT_VERSION = 2
@@ -163,10 +180,17 @@ def read_meta(data_dir: str | Path, key: str = "--data_dir") -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
+        ids = range(meta["tokenizer"]["vocab_size"])
+        if meta["tokenizer"]["eot"] not in ids:
+            raise ValueError(f"the end of text {meta['tokenizer']['eot']} is not one of {len(ids)} ids")
         # Every file is in the folder itself, and every bin has the size that its number of tokens gives.
         sizes = dict.fromkeys(meta["tokenizer"]["files"])  # None: any size
-        for domain in meta["domains"].values():
+        for name, domain in meta["domains"].items():
+            if ids[-1] > np.iinfo(domain["dtype"]).max:
+                raise ValueError(f"domain {name}: {domain['dtype']} cannot hold {len(ids)} ids")
             for entry in (domain["train"], domain["val"]):
+                if type(entry["tokens"]) is not int or entry["file"] in sizes:
+                    raise ValueError(f"domain {name}: tokens are no integer, or {entry['file']} is named twice")
                 sizes[entry["file"]] = entry["tokens"] * np.dtype(domain["dtype"]).itemsize
         for name, size in sizes.items():
             file = data_dir / name
@@ -202,16 +226,19 @@ class TokenBins:
     def _count(self, name: str, side: str) -> int:
         return max(self.domains[name][side]["tokens"] - 1, 0) // self.block_size
 
+    def _tokens(self, name: str, side: str) -> np.ndarray:
+        """A bin, mapped. Again for each batch, as in nanoGPT: pages count as this process's memory while mapped."""
+        dtype = np.dtype(self.domains[name]["dtype"]).newbyteorder("<")
+        return np.memmap(self.dir / self.domains[name][side]["file"], dtype=dtype, mode="r")
+
     def _windows(self, name: str, side: str, window_ids: np.ndarray) -> np.ndarray:
         """Windows of one bin, (len(window_ids), block_size + 1) int64. UserError if an id is not in the vocabulary."""
-        path = self.dir / self.domains[name][side]["file"]
-        dtype = np.dtype(self.domains[name]["dtype"]).newbyteorder("<")
-        # Mapped again for each batch, as in nanoGPT: pages count as this process's memory while they are mapped.
-        tokens = np.memmap(path, dtype=dtype, mode="r")
+        tokens = self._tokens(name, side)
         positions = window_ids[:, None] * self.block_size + np.arange(self.block_size + 1)
         windows = tokens[positions].astype(np.int64)
         largest = windows.max(initial=0)
         if largest >= self.vocab_size:
+            path = self.dir / self.domains[name][side]["file"]
             raise UserError(f"{path}: holds the id {largest}, but the tokenizer has {self.vocab_size} ids; run data.py "
                             f"--verify={self.dir}, or make the bins again")
         return windows
@@ -224,14 +251,39 @@ class TokenBins:
             windows[rows] = self._windows(self.names[domain_id], "train", window_ids[rows])
         return windows
 
-    def val_windows(self, name: str, count: int, start: int = 0) -> np.ndarray:
-        """Validation windows start … start + count − 1, (count, block_size + 1) int64. UserError if there are fewer."""
-        available = self._count(name, "val")
-        if start + count > available:
-            asked = f"--val_samples={start} and --test_samples={count}" if start else f"--val_samples={count}"
-            raise UserError(f"{asked}: domain {name} of {self.dir} has {available} validation windows of "
-                            f"{self.block_size} tokens; ask for fewer, or make bins with a larger --val_fraction")
-        return self._windows(name, "val", np.arange(start, start + count))
+    def val_windows(self, name: str, count: int) -> np.ndarray:
+        """`count` windows, evenly spaced over the first half of a domain's validation bin, (count, B + 1) int64.
+
+        The bin's documents are in the order of their hashes, so the halves hold random ones. UserError if there are
+        fewer windows."""
+        return self._windows(name, "val", self._eval_ids(name, "val", count))
+
+    def test_windows(self, name: str, count: int) -> np.ndarray:
+        """The same over the second half, whatever is asked of the first."""
+        return self._windows(name, "val", self._eval_ids(name, "test", count))
+
+    def _eval_ids(self, name: str, side: str, count: int) -> np.ndarray:
+        n = self._count(name, "val")
+        half = n // 2
+        first, available = (0, half) if side == "val" else (half, n - half)
+        if count > available:
+            raise UserError(f"--{side}_samples={count}: domain {name} of {self.dir} has {available} windows of "
+                            f"{self.block_size} tokens in that half of its validation bin; lower --{side}_samples or "
+                            "--block_size, or make bins of more text or with a larger --val_fraction")
+        return first + np.arange(count) * available // max(count, 1)
+
+    def eval_documents(self, name: str, side: str, count: int) -> int:
+        """How many documents the `count` windows of a side, val or test, touch: by the end-of-text ids before them."""
+        starts = self._eval_ids(name, side, count) * self.block_size
+        tokens = self._tokens(name, "val")
+        ends = []
+        for start in range(0, len(tokens), 2**24):  # a piece at a time: the bin may be large
+            ends.append(start + np.flatnonzero(tokens[start:start + 2**24] == self.tokenizer["eot"]))
+        ends = np.concatenate(ends)
+        touched = set()
+        for first, last in zip(np.searchsorted(ends, starts), np.searchsorted(ends, starts + self.block_size - 1)):
+            touched.update(range(first, last + 1))
+        return len(touched)
 
     def content(self) -> str:
         """Identity of the tokens, independent of the folder: over the bins' entries and the tokenizer."""
@@ -299,8 +351,7 @@ def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
 
 def _tiktoken_tokenizer(name: str, eot: str) -> Tokenizer:
     if name == "bytes":
-        # Without merges any pattern gives the same ids. Short pieces are the fastest.
-        encoding = tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", special_tokens={END_OF_TEXT: 256},
+        encoding = tiktoken.Encoding("bytes", pat_str="(?s).", special_tokens={END_OF_TEXT: 256},
                                      mergeable_ranks={bytes([byte]): byte for byte in range(256)})
         fingerprint = settings_digest(bytes_settings())
     else:
@@ -318,8 +369,15 @@ def _tiktoken_tokenizer(name: str, eot: str) -> Tokenizer:
     # Some encodings have gaps between their ids, and a model may predict any id.
     known = {*encoding._mergeable_ranks.values(), *special.values()}
 
+    def encode(text: str) -> np.ndarray:
+        with user_errors(f"--tokenizer={name}, a text that begins with {text[:40]!r}", "leave it out, or cut it"):
+            return encoding.encode_to_numpy(text, disallowed_special=())
+
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        return [np.array(ids, dtype=np.uint32) for ids in encoding.encode_ordinary_batch(texts)]
+        if name == "bytes":
+            return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            return list(threads.map(encode, texts))
 
     def decode(ids: list[int]) -> str:
         return encoding.decode([i for i in ids if i in known])
@@ -337,12 +395,14 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
         config = path.with_name("tokenizer_config.json")
         if not eot and config.is_file():
             eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") or ""
-            eot = eos["content"] if isinstance(eos, dict) else eos
-    # Special tokens inside text are encoded as text, and no text is cut off or filled up.
+            eot = eos.get("content") if isinstance(eos, dict) else eos
+    # Special tokens inside text are encoded as text, no text is cut off or filled up, and no merge is left to chance.
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    eot_id = tokenizer.token_to_id(eot)
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    eot_id = tokenizer.token_to_id(eot) if isinstance(eot, str) else None
     if eot_id is None:
         raise UserError(f"--eot={eot}: not a token of {path.parent}; name the token that ends a document with "
                         "--eot=TOKEN (data.py and model.py)")
@@ -356,6 +416,18 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
     return Tokenizer(name=name, vocab_size=largest_id + 1, eot=eot_id, eot_token=eot,
                      fingerprint=settings_digest(json.loads(tokenizer.to_str())), encode_batch=encode_batch,
                      decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False), files=tuple(files))
+
+
+PROBE_TEXT = "".join(map(chr, range(33, 127))) + "éßΩЖ漢か한ع≈👩"
+
+
+def check_characters(tokenizer: Tokenizer):
+    """UserError if a character of PROBE_TEXT alone, or a part of its bytes, has no id: it would vanish from a text."""
+    with user_errors(f"--tokenizer={tokenizer.name}", "name another one"):
+        decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(list(PROBE_TEXT))]
+    lost = [c for c, text in zip(PROBE_TEXT, decoded, strict=True) if not text.strip() or "\ufffd" in text]
+    if lost:
+        raise UserError(f"--tokenizer={tokenizer.name}: loses {' '.join(lost)}, without an unknown token; name another")
 
 
 def settings_digest(settings: dict) -> str:
@@ -440,41 +512,64 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
 
 # ------------ Documents -----------------------------------------------------------------------------------------------
 
-PIECE = 8_000_000  # characters, about: a longer text file becomes several documents, so that memory stays bounded
+PIECE = 8_000_000  # characters, about: a longer text becomes several documents, so that memory stays bounded
 JSON_LINES = (".json", ".jsonl", ".ndjson")  # suffixes of files with one record a line
 
 
-def expand_sources(sources: list[str], labelled: bool) -> dict[str, list[Path]]:
-    """NAME=GLOB words to domain → sorted files; plain GLOB words to "records" → files if these are `labelled`.
+def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Counter]) -> dict[str, list[Path]]:
+    """NAME=GLOB words to domain → sorted files. If records are `labelled`, plain GLOB words are allowed: "" → files.
 
-    A folder stands for all files below it that are not hidden. UserError if a word matches no file, or a file that is
-    known by its suffix not to be read."""
-    domains = {}
+    A folder stands for all files below it that are not hidden. A domain has each file once, whatever links lead to it.
+    `left_out` as in read_documents. UserError if a word matches no file, or one whose suffix says that it is not read.
+    """
+    domains = {}  # name → real path → the first path that leads there
     for word in sources:
-        name, equals, pattern = word.partition("=")
-        if labelled:
-            name = "records"
+        named = re.fullmatch("([A-Za-z0-9][A-Za-z0-9_-]*)=(.*)", word)
+        # With labels, a word such as year=2023/*.jsonl may be a glob as it stands.
+        if labelled and (not named or any(find_files(word, Counter()))):
+            name = ""
             pattern = word
-        elif not equals:
-            raise UserError(f"{word}: write NAME=GLOB or NAME=FOLDER; or name the --domain_key of labelled records")
-        elif not re.fullmatch("[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise UserError(f"domain {name!r}: use only letters, digits, - and _ in its name")
-
-        # glob leaves out names that begin with a dot.
-        if os.path.isdir(pattern):
-            pattern = os.path.join(glob.escape(pattern), "**")
-        files = [Path(match) for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
+        elif named:
+            name, pattern = named.groups()
+        else:
+            raise UserError(f"{word!r}: write NAME=GLOB, with letters, digits, - and _ in NAME, or name a --domain_key")
+        files = sorted(find_files(pattern, left_out[name]))
         if not files:
-            raise UserError(f"{word}: no file matches {pattern!r}; name a folder or a glob of files, and with "
-                            "--domain_key no NAME=")
+            raise UserError(f"{word}: no file matches {pattern!r}; name a folder or a glob of files")
         for path in files:
             suffix = uncompressed_suffix(path)
             if suffix in (".csv", ".tsv"):
                 raise UserError(f"{path}: write its rows to .jsonl or .parquet, or name the other files")
-            if labelled and suffix not in (*JSON_LINES, ".parquet"):
-                raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet")
-        domains.setdefault(name, set()).update(files)
-    return {name: sorted(files) for name, files in domains.items()}
+            if not name and suffix not in (*JSON_LINES, ".parquet"):
+                raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet, or NAME=GLOB")
+            domains.setdefault(name, {}).setdefault(os.path.realpath(path), path)
+    return {name: sorted(files.values()) for name, files in domains.items()}
+
+
+def find_files(pattern: str, left_out: Counter) -> Iterator[Path]:
+    """The files that a folder or a glob stands for. Folders are entered once each, so that links in a circle end."""
+    if os.path.isdir(pattern):
+        pattern = os.path.join(glob.escape(pattern), "**")
+    recursive = re.fullmatch(r"(|.*?/)\*\*(/.*)?", pattern, re.DOTALL)
+    if not recursive:
+        for match in glob.glob(pattern):  # without names that begin with a dot
+            if os.path.isfile(match):
+                yield Path(match)
+            elif not os.path.isdir(match):
+                left_out["links to nothing, pipes and devices left out"] += 1
+        return
+
+    # The folders that ** stands for, and what the rest of the pattern matches in each.
+    entered = set()
+    for top in glob.glob(recursive[1] or "."):
+        walk = os.walk(top, followlinks=True, onerror=lambda _: left_out.update(["unreadable folders left out"]))
+        for folder, subfolders, _ in walk:
+            if os.path.realpath(folder) in entered:
+                subfolders.clear()
+                continue
+            entered.add(os.path.realpath(folder))
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            yield from find_files(glob.escape(folder) + (recursive[2] or "/*"), left_out)
 
 
 def uncompressed_suffix(path: Path) -> str:
@@ -488,8 +583,8 @@ def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
                    left_out: dict[str, Counter]) -> Iterator[tuple[str, str]]:
     """The documents of the files as a stream of (domain, text). UserError if a name has none, or a file is damaged.
 
-    With a `domain_key` the domain is what each record says there, made safe for the name of a file. `left_out` counts,
-    by name and reason, what is not a document and what was replaced."""
+    Under the name "" the domain is what each record says at `domain_key`, made safe for the name of a file. `left_out`
+    counts, by name and reason, what is not a document and what was replaced."""
     labels = {}  # domain → the label that it was made from
     for name, paths in files.items():
         counts = left_out[name]
@@ -497,35 +592,37 @@ def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
         for path in paths:
             for record in read_file(path, text_key, domain_key, counts):
                 text = value_at(record, text_key)
-                label = name
-                domain = name
-                if domain_key:
-                    label = str(value_at(record, domain_key) or "")
-                    domain = re.sub(r"[^A-Za-z0-9]+", "_", label).strip("_")
+                label = name or value_at(record, domain_key)
+                domain = name or re.sub(r"[^A-Za-z0-9]+", "_", str(label)).strip("_")[:100]
 
                 # Leave out what is not a document.
                 reason = None
                 if not isinstance(text, str):
                     reason = f"records left out, without a text under the key {text_key}"
-                elif not domain:
+                elif label is None or not domain:
                     reason = f"records left out, without a letter or digit of ASCII under the key {domain_key}"
-                elif not text.strip():
+                elif not text or text.isspace():
                     reason = "empty documents left out"
                 if reason is not None:
                     counts[reason] += 1
                     continue
 
+                # Labels that make the same name are one domain.
                 if labels.setdefault(domain, label) != label:
-                    raise UserError(f"{path}: the labels {label!r} and {labels[domain]!r} would both be the domain "
-                                    f"{domain}; rename one in the records")
+                    counts[f"records in the domain {domain} with another label than {labels[domain]!r}"] += 1
                 # Lone surrogates are not valid Unicode. They are from _open_text, or from escapes in JSON.
-                text, n_replaced = re.subn("[\ud800-\udfff]", "\ufffd", text)
-                if n_replaced > 0:
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    text = re.sub("[\ud800-\udfff]", "\ufffd", text)
                     counts["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
-                found = True
-                yield domain, text
+                # A long text is several documents.
+                file = io.StringIO(text)
+                while piece := file.read(PIECE) + file.readline(PIECE):
+                    found = True
+                    yield domain, piece
         if not found:
-            raise UserError(f"{name}: no document in its {len(paths)} files; notes, if any, say what was left out")
+            raise UserError(f"{name or 'records'}: no document in its {len(paths)} files; notes say what was left out")
 
 
 def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> Iterator[dict]:
@@ -541,9 +638,7 @@ def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> 
 
         with _open_text(path) as file:
             if suffix in JSON_LINES:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield json_record(line, f"{path}, line {number}")
+                yield from json_records(file, path, left_out)
                 return
             while piece := file.read(PIECE) + file.readline(PIECE):
                 # Text has no NUL characters.
@@ -553,13 +648,30 @@ def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> 
                 yield {text_key: piece}
 
 
-def json_record(line: str, where: str) -> dict:
-    """The record of a line of JSON. UserError says `where` there is none."""
-    with user_errors(where, "expected one JSON record per line; jq -c '.[]' FILE writes the records of one array so"):
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            raise ValueError("no record")
-        return record
+def json_records(lines: Iterable[str], path: Path, left_out: Counter) -> Iterator[dict]:
+    """The records of lines of JSON, without broken ones. UserError if there are no others, or if they are an array."""
+    reason = "broken records left out"
+    first = ""  # what is wrong with the first broken one of the file
+    found = False
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("no record")
+        except (ValueError, RecursionError) as error:
+            first = first or f"{path}, line {number}: {error}; expected one JSON record per line"
+            if left_out[reason] == 0:
+                print(f"note: {first}", flush=True)
+            left_out[reason] += 1
+            if number == 1 and line.startswith("[") and not line.rstrip().endswith("]"):
+                break
+        else:
+            found = True
+            yield record
+    if first and not found:
+        raise UserError(f"{first}; jq -c '.[]' FILE writes the records of one array so")
 
 
 def value_at(record: dict, key: str):
@@ -573,22 +685,27 @@ def value_at(record: dict, key: str):
     return record
 
 
-def _open_text(path: Path):
-    """Open a text file, compressed or not. Bytes that are not UTF-8 are read as lone surrogates; a byte order mark is
-    skipped."""
-    as_text = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": "\n"}
+def _open_text(path: Path) -> io.TextIOWrapper:
+    """Open a text file, compressed or not, without a byte order mark. Bytes that are not UTF-8 are lone surrogates."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", **as_text)
-    if path.suffix == ".zst":
+        file = gzip.open(path)
+    elif path.suffix == ".zst":
         # Not by zstandard, whose reader takes a file that is cut off for a whole one.
-        stream = import_optional("pyarrow", str(path)).input_stream(str(path), compression="zstd")
-        return io.TextIOWrapper(stream, **as_text)
-    return open(path, **as_text)
+        pyarrow = import_optional("pyarrow", str(path))
+        file = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    else:
+        file = open(path, "rb")
+    if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
+        raise ValueError("a compressed file is never empty")
+    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise UserError(f"{path}: is UTF-16, expected UTF-8; convert it:  iconv -f UTF-16 -t UTF-8 {path} > NEW")
+    return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
 # ------------ The build: one pass over a stream of documents ----------------------------------------------------------
 
-BATCH_BYTES = 1 << 20  # of text that is encoded at once: enough for all cores, and little memory
+BATCH_BYTES = 32 << 20  # of text that is encoded at once: enough for many cores
+FIX_FULL = "make room there, and build again"
 MAX_DOMAINS = 256  # each keeps up to --val_bytes in memory
 
 
@@ -602,18 +719,22 @@ class BinWriter:
         self.sha256 = hashlib.sha256()
         self.counts = Counter()
 
-    def append(self, ids: np.ndarray, n_bytes: int):
-        """Write a document: its ids, with the end of text, and its length in UTF-8."""
-        encoded = ids.astype(self.dtype).tobytes()
-        self.file.write(encoded)
+    def append(self, ids: np.ndarray, eot: int, n_bytes: int):
+        """Write a document: its ids and the end of text. `n_bytes` is its length in UTF-8."""
+        encoded = np.empty(len(ids) + 1, dtype=self.dtype)
+        encoded[:-1] = ids
+        encoded[-1] = eot
+        with user_errors(self.path, FIX_FULL):
+            self.file.write(encoded)
         self.sha256.update(encoded)
-        self.counts.update(tokens=len(ids), documents=1, bytes=n_bytes)
+        self.counts.update(tokens=len(encoded), documents=1, bytes=n_bytes)
 
     def publish(self) -> dict:
         """Give the bin its name. Returns its entry of meta.json."""
-        self.file.close()
-        fsync(self.file.name)
-        os.replace(self.file.name, self.path)
+        with user_errors(self.path, FIX_FULL):
+            self.file.close()
+            fsync(self.file.name)
+            os.replace(self.file.name, self.path)
         return {"file": self.path.name, **self.counts, "sha256": self.sha256.hexdigest()}
 
 
@@ -683,8 +804,6 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
     for name, domain in domains.items():
         for released in domain.shrink(val_fraction * domain.total_bytes):
             yield domain.train, released
-        if domain.bound == math.inf:
-            raise UserError(f"domain {name}: requires at least two distinct documents, for training and validation")
         for negated, raw in sorted(domain.heap, reverse=True):
             for _ in range(domain.copies[-negated]):
                 yield domain.val, raw
@@ -705,31 +824,42 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     """Write the bins of a stream of (domain, text) in one pass, and then meta.json, whose content is returned.
 
     Of each domain, the documents with the smallest content hashes are validation, in the order of their hashes: at most
-    val_fraction (below 1) of the domain's bytes and val_bytes, and at least one distinct document on each side. Memory
-    is at most val_bytes a domain, plus a few hundred bytes for each document that is held. A build that is killed
-    leaves only temporary files, and has to start again. `made_by` is kept in meta.json. UserError if out_dir holds
-    bins, or if a domain has fewer than two distinct documents."""
+    val_fraction (below 1) of the domain's bytes and val_bytes, and at least one distinct document on each side. A
+    domain with a single one is left out. Memory is at most val_bytes a domain, a few hundred bytes for each document
+    that is held, and a batch: BATCH_BYTES and one document, with 4 bytes for each of its ids, or about 100 while a
+    tokenizer.json encodes it. A build that is killed leaves only temporary files, and has to start again. `made_by` is
+    kept in meta.json. UserError if out_dir holds bins or is in use, if the tokenizer loses characters, or if no domain
+    is left."""
     out_dir = Path(out_dir)
-    if (out_dir / "meta.json").exists():
-        raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: must be at least 0 and below 1")
-    out_dir.mkdir(parents=True, exist_ok=True)
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     domains = {}
+    with locked(out_dir):
+        if (out_dir / "meta.json").exists():
+            raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
+        try:
+            # Encode a batch over all domains at a time, and append each document to its bin.
+            assigned = split_documents(documents, domains, out_dir, dtype, val_fraction, val_bytes)
+            while batch := list(take_batch(assigned)):
+                encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
+                for (writer, raw), ids in zip(batch, encoded, strict=True):
+                    writer.append(ids, tokenizer.eot, len(raw))
 
-    # Encode a batch over all domains at a time, and append each document to its bin.
-    assigned = split_documents(documents, domains, out_dir, dtype, val_fraction, val_bytes)
-    while batch := list(take_batch(assigned)):
-        encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
-        for (writer, raw), ids in zip(batch, encoded, strict=True):
-            writer.append(np.append(ids, tokenizer.eot), len(raw))
-
-    # Every bin is complete, and gets its name. meta.json comes last: a folder that has it is complete.
-    entries = {}
-    for name, domain in domains.items():
-        entries[name] = {"dtype": dtype, "train": domain.train.publish(), "val": domain.val.publish()}
-    return write_meta(out_dir, tokenizer, entries, made_by)
+            # Every bin is complete, and gets its name. meta.json comes last: a folder that has it is complete.
+            entries = {}
+            for name, domain in domains.items():
+                if domain.train.counts:
+                    entries[name] = {"dtype": dtype, "train": domain.train.publish(), "val": domain.val.publish()}
+                else:
+                    print(f"note: {name}: left out; a domain requires two distinct documents, to train and to validate")
+            if not entries:
+                raise UserError(f"--out_dir={out_dir}: no domain has two distinct documents")
+            with user_errors(out_dir / "meta.json", FIX_FULL):
+                return write_meta(out_dir, tokenizer, entries, made_by)
+        finally:
+            for path in [*out_dir.glob("*.bin.tmp"), out_dir / "meta.json.tmp"]:
+                path.unlink(missing_ok=True)
 
 
 def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], made_by: dict | None = None) -> dict:
@@ -751,38 +881,47 @@ def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], mad
 
 # ------------ The quickstart's text -----------------------------------------------------------------------------------
 
-def without_licence(text: str) -> str:
-    """Source code without the comments at its start, if they are about its licence."""
+def without_licence(text: str) -> list[str]:
+    """Source code as one document, without the comments at its start if they are about its licence."""
     head = re.match(r"(\s*(#[^\n]*\n|//[^\n]*\n|/\*.*?\*/))+", text, re.DOTALL)
     if head and re.search("copyright|licen[cs]e", head[0], re.IGNORECASE):
-        return text[head.end():]
-    return text
+        text = text[head.end():]
+    return [text]
 
 
-def docstrings(text: str) -> str:
-    """All docstrings of Python source."""
+def definitions(text: str) -> list[str]:
+    """Python source as a document per class or function, about: cut where two lines are blank."""
+    return without_licence(text)[0].split("\n\n\n")
+
+
+def docstrings(text: str) -> list[str]:
+    """Python source as a document per docstring."""
     found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             found.append(ast.get_docstring(node) or "")
-    return "\n\n".join(filter(None, found))
+    return found
 
 
 # Where a domain's text is: files below the folder of a module that comes with Python, torch, or what torch requires.
-# `left_out` is a regular expression of paths, `extract` makes a document of a file's text.
+# `left_out` is a regular expression of paths, `extract` makes documents of a file's text. Those longer than `longest`
+# characters are left out, so that the few windows of validation are of many.
 QUICKSTART = {
-    "python": {"module": "argparse", "suffix": ".py", "extract": without_licence,
+    "python": {"module": "argparse", "suffix": ".py", "extract": definitions, "longest": 20_000,
                "left_out": r"(^|/)(site-packages|tests?|idlelib|encodings|pydoc_data)/"},
-    "cpp": {"module": "torch", "suffix": ".h", "extract": without_licence,
+    "cpp": {"module": "torch", "suffix": ".h", "extract": without_licence, "longest": 6_000,
             "left_out": r"^(?!include/)|ATen/(ops|[^/]*$)|google/|sleef"},
-    "math": {"module": "sympy", "suffix": ".py", "extract": docstrings, "left_out": r"tests/|parsing/"},
-    "prose": {"module": "numpy", "suffix": ".py", "extract": docstrings, "left_out": r"tests/|_pyinstaller/"},
+    "math": {"module": "sympy", "suffix": ".py", "extract": docstrings, "longest": 4_000,
+             "left_out": r"tests/|parsing/"},
+    "prose": {"module": "numpy", "suffix": ".py", "extract": docstrings, "longest": 3_000,
+              "left_out": r"tests/|_pyinstaller/"},
 }
 
 
 def _quickstart_texts(name: str) -> Iterator[str]:
     if name == "prose":
-        yield from pydoc_data.topics.topics.values()
+        for topic in pydoc_data.topics.topics.values():
+            yield from topic.split("\n\n\n")
     source = QUICKSTART[name]
     folder = Path(importlib.util.find_spec(source["module"]).origin).parent
     paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*" + source["suffix"])]
@@ -790,7 +929,7 @@ def _quickstart_texts(name: str) -> Iterator[str]:
     for path in sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest()):
         if not re.search(source["left_out"], path):
             text = (folder / path).read_bytes().decode("utf-8-sig", errors="replace")
-            yield source["extract"](text)
+            yield from source["extract"](text)
 
 
 def quickstart_documents(n_bytes: dict[str, int]) -> Iterator[tuple[str, str]]:
@@ -804,7 +943,7 @@ def quickstart_documents(n_bytes: dict[str, int]) -> Iterator[tuple[str, str]]:
                 break
             # Tables of characters or of constants are mostly digits and signs.
             letters = sum(map(str.isalpha, text))
-            if len(text) > 200 and letters > 0.4 * len(text):
+            if 200 < len(text) <= QUICKSTART[name]["longest"] and letters > 0.4 * len(text):
                 taken += len(text.encode())
                 yield name, text
 
@@ -816,7 +955,7 @@ def parse_arguments() -> argparse.Namespace:
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("sources", nargs="*", metavar="NAME=GLOB", help="a domain and its files, or a folder of them; with "
-        "--domain_key a GLOB alone")
+        "--domain_key also a GLOB alone, of records that say their domain")
     add("--out_dir", default="", help="folder to write the bins to")
     add("--tokenizer", default="bytes", help="bytes, a tiktoken encoding, a folder or file with a tokenizer.json, or a "
         "model's name on the Hugging Face Hub")
@@ -839,14 +978,15 @@ def main():
         return
 
     # Find all files and the tokenizer before the first document is read.
-    files = expand_sources(arguments.sources, bool(arguments.domain_key))
+    left_out = defaultdict(Counter)  # name → reason → number
+    files = expand_sources(arguments.sources, bool(arguments.domain_key), left_out)
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.eot)
+    check_characters(tokenizer)
     for key, value in vars(arguments).items():
         print(f"{key} = {value}")
     print(f"each document ends with {tokenizer.eot_token}, id {tokenizer.eot}", flush=True)
 
     # Build the bins. After an error too, say what was left out: it may be the reason.
-    left_out = {name: Counter() for name in files}  # name → reason → number
     documents = read_documents(files, arguments.text_key, arguments.domain_key, left_out)
     try:
         meta = build_bins(arguments.out_dir, tokenizer, documents, val_fraction=arguments.val_fraction,
@@ -854,7 +994,7 @@ def main():
     finally:
         for name, reasons in left_out.items():
             for reason, count in reasons.items():
-                print(f"note: {name}: {count:,} {reason}")
+                print(f"note: {name or 'records'}: {count:,} {reason}")
 
     # Show what was built.
     print(f"{'domain':24}{'documents':>14}{'MB of text':>14}{'train tokens':>18}{'val tokens':>16}")

@@ -14,7 +14,6 @@ calls and does not define stands in the second part, below the double line: what
 
 import argparse
 import difflib
-import fcntl
 import functools
 import json
 import math
@@ -27,6 +26,7 @@ import sys
 import time
 import uuid
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -47,9 +47,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (MODEL_FILES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError, build_bins, digest, file_sha256,
-                  fsync, import_optional, is_tiktoken, load_tokenizer, model_folder, model_tokenizer,
-                  quickstart_documents, run_program, save_tokenizer, user_errors, write_text)
+from data import (LOCK, MODEL_FILES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError, build_bins, digest,
+                  file_sha256, fsync, import_optional, is_tiktoken, load_tokenizer, locked, model_folder,
+                  model_tokenizer, quickstart_documents, run_program, save_tokenizer, user_errors, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import RULES, MixtureSampler, checked_weights, read_metrics
 
@@ -123,8 +123,7 @@ class Config:
     alpha: float = key(0.5, "α, how much of r follows the discrepancies; the rest is uniform", minimum=0, maximum=1)
     interval: int = key(1000, "K, steps between two updates of r", minimum=1)
     val_samples: int = key(500, "validation windows per domain, by which r is updated", minimum=1)
-    test_samples: int = key(0, "test windows per domain, after the validation windows; never used for r; 0: none",
-                            minimum=0)
+    test_samples: int = key(0, "test windows per domain, of other text, never used for r; 0: none", minimum=0)
     mixture: str = key("", "name=weight,… in place of the natural proportions")
     stop_ratio: float = key(0.0, "end when the largest perplexity ratio is at or below this; 0: never", minimum=0)
 
@@ -401,8 +400,8 @@ def train(config: Config) -> Path:
             return resumed
 
         # The data: fixed windows for validation and test, and the sampler of training windows
-        val_windows = fixed_windows(bins, config.val_samples)
-        test_windows = fixed_windows(bins, config.test_samples, start=config.val_samples)
+        val_windows = fixed_windows(bins, bins.val_windows, config.val_samples)
+        test_windows = fixed_windows(bins, bins.test_windows, config.test_samples)
         sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
         if config.mixture:
             sampler.probs = parse_mixture(config.mixture)
@@ -442,6 +441,7 @@ def train(config: Config) -> Path:
         # The loop. From here on a signal waits for the end of a step or an evaluation.
         run.catch_signals()
         first_step = state.step
+        step_times = deque(maxlen=50)  # of the latest steps, in seconds
         while True:
             # Every K steps: measure ℓ_S, update r, log. At the end: measure. A resumed run did so before it was saved.
             t, steps_since_update = divmod(state.step, config.interval)
@@ -457,7 +457,7 @@ def train(config: Config) -> Path:
                     # What the next K steps draw by: at t = 0 the natural proportions, and r_0 is in the rule's state.
                     run.log("mixture", state.step, t=t, r=dict(zip(bins.names, r.tolist())), domains=state.domains)
                 if state.step == 0:
-                    print_table(state.domains, state.domains)
+                    print_first_table(state.domains, bins, config)
                 if worst_ratio(state.domains) <= config.stop_ratio:  # Alg. 1's threshold; no ratio is below 0
                     last = True
 
@@ -492,7 +492,8 @@ def train(config: Config) -> Path:
             state.step += 1
 
             # Log
-            step_log |= speed(started, state.step, config)
+            step_times.append(time.perf_counter() - started)
+            step_log |= speed(step_times, state.step, config)
             run.log("train", state.step, **step_log)
             print_progress(state.step, step_log, models, config)
 
@@ -966,21 +967,6 @@ class RunFolder(ExitStack):
         return self.out_dir / f"step_{step:08d}"
 
 
-LOCK = ".lock"
-
-
-@contextmanager
-def locked(folder: Path):
-    """Make the folder if there is none, and keep all other processes out of it for as long as the context lasts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:  # network file systems lock files that are open for writing, not folders
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another run is using it; wait for it to end, or name another folder") from None
-        yield
-
-
 def free_name(path: Path) -> Path:
     """`path`, or with .1, .2, … appended: the first that does not exist."""
     n = 0
@@ -1165,8 +1151,8 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
     problems = []
 
     # The bins against the keys
-    if attempt(problems, fixed_windows, bins, config.val_samples) is not None:
-        attempt(problems, fixed_windows, bins, config.test_samples, config.val_samples)
+    attempt(problems, fixed_windows, bins, bins.val_windows, config.val_samples)
+    attempt(problems, fixed_windows, bins, bins.test_windows, config.test_samples)
     mixture = parse_mixture(config.mixture)
     if mixture and set(mixture) != set(bins.names):
         problems.append(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
@@ -1197,12 +1183,11 @@ def open_bins(config: Config) -> TokenBins:
     return TokenBins(config.data_dir, config.block_size, config.domains.split(",") if config.domains else None)
 
 
-def fixed_windows(bins: TokenBins, count: int, start: int = 0) -> dict[str, torch.Tensor]:
-    """`count` windows of each domain's validation bin from `start` on, (count, block_size + 1) int64; {} if count is 0.
-    UserError if a domain has fewer."""
+def fixed_windows(bins: TokenBins, read: Callable, count: int) -> dict[str, torch.Tensor]:
+    """What `read`, bins.val_windows or bins.test_windows, gives for each domain; {} if count is 0."""
     if count == 0:
         return {}
-    return {name: torch.from_numpy(bins.val_windows(name, count, start)) for name in bins.names}
+    return {name: torch.from_numpy(read(name, count)) for name in bins.names}
 
 
 def parse_mixture(text: str) -> dict[str, float]:
@@ -1254,8 +1239,9 @@ def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTCo
         print(f"WARNING: --{role}={source} has no tokenizer that can be compared with the bins', {ours['name']}; it is "
               "taken, since it has enough ids")
     elif theirs.fingerprint != ours["fingerprint"]:
-        raise UserError(f"--{role}={source}: its tokenizer {theirs.name} ({theirs.vocab_size} ids) is not that of the "
-                        f"bins, {ours['name']} ({ours['vocab_size']} ids); {fix}")
+        name = Path(source).name  # of a folder of the Hub's cache it would be a hash
+        raise UserError(f"--{role}={source}: its tokenizer {name} ({theirs.vocab_size} ids) is not that of the bins, "
+                        f"{ours['name']} ({ours['vocab_size']} ids); {fix}")
     return model_config
 
 
@@ -1348,12 +1334,12 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
               f"{drawn / len(bins.names) / n:.2f} if all domains are drawn alike")
 
 
-def speed(started: float, step: int, config: Config) -> dict[str, float]:
-    """Tokens so far, tokens per second of the step that began at `started`, and seconds that the rest will take."""
-    seconds = time.perf_counter() - started
+def speed(step_times: deque, step: int, config: Config) -> dict[str, float]:
+    """Tokens so far, tokens per second of the last step, and seconds that the rest will take at the latest pace."""
     tokens_per_step = config.batch_size * config.block_size
-    return {"tokens": step * tokens_per_step, "tokens_per_s": tokens_per_step / seconds,
-            "eta_s": seconds * (config.max_steps - step)}
+    time_per_step = sum(step_times) / len(step_times)
+    return {"tokens": step * tokens_per_step, "tokens_per_s": tokens_per_step / step_times[-1],
+            "eta_s": time_per_step * (config.max_steps - step)}
 
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense, bfloat16
@@ -1411,6 +1397,17 @@ def report(config: Config, folder: Path):
         print("\nOn the test windows, which r never followed:\n")
         print_table(state.domains, state.domains, tested=True)
     print(f"The student is in {folder}. Text by it:  python model.py --model={folder} --prompt='def main('")
+
+
+def print_first_table(domains: dict[str, dict], bins: TokenBins, config: Config):
+    """The first evaluation, with the number of documents that the validation windows of each domain are of."""
+    documents = {name: bins.eval_documents(name, "val", config.val_samples) for name in domains}
+    with_documents = {name: {**domain, "documents": documents[name]} for name, domain in domains.items()}
+    print_table(with_documents, with_documents)
+    for name, n in documents.items():
+        if n < 20:
+            print(f"WARNING: the validation windows of {name} are of {n} documents only, and r follows what these are "
+                  "like; give the domain more text, or documents that are shorter")
 
 
 def print_table(first_domains: dict[str, dict], domains: dict[str, dict], tested: bool = False):
@@ -1494,8 +1491,7 @@ def make_quickstart_bins(config: Config):
     data_dir = Path(config.data_dir)
     if not (data_dir / "meta.json").is_file():
         print(f"Collecting text into {data_dir} …", flush=True)
-        with locked(data_dir):
-            build_bins(data_dir, load_tokenizer("bytes"), quickstart_documents(QUICKSTART_BYTES), val_fraction=0.1)
+        build_bins(data_dir, load_tokenizer("bytes"), quickstart_documents(QUICKSTART_BYTES), val_fraction=0.1)
 
 
 # ------------ Command line --------------------------------------------------------------------------------------------

@@ -1,16 +1,21 @@
-"""How fast data.py makes bins, beside the tokenizer's own batch encoding of the same text; and in how much memory.
+"""How fast data.py makes bins, beside two usual ways to make them; and in how much memory.
 
-    python tests/bench_data.py [--mb=200]     a trained BPE of 16k ids, and bytes: about 10 minutes on two cores
-    python tests/bench_data.py --memory       1 GiB of text with the bytes tokenizer: the peak memory of data.py
+    python tests/bench_data.py [--mb=100] [--tokenizer=TOK …]    a trained BPE of 16k ids and bytes, or each TOK
+    python tests/bench_data.py --memory [--tokenizer=TOK]        1 GiB of text: the peak memory of data.py
 
-The text is Python's standard library, repeated with other names, as jsonl. data.py is timed as a whole process:
-start-up, its pass over the file, and bins synced to disk. The reference's time is that of its encoding calls alone, on
-texts in memory. Each run is a fresh process. The first run of each kind is a warm-up; then they alternate. The same
-run checks that the bins hold exactly the reference's ids.
+The usual ways are nanoGPT's, a map of Hugging Face's datasets, and Megatron's, a pool of processes that take lines in
+turn; each with the tokenizer itself, one text a call, and a process a core. A way whose packages are not installed is
+left out. TOK is bytes, a tiktoken encoding, or a folder with a tokenizer.json and a tokenizer_config.json.
+
+The text is Python's standard library, repeated with other names, as jsonl. Every way is timed as a whole: start-up, its
+pass over the file, and bins written. CPU seconds are those of all its processes. Each run is a fresh process. The first
+run of each way is a warm-up; then they alternate. The same run checks that all ways write the same documents.
 """
 
 import argparse
+import importlib.util
 import json
+import multiprocessing
 import os
 import statistics
 import subprocess
@@ -18,7 +23,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections import Counter
 from hashlib import sha256
 from pathlib import Path
 
@@ -31,7 +35,9 @@ from data import run_program
 
 REPEATS = 3
 MB = 10**6
+CORES = os.cpu_count()
 DATA_PY = Path(__file__).parents[1] / "data.py"
+END_OF_TEXT = "<|endoftext|>"
 
 
 def write_text(path: Path, n_bytes: int):
@@ -52,67 +58,100 @@ def write_text(path: Path, n_bytes: int):
             repeat += 1
 
 
-def texts_of(path: Path) -> list[str]:
-    with open(path, encoding="utf-8") as lines:
-        return [json.loads(line)["text"] for line in lines]
-
-
-def train_bpe(text: Path, folder: Path):
+def train_bpe(text: str, folder: str):
     """A byte-level BPE of 16k ids, as GPT-2's and Qwen's are, from the first 1000 documents."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=16384, special_tokens=["<|endoftext|>"], show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=16384, special_tokens=[END_OF_TEXT], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts_of(text)[:1000], trainer)
-    folder.mkdir()
-    bpe.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    with open(text, encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line, _ in zip(lines, range(1000))]
+    bpe.train_from_iterator(texts, trainer)
+    os.mkdir(folder)
+    bpe.save(f"{folder}/tokenizer.json")
+    Path(folder, "tokenizer_config.json").write_text(json.dumps({"eos_token": END_OF_TEXT}))
 
 
-def encode_reference(text: Path, tokenizer: Path, out: Path):
-    """Encode in batches of 4 MB, print the MB/s of that, and keep the documents' ids, lengths and hashes."""
-    if tokenizer == Path("bytes"):
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        encoding = tiktoken.Encoding("bytes", pat_str=r"(?s).{1,64}", mergeable_ranks=ranks, special_tokens={})
-        encode_batch = encoding.encode_ordinary_batch
-    else:
-        from tokenizers import Tokenizer
-        bpe = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-        bpe.encode_special_tokens = True
-
-        def encode_batch(batch):
-            return bpe.encode_batch_fast(batch, add_special_tokens=False)
-
-    # Cut the texts into batches.
-    texts = texts_of(text)
-    batches = [[]]
-    size = 0
-    for document in texts:
-        batches[-1].append(document)
-        size += len(document)
-        if size > 4 * MB:
-            batches.append([])
-            size = 0
-
-    # Time the encoding alone.
-    seconds = 0.0
-    ids = []
-    for batch in batches:
-        started = time.perf_counter()
-        encoded = encode_batch(batch)
-        seconds += time.perf_counter() - started
-        for one in encoded:
-            ids.append(np.array(getattr(one, "ids", one), dtype=np.uint16))
-    raws = [document.encode() for document in texts]
-    np.savez(out, ids=np.concatenate(ids), lengths=[len(one) for one in ids],
-             hashes=[sha256(raw).hexdigest() for raw in raws])
-    print(sum(map(len, raws)) / MB / seconds)
+def load_encode(tokenizer: str):
+    """What encodes a text, and the id that ends a document, by the tokenizer's own library."""
+    if tokenizer == "bytes":
+        return (lambda text: list(text.encode())), 256
+    if not os.path.isdir(tokenizer):
+        encoding = tiktoken.get_encoding(tokenizer)
+        return encoding.encode_ordinary, encoding.eot_token
+    from tokenizers import Tokenizer
+    loaded = Tokenizer.from_file(f"{tokenizer}/tokenizer.json")
+    loaded.encode_special_tokens = True
+    eot = json.loads(Path(tokenizer, "tokenizer_config.json").read_text())["eos_token"]
+    return (lambda text: loaded.encode(text, add_special_tokens=False).ids), loaded.token_to_id(eot)
 
 
-def fresh(*command: str | Path) -> tuple[str, float, float]:
-    """Run in a process of its own: (what it printed, seconds, peak memory in MiB).
+def nanogpt(text: str, tokenizer: str, dtype: str, out: str):
+    """As nanoGPT's data/openwebtext/prepare.py."""
+    from datasets import disable_progress_bars, load_dataset
+    disable_progress_bars()
+    encode, eot = load_encode(tokenizer)
+
+    def process(example):
+        ids = encode(example["text"])
+        ids.append(eot)
+        return {"ids": ids, "len": len(ids)}
+
+    texts = load_dataset("json", data_files=text, split="train", cache_dir=f"{out}.cache")
+    tokenized = texts.map(process, remove_columns=["text"], num_proc=CORES)
+    arr = np.memmap(out, dtype=dtype, mode="w+", shape=(sum(tokenized["len"]),))
+    shards = min(1024, len(tokenized))
+    start = 0
+    for i in range(shards):
+        batch = tokenized.shard(num_shards=shards, index=i, contiguous=True).with_format("numpy")
+        ids = np.concatenate(batch["ids"][:])
+        arr[start:start + len(ids)] = ids
+        start += len(ids)
+    arr.flush()
+
+
+def start_worker(tokenizer: str):
+    global encode, eot
+    encode, eot = load_encode(tokenizer)
+
+
+def encode_line(line: str) -> list[int]:
+    return [*encode(json.loads(line)["text"]), eot]
+
+
+def megatron(text: str, tokenizer: str, dtype: str, out: str):
+    """As Megatron-LM's tools/preprocess_data.py."""
+    with (open(text, encoding="utf-8") as lines, open(out, "wb") as file,
+          multiprocessing.Pool(CORES, initializer=start_worker, initargs=(tokenizer,)) as pool):
+        for ids in pool.imap(encode_line, lines, 32):
+            file.write(np.array(ids, dtype=dtype).tobytes())
+
+
+def check(bins: str, *others: str):
+    """Exit unless all files hold the documents of the bins, in any order; prints the number of tokens."""
+    meta = json.loads(Path(bins, "meta.json").read_text())
+    domain = meta["domains"]["text"]
+    dtype = np.dtype(domain["dtype"])
+
+    def content(*paths: Path) -> list[bytes]:
+        hashes = []
+        for path in paths:
+            tokens = np.fromfile(path, dtype=dtype)
+            ends = np.flatnonzero(tokens == meta["tokenizer"]["eot"]) + 1
+            assert ends[-1] == len(tokens), f"{path}: ends in the middle of a document"
+            hashes += [sha256(document.tobytes()).digest() for document in np.split(tokens, ends[:-1])]
+        return sorted(hashes)
+
+    ours = content(*(Path(bins, domain[side]["file"]) for side in ("train", "val")))
+    for other in others:
+        assert content(Path(other)) == ours, f"{other}: holds other documents"
+    print(f"{domain['train']['tokens'] + domain['val']['tokens']:,}")
+
+
+def fresh(*command: str | Path) -> tuple[str, float, float, float]:
+    """Run in a process of its own: (what it printed, seconds, CPU seconds of it and its children, peak MiB of one).
 
     A child's peak begins with its parent's memory, so this program stays small: it never holds the text or the ids."""
     started = time.perf_counter()
@@ -122,61 +161,46 @@ def fresh(*command: str | Path) -> tuple[str, float, float]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command} ended with {process.returncode}:\n{printed}")
-    return printed.strip(), time.perf_counter() - started, usage.ru_maxrss / 2**10
-
-
-def check_ids(bins: Path, reference: Path):
-    """Exit unless the bins hold the reference's ids, split by hash; prints the number of tokens."""
-    meta = json.loads((bins / "meta.json").read_text())
-    domain = meta["domains"]["text"]
-    held = np.load(reference)
-    documents = np.split(held["ids"], np.cumsum(held["lengths"])[:-1])
-    order = np.argsort(held["hashes"])
-    n_val = domain["val"]["documents"]
-    n_tokens = 0
-    for side, expected in (("val", order[:n_val]), ("train", order[n_val:])):
-        file = domain[side]["file"]
-        tokens = np.fromfile(bins / file, dtype=np.dtype(domain["dtype"]).newbyteorder("<"))
-        ends = np.flatnonzero(tokens == meta["tokenizer"]["eot"])
-        got = [tokens[start:end].tobytes() for start, end in zip([0, *(ends[:-1] + 1)], ends)]
-        wanted = [documents[i].tobytes() for i in expected]
-        # Validation is in the order of the hashes. Train documents come in any order.
-        same = got == wanted if side == "val" else Counter(got) == Counter(wanted)
-        if not same or ends[-1] + 1 != len(tokens):
-            raise SystemExit(f"{file}: not the ids of the tokenizer's own batch encoding")
-        n_tokens += len(tokens)
-    print(f"{n_tokens:,}")
+    return printed.strip(), time.perf_counter() - started, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 2**10
 
 
 def bench(scratch: Path, text: Path, tokenizer: str, name: str):
     """Print the rows of one tokenizer."""
-    ours = []
-    theirs = []
-    peaks = []
+    ways = {"data.py": None, "nanoGPT's way": "nanogpt", "Megatron's way": "megatron"}
+    if importlib.util.find_spec("datasets") is None:
+        print("nanoGPT's way is left out: pip install datasets")
+        del ways["nanoGPT's way"]
+    measured = {way: [] for way in ways}
     for repeat in range(1 + REPEATS):
-        bins = scratch / f"{name}.{repeat}"
-        _, seconds, peak = fresh(DATA_PY, f"--out_dir={bins}", f"--tokenizer={tokenizer}", f"text={text}")
-        printed, _, _ = fresh(__file__, "reference", text, tokenizer, scratch / f"{name}.npz")
-        if repeat == 0:  # the warm-up
-            tokens, _, _ = fresh(__file__, "check", bins, scratch / f"{name}.npz")
-        else:
-            domain = json.loads((bins / "meta.json").read_text())["domains"]["text"]
-            ours.append((domain["train"]["bytes"] + domain["val"]["bytes"]) / MB / seconds)
-            theirs.append(float(printed))
-            peaks.append(peak)
-        for file in bins.iterdir():
-            file.unlink()
-    ratios = [a / b for a, b in zip(ours, theirs)]
-    for label, values, form in (("data.py, MB/s", ours, ".1f"), ("batch encoding, MB/s", theirs, ".1f"),
-                                ("ratio", ratios, ".2f"), ("data.py's peak, MiB", peaks, ",.0f")):
-        print(f"{name:8}{label:24}{statistics.median(values):10{form}}   {min(values):{form}} … {max(values):{form}}")
-    print(f"{name:8}{'ids':24}{tokens:>10}   equal to the tokenizer's own", flush=True)
+        outputs = []
+        for way, part in ways.items():
+            outputs.append(scratch / f"{name}.{repeat}.{part}")
+            command = [__file__, part, text, tokenizer, outputs[-1]]
+            if part is None:
+                command = [DATA_PY, f"--out_dir={outputs[0]}", f"--tokenizer={tokenizer}", f"text={text}"]
+            else:
+                command.insert(4, domain["dtype"])
+            _, seconds, cpu_seconds, peak = fresh(*command)
+            domain = json.loads((outputs[0] / "meta.json").read_text())["domains"]["text"]
+            n_mb = (domain["train"]["bytes"] + domain["val"]["bytes"]) / MB
+            if repeat > 0:  # the first is the warm-up
+                measured[way].append((cpu_seconds / n_mb, n_mb / seconds, peak))
+        if repeat == 0:
+            tokens, *_ = fresh(__file__, "check", *outputs)
+        subprocess.run(["rm", "-r", *scratch.glob(f"{name}.{repeat}.*")], check=True)
+    for way, rows in measured.items():
+        line = f"{name:14}{way:16}"
+        for values, form in zip(zip(*rows), (".4f", ".1f", ",.0f")):
+            line += f"{statistics.median(values):10{form}} ({min(values):{form}} – {max(values):{form}})"
+        print(line)
+    print(f"{name:14}{tokens} ids, the same documents in all\n", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description="How fast data.py makes bins, and in how much memory.",
                                      allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--mb", type=int, default=200, help="megabytes of text")
+    parser.add_argument("--mb", type=int, default=100, help="megabytes of text")
+    parser.add_argument("--tokenizer", action="append", help="bytes, a tiktoken encoding or a folder; may be repeated")
     parser.add_argument("--memory", action="store_true", help="measure the peak memory on 1 GiB of text instead")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -184,20 +208,23 @@ def main():
         text = scratch / "text.jsonl"
         write_text(text, 2**30 if arguments.memory else arguments.mb * MB)
         if arguments.memory:
-            _, seconds, peak = fresh(DATA_PY, f"--out_dir={scratch / 'bins'}", "--tokenizer=bytes", f"text={text}")
-            print(f"1 GiB of text, bytes: {seconds:.0f} s; peak memory {peak:,.0f} MiB, "
-                  f"{'under' if peak < 1024 else 'NOT UNDER'} 1 GiB")
-            sys.exit(peak >= 1024)
-        fresh(__file__, "train", text, scratch / "bpe")
-        print(f"{os.cpu_count()} cores, {arguments.mb} MB, median of {REPEATS} and their spread\n")
-        bench(scratch, text, str(scratch / "bpe"), "bpe 16k")
-        bench(scratch, text, "bytes", "bytes")
+            for tokenizer in arguments.tokenizer or ["bytes"]:
+                _, seconds, _, peak = fresh(DATA_PY, f"--out_dir={scratch}/{Path(tokenizer).name}",
+                                            f"--tokenizer={tokenizer}", f"text={text}")
+                print(f"1 GiB of text, {Path(tokenizer).name}: {seconds:.0f} s; peak memory {peak:,.0f} MiB")
+            return
+        print(f"{CORES} cores, {arguments.mb} MB, median of {REPEATS} and their spread\n")
+        print(f"{'':30}{'CPU s per MB':>14}{'MB/s':>24}{'peak MiB of a process':>36}")
+        if not arguments.tokenizer:
+            fresh(__file__, "train_bpe", text, scratch / "bpe-16k")
+        for tokenizer in arguments.tokenizer or [str(scratch / "bpe-16k"), "bytes"]:
+            bench(scratch, text, tokenizer, Path(tokenizer).name)
 
 
 if __name__ == "__main__":
     # The parts run in processes that this program starts.
-    PARTS = {"train": train_bpe, "reference": encode_reference, "check": check_ids}
+    PARTS = {part.__name__: part for part in (train_bpe, nanogpt, megatron, check)}
     if len(sys.argv) > 1 and sys.argv[1] in PARTS:
-        PARTS[sys.argv[1]](*map(Path, sys.argv[2:]))
+        PARTS[sys.argv[1]](*sys.argv[2:])
     else:
         run_program(main)

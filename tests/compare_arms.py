@@ -37,7 +37,7 @@ sys.path.insert(0, CODE)
 import torch
 
 import distill
-from data import (UserError, build_bins, file_sha256, import_optional, load_tokenizer, quickstart_documents,
+from data import (TokenBins, UserError, build_bins, file_sha256, import_optional, load_tokenizer, quickstart_documents,
                   run_program, write_text)
 from sample_mixture import read_metrics, replay
 
@@ -96,7 +96,8 @@ class Setting:
 
 
 QUICKSTART = distill.quickstart_models(distill.Config().pretrain_steps)
-QUICKSTART_KEYS = {"test_samples": 180}  # nearly all windows that validation leaves, so that they are of more documents
+QUICKSTART_KEYS = {"test_samples": 104}  # nearly all that the half for tests holds, so that they are of more documents
+WINDOW_RULE = "evenly spaced over each half"  # by which windows are chosen; runs by another are not compared
 SETTINGS = {
     "quickstart": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], QUICKSTART["student"],
                           keys=QUICKSTART_KEYS),
@@ -107,7 +108,7 @@ SETTINGS = {
                  "mixture": "python=3,cpp=3,math=2,prose=1"},
         student={**QUICKSTART["student"], "student": "scratch:3x128", "max_steps": 400, "batch_size": 16,
                  "mixture": "python=.495,cpp=.495,math=.005,prose=.005"},
-        vocab_size=4096, keys={"max_steps": 400, "interval": 20, "val_samples": 48, "test_samples": 47,
+        vocab_size=4096, keys={"max_steps": 400, "interval": 20, "val_samples": 40, "test_samples": 40,
                                "batch_size": 16, "dtype": "bfloat16", "save_every": 100}),
     # The quickstart's, with bases that are less and more unequal
     "even": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], keys=QUICKSTART_KEYS, origin="quickstart",
@@ -119,7 +120,7 @@ SETTINGS = {
         n_bytes={"python": 5_000_000, "cpp": 2_000_000, "math": 1_000_000, "prose": 600_000}, teacher=None,
         student={"student": "layers:10", "method": "kd", "max_steps": 160, "warmup_steps": 16, "lr": 1e-3,
                  "min_lr": 1e-4, "mixture": "python=.45,cpp=.45,math=.05,prose=.05"},
-        keys={"max_steps": 100, "warmup_steps": 10, "interval": 20, "val_samples": 16, "test_samples": 47,
+        keys={"max_steps": 100, "warmup_steps": 10, "interval": 20, "val_samples": 24, "test_samples": 24,
               "batch_size": 4, "dtype": "bfloat16", "save_every": 50}, one_base=True),
 }
 
@@ -191,9 +192,8 @@ def documents(config: distill.Config) -> dict[str, list[int]]:
     bins = distill.open_bins(config)
     counts = {}
     for name in bins.names:
-        parts = (bins.val_windows(name, config.val_samples),
-                 bins.val_windows(name, config.test_samples, config.val_samples))
-        counts[name] = [1 + int((windows[:, :-1].ravel()[:-1] == bins.tokenizer["eot"]).sum()) for windows in parts]
+        counts[name] = [bins.eval_documents(name, "val", config.val_samples),
+                        bins.eval_documents(name, "test", config.test_samples)]
     return counts
 
 
@@ -556,6 +556,11 @@ def main():
 
     if todo:
         make_bins(setting, Path(common["data_dir"]), args.teacher)
+        windows = {"rule": WINDOW_RULE, "bins": TokenBins(common["data_dir"], 1).content()}
+        for runs in results.values():
+            if any(one.get("windows") != windows for one in runs.values()):
+                raise UserError(f"--results={path}: holds runs on other bins than {common['data_dir']}, or on windows that "
+                                "were chosen by another rule; name another --results and --out_dir")
         teacher = args.teacher
         if not teacher:
             print(f"The teacher: {setting.teacher['student']}, {args.steps or setting.teacher['max_steps']} steps",
@@ -577,8 +582,8 @@ def main():
         run_dir = out_dir / f"{name}-{seed}"
         run_arm(name, {**common, "preset": "quickstart", "teacher": str(teacher), "student": str(base), "seed": seed,
                        "keep": 1, "out_dir": str(run_dir), **(ARMS | ABLATIONS)[name]})
-        gave = {"experiment": experiment(setting, common, name, args.steps), "teacher_sha256": teacher_sha256,
-                **summary(run_dir)}
+        gave = {"experiment": experiment(setting, common, name, args.steps), "windows": windows,
+                "teacher_sha256": teacher_sha256, **summary(run_dir)}
         results.setdefault(name, {})[str(seed)] = gave
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(results))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 import tracemalloc
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -140,12 +140,12 @@ def test_help_lists_every_key_with_its_default_and_meaning(program):
     (["--out_dir=x", "a=a.txt", "--tok=bytes"], ["--tok=bytes"]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=no_such"], ["--tokenizer=no_such", "bytes"]),
     (["--out_dir=x", "a=a.txt", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file matches"]),
-    (["--out_dir=x", "a=a.json", "--domain_key=k"], ["a=a.json", "no NAME="]),
+    (["--out_dir=x", "a=a.json", "--domain_key=k"], ["a=a.json", "no file matches"]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=old"], ["old/tokenizer.json", "AutoTokenizer.from_pretrained('old')"]),
     (["--out_dir=x", "a=a.txt", "--eot=</s>"], ["--eot=</s>", "<|endoftext|>"]),
     (["--out_dir=x", "a.txt", "--domain_key=k"], ["a.txt", "--domain_key requires records"]),
     (["--out_dir=x", "word"], ["word", "NAME=GLOB"]),
-    (["--out_dir=x", "../a=a.txt"], ["'../a'", "letters"]),
+    (["--out_dir=x", "../a=a.txt"], ["'../a=a.txt'", "letters"]),
     (["--out_dir=a.txt", "a=a.txt"], ["a.txt", "File exists"]),
     (["--out_dir=bins", "a=a.txt"], ["--out_dir=bins", "holds bins"]),
     (["--verify=no_such_folder"], ["--verify=no_such_folder", "meta.json"])])
@@ -193,7 +193,7 @@ def test_a_mistake_of_ours_has_its_traceback_and_a_program_that_ends_well_return
 def test_a_file_that_requires_a_package_names_it(tmp_path, monkeypatch):
     for name, package in (("a.txt.zst", "pyarrow"), ("a.parquet", "pyarrow.parquet")):
         monkeypatch.setitem(sys.modules, package, None)
-        (tmp_path / name).write_bytes(b"")
+        (tmp_path / name).write_bytes(b"x")
         message = refused(documents, tmp_path / name)
         assert name in message and "pip install pyarrow" in message
 
@@ -204,6 +204,10 @@ def test_an_unforeseen_error_is_told_with_its_source_and_the_fix():
             raise error
     assert refused(read, KeyError("size")) == "file.x: KeyError: 'size'; copy it again"
     assert refused(read, UserError("as it is")) == "as it is"
+    panic = type("PanicException", (BaseException,), {})  # as libraries in Rust raise it
+    assert refused(read, panic("stack size")) == "file.x: PanicException: stack size; copy it again"
+    with pytest.raises(KeyboardInterrupt):
+        read(KeyboardInterrupt())
     assert "pip install no_such_package" in refused(import_optional, "no_such_package.part", "--plot")
 
 
@@ -222,6 +226,16 @@ def test_the_bytes_tokenizer_gives_the_bytes_of_any_text():
     assert (tokenizer.vocab_size, tokenizer.eot, tokenizer.eot_token) == (257, 256, "<|endoftext|>")
     for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
         assert ids.tolist() == list(text.encode()) and tokenizer.decode(ids.tolist()) == text
+
+
+def test_bytes_are_encoded_without_tiktoken_and_a_batch_is_enough_for_many_cores(tmp_path, monkeypatch):
+    monkeypatch.delattr(tiktoken.Encoding, "encode_ordinary_batch")
+    bytes_ = load_tokenizer("bytes")
+    sizes = []
+    tokenizer = dataclasses.replace(bytes_, encode_batch=lambda texts: sizes.append(len(texts)) or
+                                    bytes_.encode_batch(texts))
+    build(tmp_path, [f"{i} ".ljust(100_000, ".") for i in range(100)], tokenizer, val_bytes=1)
+    assert sizes[-1] == 100
 
 
 def small_encoding(name: str, pattern: str = ".", merges: tuple[str, ...] = (), gap: int = 3) -> tiktoken.Encoding:
@@ -249,6 +263,12 @@ def test_a_tiktoken_encoding_is_known_by_its_name_and_may_have_gaps_between_its_
     assert load_tokenizer("bytes").vocab_size == 257
     tokenizer = load_tokenizer("gpt2")
     assert (tokenizer.vocab_size, tokenizer.decode([97, 257, 98, 259])) == (260, "ab<|endoftext|>")
+
+
+def test_a_text_that_tiktoken_cannot_encode_is_one_message(tmp_path, monkeypatch):
+    monkeypatch.setattr("tiktoken.get_encoding", partial(small_encoding, pattern=r"\s+(?!\S)|\s+|\S+"))
+    message = refused(build, tmp_path, ["first", "second" + " " * 10**6 + "x"], load_tokenizer("gpt2"))
+    assert "--tokenizer=gpt2, a text that begins with 'second  " in message and "leave it out" in message
 
 
 def test_a_tokenizer_that_cannot_be_downloaded_is_refused(monkeypatch):
@@ -292,7 +312,8 @@ def test_a_huggingface_tokenizer_encodes_all_of_a_text_and_nothing_else(tmp_path
 
 
 @pytest.mark.parametrize("eos, eot, ends", [
-    ("<|im_end|>", "", 1), ({"content": "<s>"}, "", 0), ("<|im_end|>", "<s>", 0), ("</s>", "", None), (None, "", None)])
+    ("<|im_end|>", "", 1), ({"content": "<s>"}, "", 0), ("<|im_end|>", "<s>", 0), ("</s>", "", None), (None, "", None),
+    (5, "", None)])
 def test_the_end_of_text_is_eos_token_of_the_config_or_eot(tmp_path, bpe_settings, eos, eot, ends):
     folder = save_bpe(tmp_path, bpe_settings, eos)
     for source in (folder, folder / "tokenizer.json"):
@@ -300,6 +321,34 @@ def test_the_end_of_text_is_eos_token_of_the_config_or_eot(tmp_path, bpe_setting
             assert f"--eot={eos or ''}: " in refused(load_tokenizer, source, eot)
         else:
             assert load_tokenizer(source, eot).eot == ends
+
+
+def test_dropout_of_merges_is_switched_off(tmp_path, bpe_settings):
+    dropping = {**bpe_settings, "model": {**bpe_settings["model"], "dropout": 0.5}}
+    ours = load_tokenizer(save_bpe(tmp_path / "a", bpe_settings))
+    theirs = load_tokenizer(save_bpe(tmp_path / "b", dropping))
+    assert ours.fingerprint == theirs.fingerprint
+    for _ in range(20):
+        assert encode(ours, "the cat sat") == encode(theirs, "the cat sat")
+
+
+@pytest.mark.parametrize("kind, missing, normalizer, unknown, refusal", [
+    ("ByteLevel", "", "Lowercase", None, None), ("ByteLevel", "", "NFKD", None, None),
+    ("Metaspace", "éΩ", "NFC", "<unk>", None), ("Metaspace", "éΩ", "NFC", None, "loses é Ω,"),
+    ("ByteLevel", "Ã", "NFC", None, "loses é ß,")])  # of bytes, Ã stands for the first of é
+def test_a_tokenizer_that_loses_characters_is_refused(tmp_path, kind, missing, normalizer, unknown, refusal):
+    tokenizers = pytest.importorskip("tokenizers")
+    alphabet = {*tokenizers.pre_tokenizers.ByteLevel.alphabet(), *data.PROBE_TEXT, "▁"} - {*missing}
+    vocab = {token: i for i, token in enumerate(["<s>", "<unk>", *sorted(alphabet)])}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token=unknown))
+    bpe.pre_tokenizer = getattr(tokenizers.pre_tokenizers, kind)()
+    bpe.decoder = getattr(tokenizers.decoders, kind)()
+    bpe.normalizer = getattr(tokenizers.normalizers, normalizer)()
+    tokenizer = load_tokenizer(save_bpe(tmp_path / "bpe", json.loads(bpe.to_str()), eos="<s>"))
+    if refusal:
+        assert refusal in refused(data.check_characters, tokenizer)
+    else:
+        data.check_characters(tokenizer)
 
 
 @pytest.mark.parametrize("content", [None, '{"model": '])
@@ -433,11 +482,13 @@ def test_any_other_file_is_one_document_as_it_stands(tmp_path, name, text):
     assert documents(tmp_path / name) == ([text], Counter())
 
 
-def test_a_long_text_file_is_cut_at_the_ends_of_lines(tmp_path):
+def test_a_long_text_is_cut_at_the_ends_of_lines_in_a_record_too(tmp_path):
     lines = [f"{i} ".ljust(1000, ".") + "\n" for i in range(17_000)]
     (tmp_path / "a.txt").write_text("".join(lines))
     texts, _ = documents(tmp_path / "a.txt")
     assert "".join(texts) == "".join(lines) and len(texts) == 3 and all(text.endswith("\n") for text in texts)
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "".join(lines)}))
+    assert documents(tmp_path / "a.jsonl")[0] == texts
 
 
 @pytest.mark.parametrize("name, raw, texts, reason", [
@@ -458,7 +509,11 @@ def test_what_is_left_out_or_replaced_is_counted(tmp_path, name, raw, texts, rea
 
 
 @pytest.mark.parametrize("name, raw, named", [
-    ("a.jsonl", b'{"text": "fine"}\n\n{"text": \n', "a.jsonl, line 3"),
+    ("a.jsonl", b'\n[{"text": "x"}]\n{"text": \n', "a.jsonl, line 2"),
+    ("a.jsonl", b'[{"text": "x"},\n{"text": "y"}\n,{"text": "z"}]', "a.jsonl, line 1"),
+    ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "a.jsonl: is UTF-16"),
+    ("a.txt", "\ufefftext".encode("utf-16-be"), "iconv -f UTF-16 -t UTF-8"),
+    ("a.txt.gz", b"", "a.txt.gz"), ("a.txt.zst", b"", "a.txt.zst"),
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz"), ("a.jsonl.zst", b"no zstd", "a.jsonl.zst"),
     ("a.parquet", b"no parquet", "a.parquet")])
 def test_a_damaged_file_is_named(tmp_path, name, raw, named):
@@ -466,6 +521,18 @@ def test_a_damaged_file_is_named(tmp_path, name, raw, named):
         pytest.importorskip("pyarrow")
     (tmp_path / name).write_bytes(raw)
     assert named in refused(documents, tmp_path / name)
+
+
+def test_broken_records_are_left_out_and_the_first_is_told(program, tmp_path):
+    broken = ['{"text": ', '["text"]', '{"text": "x", "n": ' + "9" * 5000 + "}", '{"text": ' + "[" * 100_000]
+    (tmp_path / "a.jsonl").write_text(RECORDS + "\n" + "\n".join(broken) + "\n" + RECORDS)
+    (tmp_path / "b.jsonl").write_text("}\n" + RECORDS)
+    status, stdout, stderr = program(f"x={tmp_path}/*.jsonl", f"--out_dir={tmp_path}/bins")
+    notes = [line for line in stdout.splitlines() if line.startswith("note: ")]
+    assert (status, stderr, len(notes)) == (0, "", 2)
+    assert f"{tmp_path}/a.jsonl, line 4: " in notes[0] and notes[1] == "note: x: 5 broken records left out"
+    domain = read_meta(tmp_path / "bins")["domains"]["x"]
+    assert domain["train"]["documents"] + domain["val"]["documents"] == 6
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
@@ -484,16 +551,44 @@ def test_a_byte_order_mark_is_no_text(tmp_path, name):
     assert documents(tmp_path / name) == (["one\n"], Counter())
 
 
+def names(found: dict[str, list[Path]], folder: Path) -> dict[str, list[str]]:
+    return {name: [path.relative_to(folder).as_posix() for path in paths] for name, paths in found.items()}
+
+
 def test_sources_are_files_folders_and_globs(tmp_path):
     for name in ("b.txt", "a.txt", "sub/deep/c.txt", "sub/d.md", ".hidden/e.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("text")
     found = expand_sources([f"file={tmp_path}/a.txt", f"folder={tmp_path}", f"glob={tmp_path}/*.txt",
-                            f"deep={tmp_path}/**/*.txt", f"two={tmp_path}/*.txt", f"two={tmp_path}/sub/*.md"],
-                           labelled=False)
-    assert {name: [path.relative_to(tmp_path).as_posix() for path in paths] for name, paths in found.items()} == {
+                            f"deep={tmp_path}/**/*.txt", f"two={tmp_path}/*.txt", f"two={tmp_path}/sub/*.md",
+                            f"two={tmp_path}/./*.txt"], False, defaultdict(Counter))
+    assert names(found, tmp_path) == {
         "file": ["a.txt"], "folder": ["a.txt", "b.txt", "sub/d.md", "sub/deep/c.txt"], "glob": ["a.txt", "b.txt"],
         "deep": ["a.txt", "b.txt", "sub/deep/c.txt"], "two": ["a.txt", "b.txt", "sub/d.md"]}
+
+
+def test_links_lead_to_each_file_once_and_what_cannot_be_read_is_counted(tmp_path, monkeypatch):
+    for folder in ("root/a", "root/closed", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.txt").write_text("text")
+    for link, target in (("loop", "root"), ("a/loop", "root"), ("a/more", "elsewhere"), ("y.txt", "root/a/x.txt"),
+                         ("gone.txt", "nothing"), ("self.txt", "root/self.txt")):
+        (tmp_path / "root" / link).symlink_to(tmp_path / target)
+    os.mkfifo(tmp_path / "root" / "a" / "pipe.txt")
+    scandir = os.scandir
+
+    def guarded(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+    monkeypatch.setattr(os, "scandir", guarded)
+    left_out = defaultdict(Counter)
+    words = ["all=root", "glob=root/**/*.txt", "glob=root/*.txt", "glob=**/a/**/x.txt"]
+    monkeypatch.chdir(tmp_path)
+    found = expand_sources(words, False, left_out)
+    once = ["root/a/more/x.txt", "root/a/x.txt"]
+    assert names(found, Path(".")) == {"all": once, "glob": once}
+    assert left_out["all"] == {"links to nothing, pipes and devices left out": 3, "unreadable folders left out": 1}
 
 
 def test_the_documents_of_all_domains_are_one_stream_and_an_empty_domain_is_refused(tmp_path):
@@ -550,7 +645,6 @@ def test_the_domain_may_be_what_each_record_says(program, tmp_path, name):
 
 
 @pytest.mark.parametrize("records, named", [
-    ([labelled(1, "a b"), labelled(2, "a-b")], "'a-b'"),
     ([{"text": "no label"}], "records: no document in its 1 files"),
     ([labelled(i, f"d{i % 257}") for i in range(600)], "at most 256"),
 ])
@@ -558,6 +652,33 @@ def test_labels_that_make_no_domains_are_refused(program, tmp_path, records, nam
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     status, _, stderr = program(f"{tmp_path}/a.jsonl", "--domain_key=meta.set", f"--out_dir={tmp_path}/bins")
     assert status == 2 and stderr.count("\n") == 1 and named in stderr
+
+
+@pytest.mark.parametrize("labels, domains, merged", [
+    ([0, 1], ["0", "1"], []), (["a b", "a-b"], ["a_b"], ["10 records in the domain a_b with another label than 'a b'"]),
+    (["x" * 300, "y"], ["x" * 100, "y"], [])])
+def test_any_label_makes_a_name_and_those_that_make_the_same_are_merged(program, tmp_path, labels, domains, merged):
+    records = [labelled(i, labels[i % 2]) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    status, stdout, _ = program(f"{tmp_path}/a.jsonl", "--domain_key=meta.set", f"--out_dir={tmp_path}/bins")
+    found = read_meta(tmp_path / "bins")["domains"]
+    assert status == 0 and list(found) == domains
+    assert sum(entry[side]["documents"] for entry in found.values() for side in ("train", "val")) == 20
+    assert [line for line in stdout.splitlines() if "note" in line] == [f"note: records: {note}" for note in merged]
+
+
+def test_labelled_records_and_named_sources_are_one_build(program, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("year=2023").mkdir()
+    Path("books").mkdir()
+    Path("year=2023", "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in LABELLED))
+    Path("math.jsonl").write_text(RECORDS)
+    for name in ("one", "two"):
+        Path("books", name).write_text(name)
+    status, _, stderr = program("year=2023/*.jsonl", "math-2=math.jsonl", "records=books", "--domain_key=meta.set",
+                                "--out_dir=bins")
+    assert (status, stderr) == (0, "")
+    assert sorted(read_meta("bins")["domains"]) == ["Pile_CC_x", "RedPajamaC4", "math-2", "records"]
 
 
 # ----------------------------------------------- The validation split -------------------------------------------------
@@ -614,11 +735,17 @@ def test_each_side_has_a_document(tmp_path, texts, limits):
 
 
 @pytest.mark.parametrize("domains, named", [
-    ({"prose": ARTICLES, "code": ["alone"]}, "domain code"), ({"code": ["alone"] * 5}, "domain code"),
+    ({"prose": ["alone"] * 5, "code": ["alone"]}, "no domain has two distinct documents"),
     ({f"d{i}": ["one", "two"] for i in range(257)}, "at most 256 domains")])
 def test_a_stream_without_a_split_is_refused(tmp_path, domains, named):
     assert named in refused(build, tmp_path, domains)
-    assert not list(tmp_path.glob("*.bin")) and not (tmp_path / "meta.json").exists()
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_domain_with_one_distinct_document_is_left_out_and_told(tmp_path, capsys):
+    meta = build(tmp_path, {"alone": ["one"] * 5, "code": ARTICLES}, val_bytes=1)
+    assert list(meta["domains"]) == ["code"] and "note: alone: left out; " in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "code.train.bin", "code.val.bin", "meta.json"}
 
 
 def fast_tokenizer():
@@ -629,7 +756,9 @@ def fast_tokenizer():
 
 
 @pytest.mark.parametrize("distinct", [10**9, 3])
-def test_the_memory_of_a_build_does_not_grow_with_its_input(tmp_path, distinct):
+def test_the_memory_of_a_build_does_not_grow_with_its_input(tmp_path, monkeypatch, distinct):
+    monkeypatch.setattr(data, "BATCH_BYTES", 1 << 20)
+
     def peak(megabytes: int) -> int:
         texts = ((f"d{i % 2}", f"document {i % distinct} ".ljust(2000, "é")) for i in range(megabytes * 260))
         tracemalloc.start()
@@ -664,7 +793,7 @@ def test_meta_json_says_what_the_bins_are(tmp_path):
     assert meta["tokenizer"] == {"name": "bytes", "vocab_size": 257, "eot": 256, "eot_token": "<|endoftext|>",
                                  "fingerprint": load_tokenizer("bytes").fingerprint, "files": []}
     assert list(meta["domains"]) == ["code", "prose"]
-    files = {"meta.json"}
+    files = {"meta.json", ".lock"}
     for name, domain in meta["domains"].items():
         assert domain["dtype"] == "uint16"
         for side in ("train", "val"):
@@ -704,6 +833,7 @@ def documents():
         replace = os.replace
         os.replace = lambda *paths: (replace(*paths), os.kill(os.getpid(), signal.SIGKILL))
 
+data.BATCH_BYTES = 1 << 20
 data.build_bins(sys.argv[1], test_data.fast_tokenizer(), documents(), val_bytes=100_000)
 """
 # Five megabytes: much is written while later documents are still to come.
@@ -718,12 +848,34 @@ def test_a_killed_build_leaves_no_half_written_bin_and_starts_again(tmp_path, mo
                          env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))})
     assert run.returncode == -signal.SIGKILL
     left = contents(tmp_path / "killed")
+    del left[".lock"]
     finished = {name for name in left if not name.endswith(".tmp")}
     assert finished == ({"code.train.bin"} if moment == -1 else set()) and (moment == 0 or len(left) == 4)
     for name in finished:
         assert left[name] == (tmp_path / "straight" / name).read_bytes()
     build(tmp_path / "killed", LONG, fast_tokenizer(), val_bytes=100_000)
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+
+
+def test_two_builds_do_not_share_a_folder(tmp_path):
+    def documents():
+        yield "code", "one"
+        message = refused(build, tmp_path, ARTICLES)
+        assert message.startswith(f"{tmp_path}: another process is using it; ")
+        yield "code", "two"
+    build_bins(tmp_path, load_tokenizer("bytes"), documents())
+    texts = [bin_texts(tmp_path / f"code.{side}.bin") for side in ("train", "val")]
+    assert sorted(texts) == [["one"], ["two"]]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="requires /dev/full")
+@pytest.mark.parametrize("file", ["code.train.bin", "code.val.bin", "meta.json"])
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_a_full_disk_is_told_with_the_file_and_what_was_begun_is_removed(tmp_path, file, length):
+    (tmp_path / f"{file}.tmp").symlink_to("/dev/full")
+    message = refused(build, tmp_path, ["one" * length, "two" * length])
+    assert f"{tmp_path / file}: OSError: [Errno 28] No space left on device" in message
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "meta.json").exists()
 
 
 # ----------------------------------------------- Windows --------------------------------------------------------------
@@ -757,17 +909,32 @@ def test_train_windows_come_in_the_order_asked(made):
         assert row.tolist() == tokens[i * 16:i * 16 + 17].tolist()
 
 
-def test_validation_windows_are_counted_from_the_start(made):
+def test_validation_and_test_windows_are_evenly_spaced_each_over_its_own_half(made):
     bins, tokens = TokenBins(made, 16), read_bin(made / "code.val.bin")
-    n = (len(tokens) - 1) // 16
-    every = bins.val_windows("code", n)
-    assert every.tolist() == [tokens[i * 16:i * 16 + 17].tolist() for i in range(n)] and every.dtype == np.int64
-    for count, start in ((3, 5), (n - 5, 5), (0, n)):
-        np.testing.assert_array_equal(bins.val_windows("code", count, start), every[start:start + count])
-    assert f"--val_samples={n + 1}: domain code of {made} has {n} validation windows" in refused(
-        bins.val_windows, "code", n + 1)
-    assert f"--val_samples=9 and --test_samples={n}: domain code of {made} has {n} " in refused(
-        bins.val_windows, "code", n, start=9)
+    W = (len(tokens) - 1) // 16
+    h = W // 2
+    assert W > 20 and W % 2 == 1  # the second half is the larger one
+    every = np.array([tokens[i * 16:i * 16 + 17] for i in range(W)])
+    for n in (1, 2, 7, h):
+        np.testing.assert_array_equal(bins.val_windows("code", n), every[[(i * h) // n for i in range(n)]])
+        np.testing.assert_array_equal(bins.test_windows("code", n), every[[h + (i * (W - h)) // n for i in range(n)]])
+    np.testing.assert_array_equal(bins.test_windows("code", W - h), every[h:])
+    for read, side, available in ((bins.val_windows, "val", h), (bins.test_windows, "test", W - h)):
+        message = refused(read, "code", available + 1)
+        assert f"--{side}_samples={available + 1}: domain code of {made} has {available} windows of 16 tokens" in message
+        assert f"lower --{side}_samples or --block_size" in message and "--val_fraction" in message
+
+
+def test_the_documents_that_windows_touch_are_counted(made):
+    bins, tokens = TokenBins(made, 16), read_bin(made / "code.val.bin")
+    W = (len(tokens) - 1) // 16
+    document = np.cumsum(tokens == 256) - (tokens == 256)  # of each token, its end included
+    for side, first, available in (("val", 0, W // 2), ("test", W // 2, W - W // 2)):
+        for n in (1, 3, available):
+            ids = [first + (i * available) // n for i in range(n)]
+            touched = {d for i in ids for d in document[i * 16:i * 16 + 16].tolist()}
+            assert bins.eval_documents("code", side, n) == len(touched)
+    assert bins.eval_documents("code", "val", W // 2) > 1
 
 
 def test_domains_are_selected_by_name(made):
@@ -794,7 +961,7 @@ def test_bins_far_larger_than_memory_are_mapped_and_no_mapping_stays(tmp_path):
     windows = bins.train_windows(np.zeros(3, int), np.array([0, last // 2, last]))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert windows.shape == (3, 1025) and peak < 1e6 and bins.val_windows("web", 2, last - 1).shape == (2, 1025)
+    assert windows.shape == (3, 1025) and peak < 1e6 and bins.val_windows("web", 2).shape == (2, 1025)
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(tmp_path) not in maps.read_text()
 
@@ -838,6 +1005,11 @@ BAD_FOLDERS = {
     "other version": (in_meta(lambda meta: meta.update(format_version=1)), "format version 1, but 2 is known"),
     "no tokenizer": (in_meta(lambda meta: meta.pop("tokenizer")), "meta.json: "),
     "no tokens": (train_entry(tokens=None), "meta.json: "),
+    "tokens of no integer": (train_entry(tokens=1e3), "tokens are no integer"),
+    "train as val": (in_meta(lambda meta: meta["domains"]["code"].update(val=meta["domains"]["code"]["train"])),
+                     "code.train.bin is named twice"),
+    "ids beyond the dtype": (in_meta(lambda meta: meta["tokenizer"].update(vocab_size=65537)), "cannot hold 65537 ids"),
+    "end of text beyond the ids": (in_meta(lambda meta: meta["tokenizer"].update(eot=257)), "end of text 257"),
     "negative tokens": (train_entry(tokens=-2), "code.train.bin"),
     "bin outside": (train_entry(file="../outside.bin"), "outside.bin is not in the folder"),
     "truncated": (lambda folder: os.truncate(folder / "code.train.bin", 100), "code.train.bin"),

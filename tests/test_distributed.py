@@ -599,7 +599,7 @@ def test_a_second_run_on_the_same_folder_is_refused_and_the_first_unharmed(begin
     pids = paused(tmp_path)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     statuses, _, err = start(resume="never")
-    assert statuses == [2] and re.fullmatch(f"error: {run}: another run is using it; .*\n", err)
+    assert statuses == [2] and re.fullmatch(f"error: {run}: another process is using it; .*\n", err)
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for pid in pids:
         os.kill(pid, signal.SIGUSR2)

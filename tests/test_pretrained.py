@@ -118,7 +118,7 @@ def keys(bins):
     """A function that gives the keys of a short run."""
     def make(teacher: Path, student: Path | str, out_dir: Path, **given) -> dict:
         return dict(preset="paper", data_dir=str(bins), teacher=str(teacher), student=str(student),
-                    out_dir=str(out_dir), block_size=24, batch_size=8, val_samples=4, interval=2, max_steps=4, lr=3e-3,
+                    out_dir=str(out_dir), block_size=24, batch_size=8, val_samples=3, interval=2, max_steps=4, lr=3e-3,
                     min_lr=3e-4, warmup_steps=1, save_every=2, keep=0, device="cpu") | given
     return make
 
@@ -177,7 +177,7 @@ def test_perplexities_are_transformers_over_the_tokenizers_ids(run, bins, models
                               (teacher, lines[-1], "teacher_ppl"), (run / "step_00000004", lines[-1], "student_ppl")):
         model = open_in_transformers(folder)
         for name in WORDS:
-            windows = torch.from_numpy(TokenBins(bins, 24).val_windows(name, 4))
+            windows = torch.from_numpy(TokenBins(bins, 24).val_windows(name, 3))
             targets = windows[:, 1:].flatten()
             with torch.no_grad():
                 logits = model(windows).logits[:, :-1].double().flatten(0, 1)
@@ -202,11 +202,6 @@ def test_the_first_steps_loss_is_transformers_too(run, bins, models):
     assert [step["ce"], step["kl"], step["loss"]] == pytest.approx([ce, kl, ce + 0.2 * kl], rel=1e-4)
 
 
-def test_the_parameters_logged_are_transformers(run, models):
-    counted = [open_in_transformers(folder).num_parameters() for folder in models()]
-    assert list(read_lines(run, "run")[0]["parameters"].values()) == counted
-
-
 def rounded(model: Path, to: Path) -> Path:
     """The model's folder, stored in bfloat16."""
     shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors*"))
@@ -217,7 +212,8 @@ def rounded(model: Path, to: Path) -> Path:
 def test_a_student_that_is_stored_in_bfloat16_is_trained_and_exported_in_float32(keys, models, tmp_path):
     teacher, student = models()
     student = rounded(student, tmp_path / "rounded")
-    folder = train(resolve_config(keys(teacher, student, tmp_path / "run", max_steps=1, lr=1e-6, min_lr=0)))
+    given = dict(max_steps=1, lr=1e-6, min_lr=0, dtype="bfloat16")
+    folder = train(resolve_config(keys(teacher, student, tmp_path / "run", **given)))
     written = json.loads((folder / "config.json").read_text())
     assert written["dtype"] == written["torch_dtype"] == "float32"
     before = load_file(student / "model.safetensors")
@@ -230,7 +226,7 @@ def test_a_student_that_is_stored_in_bfloat16_is_trained_and_exported_in_float32
 
 def test_a_student_of_the_teachers_layers_starts_as_they_are_in_float32(keys, models, tmp_path):
     teacher = rounded(models()[0], tmp_path / "rounded")
-    folder = train(resolve_config(keys(teacher, "layers:2", tmp_path / "run", max_steps=0)))
+    folder = train(resolve_config(keys(teacher, "layers:2", tmp_path / "run", max_steps=0, dtype="bfloat16")))
     whole = load_file(teacher / "model.safetensors")
     kept = load_file(folder / "model.safetensors")
     for name, tensor in kept.items():
