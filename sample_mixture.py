@@ -415,8 +415,11 @@ def plot(runs: dict[str, list[dict]], path: str, r: list[dict[str, float]] | Non
         for name in first:
             panels[2].step(tokens, [shares[name] for shares in r], where="post", label=name)
         panels[2].set(xlabel="tokens", title="r")
+    panels[0].margins(y=0.3)  # room for the legend
+    for panel in panels[1:n_panels]:
+        panel.locator_params(axis="x", nbins=4)
     for panel in panels[:2]:
-        panel.legend(fontsize="small")
+        panel.legend(fontsize="small", ncols=2)
     with user_errors(f"--plot={path}", "name a .png in a folder that exists"):
         figure.savefig(path, dpi=120)
     print(f"wrote {path}")
