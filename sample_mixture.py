@@ -353,27 +353,37 @@ def show_runs(args: argparse.Namespace):
             last[name] = lines[-1]["domains"]
             mixtures[name] = [line for line in lines if line["kind"] == "mixture"]
             first_run = next(iter(last.values()))
-            if last[name].keys() != first_run.keys() or None in [domain["ratio"] for domain in last[name].values()]:
+            if last[name].keys() != first_run.keys() or np.isnan(column(last[name], "ratio")).any():
                 raise ValueError("other domains than the run before, or no teacher")
-    tested = all("test_ratio" in domain for domains in last.values() for domain in domains.values())
-    prefix = "test_" if tested else ""
+    prefix = "test_"
+    side = "test"
+    for domains in last.values():
+        if "test_ratio" not in next(iter(domains.values())):
+            prefix = ""
+            side = "validation"
 
     # The table: a row per run
     width = 2 + max(map(len, ["teacher", *last]))
-    print(f"perplexity (ratio to the teacher's) on the {'test' if tested else 'validation'} windows:\n")
+    print(f"perplexity (ratio to the teacher's) on the {side} windows:\n")
     header = "".join(f"{name[:16]:>18}" for name in first_run)
     print(f"{'':{width}}{header}{'worst ratio':>14}{'mean ratio':>12}")
     for name, domains in last.items():
         row = f"{name:{width}}"
-        ratios = []
-        for domain in domains.values():
-            ratios.append(domain[f"{prefix}ratio"])
-            row += f"{domain[f'{prefix}student_ppl']:9.2f} ({ratios[-1]:6.2f})"
-        print(f"{row}{max(ratios):14.3f}{sum(ratios) / len(ratios):12.3f}")
-    teacher = [f"{domain[f'{prefix}teacher_ppl']:9.2f}{'':9}" for domain in first_run.values()]
-    print(f"{'teacher':{width}}" + "".join(teacher))
+        ratios = column(domains, prefix + "ratio")
+        for ppl, ratio in zip(column(domains, prefix + "student_ppl"), ratios):
+            row += f"{ppl:9.2f} ({ratio:6.2f})"
+        print(f"{row}{ratios.max():14.3f}{ratios.mean():12.3f}")
+    row = f"{'teacher':{width}}"
+    for ppl in column(first_run, prefix + "teacher_ppl"):
+        row += f"{ppl:9.2f}{'':9}"
+    print(row)
     if args.plot:
         plot(mixtures, args.plot)
+
+
+def column(domains: dict[str, dict], key: str) -> np.ndarray:
+    """One number of each domain, (N,) float64; NaN where it is None."""
+    return np.array([domain[key] for domain in domains.values()], dtype=np.float64)
 
 
 def plot(runs: dict[str, list[dict]], path: str, r: list[dict[str, float]] | None = None):
@@ -393,22 +403,22 @@ def plot(runs: dict[str, list[dict]], path: str, r: list[dict[str, float]] | Non
 
     # Fig. 1: bars side by side in each domain
     first = next(iter(runs.values()))[0]["domains"]
-    bars = {"student before": [domain["student_ppl"] for domain in first.values()]}
+    bars = {"student before": column(first, "student_ppl")}
     for run, lines in runs.items():
-        bars[run] = [domain["student_ppl"] for domain in lines[-1]["domains"].values()]
-    bars["teacher"] = [domain["teacher_ppl"] for domain in first.values()]
+        bars[run] = column(lines[-1]["domains"], "student_ppl")
+    bars["teacher"] = column(first, "teacher_ppl")
     left = np.arange(len(first))
     width = 0.8 / len(bars)
     for i, (label, heights) in enumerate(bars.items()):
-        panels[0].bar(left + i * width, np.array(heights, dtype=float), width, align="edge", label=label)
+        panels[0].bar(left + i * width, heights, width, align="edge", label=label)
     panels[0].set(title="perplexity, last evaluation", xticks=left + 0.4, xticklabels=list(first))
 
     # Fig. 3, and r, which holds until the next evaluation
     for panel, (run, lines) in zip(panels[1:], runs.items()):
-        tokens = [sum(domain["tokens"] for domain in line["domains"].values()) for line in lines]
-        for name in first:
-            ratios = [line["domains"][name]["ratio"] for line in lines]
-            panel.plot(tokens, np.array(ratios, dtype=float), label=name)
+        tokens = [column(line["domains"], "tokens").sum() for line in lines]
+        ratios = np.array([column(line["domains"], "ratio") for line in lines])
+        for i, name in enumerate(first):
+            panel.plot(tokens, ratios[:, i], label=name)
         panel.set(xlabel="tokens", title=f"{run}: perplexity, student / teacher")
         panel.sharey(panels[1])
     if r is not None:
