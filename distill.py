@@ -1225,7 +1225,12 @@ def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTCo
 
     # A folder, or a name on the Hub
     folder = model_folder(source, f"--{role}", DESCRIBING_FILES)
-    model_config = read_config(folder)
+    ours = bins.tokenizer
+    try:
+        model_config = read_config(folder)
+        theirs = model_tokenizer(folder, ours["eot_token"])
+    except UserError as error:
+        raise UserError(f"--{role}={source}: {error}") from None
     fix = f"make the bins again with data.py --tokenizer={source}"
     if model_config.vocab_size < bins.vocab_size:
         raise UserError(f"--{role}={source}: has {model_config.vocab_size} ids, but the tokenizer of the bins has "
@@ -1233,8 +1238,6 @@ def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTCo
     if model_config.context < bins.block_size:
         raise UserError(f"--block_size={bins.block_size}: the {role} {source} reads at most {model_config.context} "
                         "tokens")
-    ours = bins.tokenizer
-    theirs = model_tokenizer(folder, ours["eot_token"])
     if theirs is None or is_tiktoken(theirs.name, theirs.files) != is_tiktoken(ours["name"], ours["files"]):
         print(f"WARNING: --{role}={source} has no tokenizer that can be compared with the bins', {ours['name']}; it is "
               "taken, since it has enough ids")

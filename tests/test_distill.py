@@ -1162,7 +1162,7 @@ MAKE_ANEW = "make the bins again with data.py --tokenizer={other}"
     (nothing, ["--student=layers:9", "--domains=letters", "--mixture=letters=1,signs=1"],
      ["--student=layers:9: the teacher cannot be read, or has fewer layers",
       "--mixture=letters=1,signs=1: the domains of"]),
-    (nothing, ["--teacher=nowhere", "--student=2x64"], ["nowhere: no config.json", "2x64: no config.json"]),
+    (nothing, ["--teacher=nowhere", "--student=2x64"], ["--teacher=nowhere: nowhere: no config.json", "--student=2x64: 2x64: no config.json"]),
     (nothing, ["--data_dir=nowhere"], ["--data_dir=nowhere: has no meta.json; make bins with data.py"]),
     (nothing, ["--domains=letters,cats"], ["--domains: ", "has no cats", "letters digits signs"]),
     (nothing, ["--test_samples=1000"], ["--test_samples=1000: domain letters"]),
