@@ -828,8 +828,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     domain with a single one is left out. Memory is at most val_bytes a domain, a few hundred bytes for each document
     that is held, and a batch: BATCH_BYTES and one document, with 4 bytes for each of its ids, or about 100 while a
     tokenizer.json encodes it. A build that is killed leaves only temporary files, and has to start again. `made_by` is
-    kept in meta.json. UserError if out_dir holds bins or is in use, if the tokenizer loses characters, or if no domain
-    is left."""
+    kept in meta.json. UserError if out_dir holds bins or is in use, or if no domain is left."""
     out_dir = Path(out_dir)
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: must be at least 0 and below 1")

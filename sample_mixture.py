@@ -353,8 +353,8 @@ def show_runs(args: argparse.Namespace):
             last[name] = lines[-1]["domains"]
             mixtures[name] = [line for line in lines if line["kind"] == "mixture"]
             first_run = next(iter(last.values()))
-            if last[name].keys() != first_run.keys() or np.isnan(column(last[name], "ratio")).any():
-                raise ValueError("other domains than the run before, or no teacher")
+            if list(last[name]) != list(first_run) or np.isnan(column(last[name], "ratio")).any():
+                raise ValueError("other domains than the run before, or in another order, or no teacher")
     prefix = "test_"
     side = "test"
     for domains in last.values():

@@ -410,6 +410,12 @@ def test_runs_that_cannot_stand_side_by_side_are_one_message(program, two_runs):
     status, _, stderr = program("--metrics", *two_runs)
     assert status == 2 and str(two_runs[1]) in stderr and "other domains" in stderr
 
+    # Columns are those of the first run.
+    reversed_domains = dict(reversed(domains([6.0, 3.0]).items()))
+    write_lines(two_runs[1], [*LINES[:-1], {"kind": "end", "step": 30, "domains": reversed_domains}])
+    status, _, stderr = program("--metrics", *two_runs)
+    assert status == 2 and "in another order" in stderr
+
 
 @pytest.mark.parametrize("arguments, named", [
     ([], "--data_dir or --metrics"),
