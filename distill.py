@@ -170,7 +170,7 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
 
     student_logits (…, V_S); teacher_logits (…, V_T), or None, then kl is 0; targets (…), already shifted, −100 is
     ignored. CE is over all V_S rows, which keeps padded ids unlikely. KL is over the first `vocab_size` ids (default:
-    the smaller number of rows), both logits cut before the softmax; there is no T² factor. direction "forward" puts the
+    the smaller number of rows), the others masked before the softmax; there is no T² factor. direction "forward" puts the
     teacher first, "reverse" the student, as in MiniLLM. (The paper prints the student first, and means the teacher: see
     the README's details.) gamma: a number, or one per token (…). The sums, weighted by `token_weights` (…) if given,
     are divided by `num_tokens` (default: the number of targets that count). ce and kl are detached; kl is without γ.
@@ -184,24 +184,34 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
     # softmax, but not a gather. An ignored target equals no id, so its loss is 0.
     z_S = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
     log_s = F.log_softmax(z_S, dim=-1)
-    is_target = torch.arange(z_S.shape[-1], device=targets.device) == targets.unsqueeze(-1)
-    ce_per_token = -torch.where(is_target, log_s, 0).sum(dim=-1)
+    ids = torch.arange(z_S.shape[-1], device=targets.device)
+    ce_per_token = -torch.where(ids == targets.unsqueeze(-1), log_s, 0).sum(dim=-1)
     ce = (weights * ce_per_token).sum() / num_tokens
     if teacher_logits is None:
         return ce, ce.detach(), torch.zeros_like(ce)
 
-    # The divergence between p (teacher) and q (student)
+    # The divergence between p (teacher) and q (student), over the tokenizer's ids. The rows that both heads have beyond
+    # these are masked: torch.compile makes one pass of a softmax over all rows and the mask, but not of a slice.
     z_T = teacher_logits.detach().to(z_S.dtype)
     rows = min(z_S.shape[-1], z_T.shape[-1])
     if vocab_size is None:
         vocab_size = rows
     if vocab_size > rows:
         raise ValueError(f"vocab_size {vocab_size} is more than the {rows} rows of a head")
-    log_p = F.log_softmax(z_T[..., :vocab_size] / temperature, dim=-1)
+
+    def log_probabilities(logits):
+        logits = logits[..., :rows]
+        if temperature != 1:  # a division by 1 is not free: torch.compile makes more passes over quotients
+            logits = logits / temperature
+        if vocab_size < rows:
+            logits = torch.where(ids[:rows] < vocab_size, logits, -1e30)
+        return F.log_softmax(logits, dim=-1)
+
+    log_p = log_probabilities(z_T)
     if temperature == 1 and vocab_size == z_S.shape[-1]:
         log_q = log_s  # the same softmax: not computed twice
     else:
-        log_q = F.log_softmax(z_S[..., :vocab_size] / temperature, dim=-1)
+        log_q = log_probabilities(z_S)
     if direction == "forward":
         kl_per_token = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     elif direction == "reverse":
@@ -598,10 +608,7 @@ class ChunkedLoss(torch.autograd.Function):
             if wants_gradient:
                 grad_logits = student_logits  # eq3 has written it over them
                 grad_hidden[chunk] = grad_logits @ head
-                if grad_head.dtype == grad_logits.dtype:
-                    grad_head.addmm_(grad_logits.T, hidden[chunk])
-                else:
-                    grad_head += grad_logits.T @ hidden[chunk]
+                add_product(grad_head, grad_logits.T, hidden[chunk])
 
         if wants_gradient:
             ctx.save_for_backward(grad_hidden, grad_head)
@@ -626,6 +633,17 @@ def aligned_empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return padded[:, :columns]
 
 
+def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
+    """total += a @ b. Where `total` is wider than `a` and `b`, CUDA adds up in it, without rounding the product first;
+    other devices, and torch before 2.13, cannot."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda and torch.__version__ >= (2, 13):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
 def eq3_of_chunk(student_logits, teacher_logits, per_token: dict, equation: dict, wants_gradient: bool):
     """Eq. 3 of one chunk → (3,): loss, ce, kl. The gradient with respect to student_logits is written over them."""
     def loss_and_parts(logits):
@@ -644,6 +662,7 @@ def eq3_of_chunk(student_logits, teacher_logits, per_token: dict, equation: dict
 def compile_eq3():
     """eq3_of_chunk, compiled, so that its passes over the logits are fused. If torch.compile fails here, it warns once
     and runs uncompiled, which is slower and holds a dozen copies of the chunk's logits."""
+    torch._dynamo.config.recompile_limit = 64  # beyond which it would run uncompiled without a word
     compiled = torch.compile(eq3_of_chunk, dynamic=False)
     works = True
 

@@ -1,5 +1,6 @@
 """Eq. 3 on logits and from hidden states; perplexity; learning rate."""
 
+import functools
 import math
 import shutil
 import warnings
@@ -7,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill
@@ -185,6 +187,31 @@ def test_in_bfloat16_a_sure_prediction_has_a_gradient_still():
     distillation_loss(logits, torch.eye(2, dtype=torch.bfloat16), None, None, torch.tensor([0]))[0].backward()
     surplus = 1 / (1 + math.exp(7))  # 0.0009, a quarter of the step from 1 to the bfloat16 before
     assert logits.grad.flatten().tolist() == pytest.approx([-surplus, surplus], rel=0.01)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_logits_of_1000_and_rows_beyond_the_tokenizers_ids_have_the_gradients_of_a_cut_softmax(direction, temperature):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = 300 * torch.randn(2, 20, 64, generator=generator)
+    student[0] *= 3
+    teacher[:, 50:] = 1000.0  # which the tokenizer does not know
+    targets = torch.randint(50, (20,), generator=generator)
+    student.requires_grad_()
+    loss, _, kl = dense_distillation_loss(student, teacher, targets, gamma=0.5, vocab_size=50, direction=direction,
+                                          temperature=temperature)
+    gradient, = torch.autograd.grad(loss, student)
+
+    exact = student.detach().double().requires_grad_()
+    first = F.log_softmax(teacher[:, :50].double() / temperature, dim=-1)
+    second = F.log_softmax(exact[:, :50] / temperature, dim=-1)
+    if direction == "reverse":
+        first, second = second, first
+    exact_kl = F.kl_div(second, first, reduction="batchmean", log_target=True)
+    exact_loss = F.cross_entropy(exact, targets) + 0.5 * exact_kl
+    exact_gradient, = torch.autograd.grad(exact_loss, exact)
+    assert [loss.item(), kl.item()] == pytest.approx([exact_loss.item(), exact_kl.item()], rel=1e-5)
+    assert_equal([gradient.double()], [exact_gradient], 1e-5)
 
 
 @BOTH
@@ -394,6 +421,17 @@ def test_what_changes_between_steps_compiles_nothing_anew(fresh_compiler, monkey
             with torch.no_grad():  # an evaluation
                 distillation_loss(*inputs[:2], None, None, inputs[4], num_tokens=1 + step, chunk_size=8)
         stance = "fail_on_recompile"
+
+
+def test_ten_vocabularies_in_one_process_are_all_compiled(fresh_compiler, monkeypatch):
+    counting = CompileCounter()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counting))
+    logits = torch.zeros(2, 12)
+    per_token = {"targets": torch.zeros(2, dtype=torch.long)}
+    with torch._dynamo.config.patch(recompile_limit=8):  # torch's own
+        for vocab_size in range(2, 12):
+            distill.compile_eq3()(logits.clone(), logits, per_token, {"vocab_size": vocab_size}, True)
+    assert counting.frame_count == 10
 
 
 # ------------ Perplexity ----------------------------------------------------------------------------------------------
