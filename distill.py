@@ -58,7 +58,7 @@ from sample_mixture import RULES, MixtureSampler, checked_weights, read_metrics
 # Sets of defaults. Config's own are the paper's values, so the presets of the paper's pairs only name the models. Where
 # the paper gives none the choice is ours: how a step's tokens are cut into windows, weight decay, clipping, the betas.
 PRESETS = {
-    "quickstart": dict(interval=25, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300,
+    "quickstart": dict(interval=10, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300,
                        lr=1e-3, min_lr=1e-4, warmup_steps=20, save_every=100),
     "paper": {},
     "qwen1.5-14b-1.8b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-1.8B"),
@@ -1327,21 +1327,28 @@ def step_flops(parameters: dict[str, int], config: Config) -> float:
     return flops_per_token * config.batch_size * config.block_size
 
 
+def model_bytes(role: str, n_parameters: int, config: Config, world: int) -> dict[str, float]:
+    """What a model holds on each of `world` devices besides activations, name → bytes: weights in the dtype of the
+    products, but the student's in float32 with gradients and AdamW's two moments."""
+    widths = {"weights": 2 if config.dtype == "bfloat16" else 4}
+    if role == "student":
+        widths = {"weights": 4, "gradients": 4, "optimizer": 8}
+    is_sharded = config.parallel != "ddp" and (role == "student" or config.shard_teacher)
+    shards = world if is_sharded else 1
+    return {part: width * n_parameters / shards for part, width in widths.items()}
+
+
 def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConfig]):
     """Print what a run would take, from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says."""
-    # Bytes per device: the teacher's weights in the dtype of the products, the student's in float32 with gradients and
-    # AdamW's two moments
+    # Bytes per device
     world = int(os.environ.get("WORLD_SIZE", 1))
     with torch.device("meta"):
         parameters = count_parameters({role: GPT(model_config) for role, model_config in model_configs.items()})
     for role, n in parameters.items():
-        parts = {"weights": 2 if config.dtype == "bfloat16" else 4}
-        if role == "student":
-            parts = {"weights": 4, "gradients": 4, "optimizer": 8}
-        is_sharded = config.parallel != "ddp" and (role == "student" or config.shard_teacher)
-        shards = world if is_sharded else 1
-        described = ", ".join(f"{part} {width * n / shards / 2**30:.2f} GiB" for part, width in parts.items())
+        parts = model_bytes(role, n, config, world)
+        described = ", ".join(f"{part} {n_bytes / 2**30:.2f} GiB" for part, n_bytes in parts.items())
         print(f"{role}: {n:,} parameters; on each of {world} devices {described}")
+    print("activations, gathered weights and the logits of a chunk come on top: more with a larger micro_batch_size")
 
     # A step
     if "student" in parameters:

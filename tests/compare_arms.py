@@ -59,7 +59,7 @@ FORKS = {"ted": "ted", "cpt_doremi": "doremi"}  # arms that are forks → the di
 ABLATIONS = {
     **{f"gamma={value}": {"gamma": value} for value in (0.0, 0.1, 0.3, 0.5)},
     **{f"temperature={value}": {"temperature": value} for value in (0.1, 0.2, 0.5, 2.0)},
-    **{f"interval={value}": {"interval": value} for value in (10, 50, 100)},
+    **{f"interval={value}": {"interval": value} for value in (5, 15, 20, 50)},
     **{f"alpha={value}": {"alpha": value} for value in (0.0, 0.25, 0.75, 1.0)},
 }
 # The paper's claims: text, the arm that is to be lower, the other

@@ -58,10 +58,10 @@ def test_the_table_has_a_line_for_each_arm_that_ran():
 
 
 def test_an_ablation_is_compared_with_ddk_at_the_seeds_that_both_have():
-    results = made_up(**{"ddk": [1.0, 2.0, 9.0], "alpha=1.0": [1.5, 3.5], "interval=10": [2.0]})
+    results = made_up(**{"ddk": [1.0, 2.0, 9.0], "alpha=1.0": [1.5, 3.5], "interval=5": [2.0]})
     difference = "+1.000 ± 0.500"
     assert ablations_table(results)[2:] == [
-        "| `interval=10` | 1 | 2.000 | +1.000 | 2.000 | +1.000 |",
+        "| `interval=5` | 1 | 2.000 | +1.000 | 2.000 | +1.000 |",
         f"| `alpha=1.0` | 2 | 2.500 ± 1.000 | {difference} | 2.500 ± 1.000 | {difference} |"]
 
 

@@ -1022,7 +1022,7 @@ def test_the_papers_presets_have_its_values_and_its_pairs(preset, teacher, stude
 def test_the_quickstart_is_the_default_where_no_folder_is_named(given):
     config = resolve_config(given)
     assert config.preset == "quickstart" and contradictions(config) == []
-    assert config.interval == 25 and config.warmup_steps < config.max_steps
+    assert config.interval == 10 and config.warmup_steps < config.max_steps
     assert config.batch_size % 8 == 0  # torchrun --nproc_per_node=8 works as it is
 
 
