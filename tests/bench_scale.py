@@ -1,6 +1,6 @@
 """A training step at its full size, simulated: memory, traffic and FLOPs of one of many GPUs, without any.
 
-    python tests/bench_scale.py                                     the paper's pairs on 8 GPUs, about ten minutes
+    python tests/bench_scale.py                                     the paper's pairs on 8 GPUs, ten minutes
     python tests/bench_scale.py --preset=qwen1.5-14b-1.8b --world=16 --micro_batch_size=4 --checkpoint_activations
 
 Rank 0 runs `load_models` and `training_step` of distill.py on fake tensors, which have shapes but no memory, in a fake
@@ -12,7 +12,7 @@ asks for. What is not simulated:
 - Fragmentation, and the buffers of CUDA, cuBLAS and NCCL: leave several GiB free.
 - Time. Seconds are FLOPs and bytes over the rates below, as if nothing were ever waited for.
 
-The same run checks the bytes of weights, gradients and optimizer that `--dry_run` prints.
+The same run checks that the bytes of weights, gradients and optimizer which `--dry_run` prints are right to 2 %.
 """
 
 import argparse
@@ -37,10 +37,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import distill
-from distill import PRESETS, Config, count_parameters, load_models, make_optimizers, training_step
+from distill import PRESETS, Config, count_parameters, load_models, make_optimizers, model_bytes, training_step
 from model import GPT, GPTConfig
 
+DISTILLATION_LOSS = distill.distillation_loss
+BACKWARD = torch.Tensor.backward
 GIB = 2**30
+GB = 1e9
 FLOPS_PER_S = 450e12  # of bfloat16 products on one H100, as good training loops reach
 BYTES_PER_S = 400e9  # of one GPU's NVLink, as NCCL reaches
 
@@ -68,13 +71,14 @@ def parse_arguments() -> argparse.Namespace:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="", choices=pairs, help="one of the paper's pairs (default: all)")
     parser.add_argument("--world", type=int, default=8, help="GPUs (default: %(default)s)")
-    parser.add_argument("--micro_batch_size", type=int, default=8, help="windows per forward pass (default: %(default)s)")
+    parser.add_argument("--micro_batch_size", default="2,4,8", help="windows per forward pass,… (default: %(default)s)")
     parser.add_argument("--batch_size", type=int, default=256, help="windows per step (default: %(default)s)")
     parser.add_argument("--block_size", type=int, default=2048, help="tokens per window (default: %(default)s)")
     parser.add_argument("--shard_teacher", default="true", choices=("true", "false"), help="(default: %(default)s)")
     parser.add_argument("--checkpoint_activations", action="store_true", help="recompute them in the backward pass")
     args = parser.parse_args()
     args.presets = [args.preset] if args.preset else pairs
+    args.micro_batch_sizes = [int(size) for size in args.micro_batch_size.split(",")]
     return args
 
 
@@ -198,7 +202,7 @@ def replace_what_needs_values(tracker: Tracker, mesh):
 
     def loss_in_cudas_chunks(hidden, head, *args, **equation):
         chunk_size = 2 ** int(math.log2(2**28 // len(head)))
-        return distillation_loss(hidden, head, *args, chunk_size=chunk_size, **equation)
+        return DISTILLATION_LOSS(hidden, head, *args, chunk_size=chunk_size, **equation)
 
     distill.distillation_loss = tracker.wrap(loss_in_cudas_chunks, "Eq. 3")
     distill.compile_eq3 = lambda: eq3
@@ -208,47 +212,75 @@ def replace_what_needs_values(tracker: Tracker, mesh):
     distill.set_model_state_dict = lambda *args, **options: None
     dist.broadcast = lambda *args, **options: None
     GPT.to = GPT.to_empty = lambda model, *args, **options: model  # fake tensors are on their device from the start
-    torch.Tensor.backward = tracker.wrap(backward, "gradients")
+    torch.Tensor.backward = tracker.wrap(BACKWARD, "gradients")
     FakeTensor.item = lambda tensor: 1.0
     FakeTensor.tolist = lambda tensor: [1.0] * tensor.numel()
 
 
-distillation_loss = distill.distillation_loss
-backward = torch.Tensor.backward
+def attention_flops(query, key, value, *args, out_shape=None, **options) -> int:
+    """Two products of (tokens × width) and (width × tokens) for each head, of which the causal half counts."""
+    batch, heads, tokens, width = query
+    return 2 * batch * heads * tokens * tokens * width
 
 
-def simulate(preset: str, args: argparse.Namespace, mesh) -> dict:
-    """A whole step of a pair; prints what it takes, and returns the row of the table."""
+def attention_backward_flops(grad, query, *args, out_shape=None, **options) -> int:
+    """Five products instead of two: one of them is computed again."""
+    return attention_flops(query, None, None) * 5 // 2
+
+
+ATTENTION = {  # which torch's counter does not know on CPUs
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
+def simulate(preset: str, micro_batch_size: int, args: argparse.Namespace, mesh) -> tuple[float, float, float]:
+    """A whole step of a pair. Prints what it takes → bytes at the peak, bytes moved, FLOPs."""
     names = PRESETS[preset]
     model_configs = {role: MODELS[names[role]] for role in ("teacher", "student")}
     config = Config(preset=preset, **names, device="cpu", dtype="bfloat16", compile="false", parallel="fsdp",
-                    batch_size=args.batch_size, block_size=args.block_size, micro_batch_size=args.micro_batch_size,
+                    batch_size=args.batch_size, block_size=args.block_size, micro_batch_size=micro_batch_size,
                     shard_teacher=args.shard_teacher == "true", checkpoint_activations=args.checkpoint_activations)
     vocab_size = TOKENIZER_IDS[names["teacher"].split("/")[0]]
 
     tracker = Tracker()
     replace_what_needs_values(tracker, mesh)
-    held = {}  # (role, part) → bytes
     with FakeTensorMode(allow_non_fake_inputs=True), tracker:
         models = load_models(config, model_configs, None)
         for role, model in models.items():
             for parameter in model.parameters():
                 tracker.relabel(parameter, f"{role}'s weights")
-            held[role, "weights"] = tracker.by_kind()[f"{role}'s weights"]
-        optimizers = make_optimizers(models["student"], config)
-        optimizers[0].step = tracker.wrap(optimizers[0].step, "optimizer")
+        optimizer, = make_optimizers(models["student"], config)
+        held = {}  # after the last backward pass: kind → bytes
+        optimizer.register_step_pre_hook(lambda *_: held.update(tracker.by_kind()))
+        optimizer.step = tracker.wrap(optimizer.step, "optimizer")
 
         # One micro-batch, after which AdamW has its moments, and then a whole step
         windows = torch.zeros(config.batch_size // args.world, config.block_size + 1, dtype=torch.long)
         for windows_of_step in (windows[:config.micro_batch_size], windows):
             tracker.start_step()
-            with FlopCounterMode(display=False) as flops:
-                training_step(0, models["student"], models["teacher"], optimizers, windows_of_step,
+            with FlopCounterMode(display=False, custom_mapping=ATTENTION) as flops:
+                training_step(0, models["student"], models["teacher"], [optimizer], windows_of_step,
                               vocab_size=vocab_size, config=config)
 
-    print(tracker.peak/GIB, {k:v/GIB for k,v in tracker.peak_by_kind.items()}, tracker.collectives, tracker.moved)
-    print(flops.get_total_flops(), distill.step_flops(count_parameters(models), config)/8)
-    print(held, tracker.by_kind())
+    # What the dry run prints, beside what was held
+    kinds = {("teacher", "weights"): "teacher's weights", ("student", "weights"): "student's weights",
+             ("student", "gradients"): "gradients", ("student", "optimizer"): "optimizer"}
+    for role, n in count_parameters(models).items():
+        for part, n_bytes in model_bytes(role, n, config, args.world).items():
+            in_step = held[kinds[role, part]]
+            assert abs(n_bytes / in_step - 1) < 0.02, (f"{preset}: the dry run says {n_bytes:,.0f} bytes of {part} of "
+                                                       f"the {role}, and the step holds {in_step:,}")
+
+    moved = sum(tracker.moved.values())
+    n_flops = flops.get_total_flops()
+    kinds = [f"{kind} {n / GIB:.2f}" for kind, n in tracker.peak_by_kind.most_common() if n / GIB >= 0.005]
+    print(f"\n{preset}: {config.batch_size // args.world} windows of {config.block_size} tokens on each of {args.world} "
+          f"GPUs, {micro_batch_size} per forward pass\n  peak {tracker.peak / GIB:.1f} GiB: {', '.join(kinds)}")
+    for name, count in tracker.collectives.most_common():
+        print(f"  {name}: {count} times, {tracker.moved[name] / GB:,.1f} GB")
+    print(f"  {n_flops:.3e} FLOPs", flush=True)
+    return tracker.peak, moved, n_flops
 
 
 def main():
@@ -256,8 +288,15 @@ def main():
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(args.world))
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.world)
     mesh = init_device_mesh("cpu", (args.world,))
+    sizes = args.micro_batch_sizes
+    lines = [f"| | compute, s | {' | '.join(f'{size}: GiB, GB, s' for size in sizes)} |", "|---" * (len(sizes) + 2) + "|"]
     for preset in args.presets:
-        simulate(preset, args, mesh)
+        cells = []
+        for size in sizes:
+            peak, moved, n_flops = simulate(preset, size, args, mesh)
+            cells.append(f"{peak / GIB:.0f}, {moved / GB:,.0f}, {moved / BYTES_PER_S:.1f}")
+        lines.append(f"| `{preset}` | {n_flops / FLOPS_PER_S:.1f} | {' | '.join(cells)} |")
+    print("\n".join(["", *lines]))
 
 
 if __name__ == "__main__":

@@ -8,19 +8,21 @@ All of them train the same student from the same teacher on the same windows. Ea
 three times over. A step's time is the median after warm-up.
 
 - parts: what no step can do without, each measured alone: the teacher's forward pass, the student's forward and
-  backward pass, the loss from hidden states to gradients, and the optimizer.
+  backward pass, the loss from hidden states to gradients, and the optimizer; compiled where ours is.
 - ours: `distill.train`, as a run logs it: reading the data and clipping included.
 - transformers: both models with AutoModelForCausalLM, cross-entropy + 0.2 · KL of whole logits, AdamW.
 - liger: the same with LigerFusedLinearJSDLoss on the models' hidden states, in chunks.
 - trl: GKDTrainer with lmbda = 0 and beta = 0, so forward KL on the given text; it has no cross-entropy beside it.
 
 The first step's loss (not trl's) is checked against the dense equation in the same run. What is not installed is left
-out, and named.
+out, and named; what runs out of memory is a row that says so. The models have random weights, which each process draws
+anew on its device: nothing large is written or read.
 """
 
 import argparse
 import importlib.util
 import json
+import math
 import os
 import platform
 import resource
@@ -38,10 +40,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 
+import distill
 from data import TokenBins, Tokenizer, build_bins
 from distill import (PEAK_FLOPS, count_parameters, dense_distillation_loss, distillation_loss, make_optimizers,
-                     resolve_config, step_flops, train)
-from model import GPT, GPTConfig
+                     resolve_auto, resolve_config, spread, step_flops, train)
+from model import GPT, GPTConfig, checkpoint_name, write_config
 from sample_mixture import MixtureSampler
 
 ROUNDS = 3
@@ -72,12 +75,26 @@ def model_config(args: argparse.Namespace, role: str) -> GPTConfig:
     return replace(sizes, tie_word_embeddings=False)
 
 
+def model_dtype(args: argparse.Namespace, role: str) -> torch.dtype:
+    return torch.float32 if role == "student" else getattr(torch, args.dtype)
+
+
+def random_model(args: argparse.Namespace, role: str) -> GPT:
+    """The model of a role, with the same random weights in each process: they do not change what a step costs."""
+    torch.manual_seed(["teacher", "student"].index(role))
+    torch.set_default_dtype(model_dtype(args, role))
+    with torch.device(args.device):
+        model = GPT(model_config(args, role))
+    torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(role == "student")
+
+
 def prepare(args: argparse.Namespace):
-    """Models with random weights, and bins of random ids: neither changes what a step costs."""
+    """Folders of models without weights, and bins of random ids."""
     folder = Path(args.folder)
     for role in ("teacher", "student"):
-        torch.manual_seed(len(role))
-        GPT(model_config(args, role)).save_pretrained(folder / role)
+        (folder / role).mkdir()
+        write_config(folder / role, model_config(args, role), model_dtype(args, role))
 
     random = np.random.default_rng(0)
 
@@ -131,10 +148,12 @@ def hidden_and_head(hidden, head):
 
 
 def parts(args: argparse.Namespace) -> dict:
-    folder = Path(args.folder)
-    teacher = GPT.from_pretrained(folder / "teacher", getattr(torch, args.dtype)).to(args.device).requires_grad_(False)
-    student = GPT.from_pretrained(folder / "student", torch.float32).to(args.device)
-    optimizer, = make_optimizers(student, run_config(args))
+    config = resolve_auto(run_config(args))
+    teacher = random_model(args, "teacher")
+    student = random_model(args, "student")
+    for model in (teacher, student):
+        spread(model, config, shard=False)  # compiles its blocks, if ours are
+    optimizer, = make_optimizers(student, config)
     seconds = {"teacher": [], "student forward": [], "loss": [], "student backward": [], "optimizer": []}
     losses = []
     for windows in batches(args):
@@ -165,6 +184,9 @@ def parts(args: argparse.Namespace) -> dict:
 
 
 def ours(args: argparse.Namespace) -> dict:
+    distill.read_model = lambda role, *_: random_model(args, role)
+    distill.weight_files = lambda folder: []  # to be hashed
+    distill.save_checkpoint = lambda *_: None
     train(run_config(args))
     lines = [json.loads(line) for line in open(Path(args.folder) / "run" / "metrics.jsonl")]
     steps = [line for line in lines if line["kind"] == "train"]
@@ -173,11 +195,18 @@ def ours(args: argparse.Namespace) -> dict:
 
 
 def their_models(args: argparse.Namespace):
-    from transformers import AutoModelForCausalLM
-    folder = Path(args.folder)
-    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher", dtype=getattr(torch, args.dtype))
-    student = AutoModelForCausalLM.from_pretrained(folder / "student", dtype=torch.float32)
-    return teacher.to(args.device), student.to(args.device)
+    from transformers import AutoConfig, AutoModelForCausalLM
+    models = []
+    for role in ("teacher", "student"):
+        config = AutoConfig.from_pretrained(Path(args.folder) / role)
+        with torch.device(args.device):
+            model = AutoModelForCausalLM.from_config(config, dtype=model_dtype(args, role))
+        weights = random_model(args, role).state_dict()
+        model.load_state_dict({checkpoint_name(name, model_config(args, role)): weights[name] for name in weights})
+        models.append(model)
+    if args.device == "cuda":  # the weights were there twice
+        torch.cuda.reset_peak_memory_stats()
+    return models
 
 
 def their_loop(args: argparse.Namespace, student, loss_of) -> dict:
@@ -265,7 +294,16 @@ def trl(args: argparse.Namespace) -> dict:
     return {"seconds": median(times), "loss": None}
 
 
-RUNS = {"parts": parts, "ours": ours, "transformers": transformers, "liger": liger, "trl": trl}
+def dense(args: argparse.Namespace) -> dict:
+    """Eq. 3 of the first step, from whole logits."""
+    windows = next(batches(args))
+    with torch.no_grad(), autocast(args):
+        logits = [random_model(args, role)(windows[:, :-1]) for role in ("student", "teacher")]
+        loss, _, _ = dense_distillation_loss(*logits, windows[:, 1:])
+    return {"seconds": math.nan, "loss": loss.item()}
+
+
+RUNS = {"dense": dense, "parts": parts, "ours": ours, "transformers": transformers, "liger": liger, "trl": trl}
 
 
 # ------------ The table -----------------------------------------------------------------------------------------------
@@ -290,22 +328,15 @@ def share_of_peak(args: argparse.Namespace, seconds: float) -> str:
     return "–"
 
 
-def run_in_a_process(name: str, args: argparse.Namespace) -> dict:
+def run_in_a_process(name: str, args: argparse.Namespace) -> dict | None:
+    """What an implementation measured; None if it ran out of memory."""
     keys = [f"--{key}={value}" for key, value in vars(args).items() if key != "run"]
     done = subprocess.run([sys.executable, __file__, *keys, f"--run={name}"], capture_output=True, text=True)
+    if "OutOfMemoryError" in done.stderr:
+        return None
     if done.returncode:
         raise RuntimeError(f"{name}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def dense_loss(args: argparse.Namespace) -> float:
-    """Eq. 3 of the first step, from whole logits."""
-    windows = next(batches(args)).cpu()
-    student = GPT.from_pretrained(Path(args.folder) / "student")
-    teacher = GPT.from_pretrained(Path(args.folder) / "teacher")
-    with torch.no_grad():
-        loss, _, _ = dense_distillation_loss(student(windows[:, :-1]), teacher(windows[:, :-1]), windows[:, 1:])
-    return loss.item()
 
 
 def compare(args: argparse.Namespace):
@@ -323,13 +354,17 @@ def compare(args: argparse.Namespace):
         for _ in range(ROUNDS):
             for name in names:
                 results[name].append(run_in_a_process(name, args))
-        expected = dense_loss(args)
+        whole_logits = run_in_a_process("dense", args)
+
+    # What ran out of memory has no number.
+    expected = math.nan if whole_logits is None else whole_logits["loss"]
+    ran = {name: runs for name, runs in results.items() if None not in runs}
 
     # They computed the same loss.
     tolerance = 1e-5 if args.dtype == "float32" else 0.02
-    for name, runs in results.items():
+    for name, runs in ran.items():
         loss = runs[0]["loss"]
-        if loss is not None:
+        if loss is not None and whole_logits is not None:
             assert abs(loss / expected - 1) < tolerance, f"{name}: first loss {loss}, by the dense equation {expected}"
 
     # Print the table.
@@ -337,20 +372,26 @@ def compare(args: argparse.Namespace):
     print(f"{date.today()}, {machine}, {platform.machine()}, torch {torch.__version__}, {args.dtype}; teacher "
           f"{args.teacher}, student {args.student}, {args.vocab_size:,} ids, {args.batch_size} × {args.block_size} "
           f"tokens; first loss {expected:.4f}\n")
-    floor = statistics.median(run["seconds"] for run in results["parts"])
+    floor = math.nan
+    if "parts" in ran:
+        floor = statistics.median(run["seconds"] for run in ran["parts"])
     print("| | step, s (minimum – maximum of 3) | ratio to the parts | tokens/s | MFU | peak GiB |\n"
           "|---|---|---|---|---|---|")
     for name, runs in results.items():
+        if name not in ran:
+            print(f"| {name} | out of memory | | | | |")
+            continue
         least, middle, most = sorted(run["seconds"] for run in runs)
         tokens_per_s = args.batch_size * args.block_size / middle
         peak = statistics.median(run["peak"] for run in runs)
         print(f"| {name} | {middle:.3f} ({least:.3f} – {most:.3f}) | {middle / floor:.2f} | {tokens_per_s:,.0f} | "
               f"{share_of_peak(args, middle)} | {peak:.2f} |")
-    described = []
-    for part in results["parts"][0]["parts"]:
-        seconds = statistics.median(run["parts"][part] for run in results["parts"])
-        described.append(f"{part} {seconds:.3f} s")
-    print("\nParts: " + ", ".join(described))
+    if "parts" in ran:
+        described = []
+        for part in ran["parts"][0]["parts"]:
+            seconds = statistics.median(run["parts"][part] for run in ran["parts"])
+            described.append(f"{part} {seconds:.3f} s")
+        print("\nParts: " + ", ".join(described))
 
 
 def main():

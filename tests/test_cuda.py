@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import read_lines
 
-from distill import dense_distillation_loss, distillation_loss, resolve_config, train
+from distill import add_product, dense_distillation_loss, distillation_loss, resolve_config, train
 
 DEVICE = "cuda"
 ROOT = Path(__file__).parent.parent
@@ -82,6 +82,38 @@ def test_the_loss_holds_little_more_than_its_chunk():
     assert peaks[1] < 6 * chunk + 2 * gradient
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_written_is_not_read(dtype):
+    """Each tensor that is allocated holds NaN at first. 40,001 rows are padded to a multiple of 64."""
+    inputs = loss_inputs(700, 40_001, dtype)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        student = [tensor.requires_grad_() for tensor in inputs[:2]]
+        loss, ce, kl = distillation_loss(*inputs, vocab_size=39_990)
+        loss.backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for result in (loss, ce, kl, student[0].grad, student[1].grad):
+        assert result.isfinite().all()
+
+
+def test_the_gradient_of_the_head_is_added_up_in_float32():
+    """4,096 products of which each but the first would be lost in bfloat16."""
+    total = torch.full((8, 16), 256.0, device=DEVICE)
+    ones = torch.ones(1, 8, dtype=torch.bfloat16, device=DEVICE)
+    for _ in range(4096):
+        add_product(total, ones.T, 0.25 * torch.ones(1, 16, dtype=torch.bfloat16, device=DEVICE))
+    assert (total == 256 + 1024).all()
+
+    a, b = torch.randn(2, 256, 256, device=DEVICE).bfloat16()
+    total = torch.zeros(256, 256, device=DEVICE)
+    add_product(total, a.T, b)
+    exact = a.T.double() @ b.double()
+    rounded = 2**-8 if DEVICE == "cpu" or torch.__version__ < (2, 13) else 2**-20  # the product itself, to bfloat16
+    assert (total.double() - exact).abs().max() <= rounded * exact.abs().max()
+
+
 # ----------------------------------------------- Runs --------------------------------------------------------------
 
 
@@ -93,6 +125,13 @@ def test_twenty_steps_are_the_cpus(config):
     expected = losses(Path(runs["cpu"].out_dir))
     assert losses(Path(runs["float32"].out_dir)) == pytest.approx(expected, rel=1e-3)
     assert losses(Path(runs["bfloat16"].out_dir)) == pytest.approx(expected, rel=2e-2)
+
+
+def test_a_step_in_passes_of_2_windows_and_of_8_is_the_same(config):
+    runs = {size: config(f"passes of {size}", compile="true", micro_batch_size=size) for size in (2, 8)}
+    for run in runs.values():
+        train(run)
+    assert losses(Path(runs[2].out_dir)) == pytest.approx(losses(Path(runs[8].out_dir)), rel=5e-3)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

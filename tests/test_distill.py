@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import types
 from contextlib import contextmanager
@@ -1276,12 +1277,24 @@ def test_a_dry_run_tells_what_a_run_takes_reads_no_weights_and_writes_nothing(
             parts = f"weights {4 * gib:.2f} GiB, gradients {4 * gib:.2f} GiB, optimizer {8 * gib:.2f} GiB"
         assert f"{role}: {parameters:,} parameters; on each of {world} devices {parts}\n" in out
         flops += flops_per_weight * parameters
+    assert "activations, gathered weights and the logits of a chunk come on top" in out
     assert f"a step: {B * T:,} tokens, {B * T * flops:.2e} FLOPs; {steps} steps\n" in out
     windows = TokenBins(data_dir, T).n_windows
     natural_epochs = steps * B / sum(windows.values())
     for name, n in windows.items():
         assert (f"{name}: {n * T:,} tokens; {natural_epochs:.2f} epochs in natural proportions, "
                 f"{steps * B / 3 / n:.2f} if all domains") in out
+
+
+def test_a_step_of_the_papers_pair_holds_the_bytes_that_a_dry_run_tells():
+    """On fake tensors. bench_scale.py itself compares the bytes."""
+    command = [sys.executable, str(Path(__file__).with_name("bench_scale.py")), "--preset=llama2-13b-tinyllama-1.1b",
+               "--batch_size=16", "--micro_batch_size=1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    row, = re.findall(r"\| `llama2-13b-tinyllama-1.1b` \| [\d.]+ \| (\d+), (\d+), [\d.]+ \|", result.stdout)
+    gib, moved_gb = map(int, row)
+    assert 5 < gib < 20 and moved_gb > 2 * 13 * 2 * 7 / 8  # at least the teacher's weights, twice
 
 
 @pytest.fixture(scope="module")
