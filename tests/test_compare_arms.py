@@ -10,8 +10,10 @@ from pathlib import Path
 import compare_arms
 import pytest
 import torch
-from compare_arms import (ABLATIONS, ARMS, CLAIMS, MEASURES, ablations_table, chosen_arms, domains_table, gain,
-                          mean_and_error, paired, table, verdicts, write_gains)
+from compare_arms import ABLATIONS, ARMS, chosen_arms
+from report_arms import (CLAIMS, COMPARISONS, ablations_table, arms_table, decided, gains_table, holm, mean_and_error,
+                         numbers_without_source, p_value, paired, pairs_table, setting_figure, temperatures_table,
+                         with_tables)
 from test_forks import patched
 
 import distill
@@ -22,9 +24,17 @@ ROOT = Path(__file__).parent.parent
 
 
 def made_up(**arms) -> dict:
-    """Results in which all measures of a run are one value."""
-    return {arm: {str(seed): dict.fromkeys(MEASURES, value) for seed, value in enumerate(values)}
-            for arm, values in arms.items()}
+    """Results in which worst and mean ratio of a run are one value, and its ratios fall by a tenth of it."""
+    results = {}
+    for arm, values in arms.items():
+        results[arm] = {}
+        for seed, value in enumerate(values):
+            end = {name: {"test_ratio": value, "student_ppl": 2 * value, "teacher_ppl": 2.0} for name in ("code", "prose")}
+            results[arm][str(seed)] = {
+                "worst_ratio": value, "mean_ratio": value, "end": end, "steps": [0, 5, 10, 15], "documents": {},
+                "ratio": {"code": [5.0, 1.2 * value, 1.1 * value, value], "prose": [3.0, value, value, value]},
+                "r": {"code": [0.5, 0.6, 0.6, 0.6], "prose": [0.5, 0.4, 0.4, 0.4]}}
+    return results
 
 
 def test_mean_and_standard_error():
@@ -37,56 +47,96 @@ def test_seeds_are_paired():
     results = made_up(ddk=[1.0, 2.0, 3.0], kd=[1.5, 2.5])
     assert paired(results, "ddk", "kd", "worst_ratio") == [-0.5, -0.5]
     assert paired(results, "ddk", "ted", "worst_ratio") == []
+    changes = paired(results, "ddk", "kd", "ratio_change")  # .1 of the value twice in code, 0 in prose
+    assert changes == pytest.approx([-0.05 * 0.5, -0.05 * 0.5])
 
 
-# Three seeds: 4.3 standard errors
-@pytest.mark.parametrize("kd, seen", [([1.5, 2.51, 3.49], "holds"), ([1.1, 2.2, 3.3], "cannot be told"),
-                                      ([1.19, 2.2, 3.29], "holds"), ([0.9, 1.91, 2.89], "does not hold at this scale"),
-                                      ([1.5, 1.9, 3.1], "cannot be told"), ([1.5, 2.5, 3.5], "holds")])
-def test_a_claim_is_decided_by_students_t_of_the_paired_differences(kd, seen):
-    (line,) = verdicts(made_up(ddk=[1.0, 2.0, 3.0], kd=kd))[2:]
-    assert line.count(f"| {seen} |") == 2  # by worst and by mean ratio
+# Student's t, two-sided 95 %, of 1 to 9 degrees of freedom
+T95 = (12.706, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
 
 
-def test_a_claim_on_two_seeds_is_not_told():
-    assert len(verdicts(made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0]))) == 2
+@pytest.mark.parametrize("degrees, t", list(enumerate(T95, 1)))
+def test_p_values_are_students(degrees, t):
+    deviations = [math.cos(2 * math.pi * k / (degrees + 1)) for k in range(degrees + 1)]  # whose mean is 0
+    error = mean_and_error(deviations)[1]
+    for sign in (1, -1):
+        assert p_value([sign * (deviation / error + t) for deviation in deviations]) == pytest.approx(0.05, abs=1e-5)
+
+
+def test_holms_correction_stops_at_the_first_that_is_not_rejected():
+    assert holm({"a": 0.012, "b": 0.04, "c": 0.02, "d": 0.3}) == {"a"}  # .05/4, then .02 > .05/3
+    assert holm({"a": 0.012, "b": 0.024, "c": 0.016, "d": 0.3}) == {"a", "b", "c"}
+    assert holm({}) == set()
+
+
+@pytest.mark.parametrize("kd, cell", [([1.5, 2.501, 3.499], "-0.5000 ± 0.0006, **holds**"),
+                                      ([0.5, 1.501, 2.499], "+0.5000 ± 0.0006, **the reverse**"),
+                                      ([1.1, 2.3, 3.2], "-0.2000 ± 0.0577")])
+def test_a_pair_is_decided_by_holms_correction_of_students_t(kd, cell):
+    results = made_up(ddk=[1.0, 2.0, 3.0], kd=kd)
+    table = pairs_table({"one": results, "two": made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0])}, CLAIMS)  # two seeds: no cell
+    assert table.splitlines()[2:] == [f"| DDK above KD (Tables 1, 2) | {measure} ratio | {cell} |  |"
+                                      for measure in ("worst", "mean")]
+
+
+def test_more_claims_make_each_harder_to_decide():
+    one = made_up(ddk=[1.0, 2.0, 3.0], kd=[1.2, 2.26, 3.26])
+    key = ("ddk", "kd", "worst_ratio")
+    assert 0.05 / 10 < p_value(paired(one, *key)) < 0.05 / 2
+    assert decided(one, CLAIMS)[key][1]
+    more = one | made_up(cpt=[1.0, 2.0, 3.5], minillm=[1.0, 2.0, 3.5], ted=[1.0, 2.0, 3.5], ddk_es=[1.0, 2.0, 3.5])
+    assert not decided(more, CLAIMS)[key][1]
 
 
 def test_the_table_has_a_line_for_each_arm_that_ran():
-    lines = table(made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0], cpt=[3.0]), ARMS, ["worst_ratio"])
-    assert lines[2:] == ["| `ddk` | 2 | 1.500 ± 0.500 |", "| `kd` | 2 | 3.000 ± 1.000 |", "| `cpt` | 1 | 3.000 |"]
+    lines = arms_table(made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0], cpt=[3.0])).splitlines()
+    assert lines[0].endswith("| code | prose |") and lines[2:] == [
+        "| `ddk` | 2 | 1.500 ± 0.500 | 1.500 ± 0.500 | 1.50 | 1.50 |",
+        "| `kd` | 2 | 3.000 ± 1.000 | 3.000 ± 1.000 | 3.00 | 3.00 |",
+        "| `cpt` | 1 | 3.000 | 3.000 | 3.00 | 3.00 |"]
 
 
 def test_an_ablation_is_compared_with_ddk_at_the_seeds_that_both_have():
     results = made_up(**{"ddk": [1.0, 2.0, 9.0], "alpha=1.0": [1.5, 3.5], "interval=5": [2.0]})
     difference = "+1.000 ± 0.500"
-    assert ablations_table(results)[2:] == [
-        "| `interval=5` | 1 | 2.000 | +1.000 | 2.000 | +1.000 |",
-        f"| `alpha=1.0` | 2 | 2.500 ± 1.000 | {difference} | 2.500 ± 1.000 | {difference} |"]
+    assert ablations_table(results).splitlines()[2:] == [
+        f"| `alpha=1.0` | 2 | 2.500 ± 1.000 | {difference} | 2.500 ± 1.000 | {difference} |",
+        "| `interval=5` | 1 | 2.000 | +1.000 | 2.000 | +1.000 |"]
 
 
-def test_perplexities_stand_beside_the_teachers():
-    ends = [{"code": {"test_student_ppl": ppl, "test_teacher_ppl": 2.0, "test_ratio": ppl / 2}} for ppl in (4.0, 5.0)]
-    results = {"ddk": {"0": {"end": ends[0]}, "1": {"end": ends[1]}}}
-    assert domains_table(results, ARMS)[2:] == ["| teacher | 2.00 |", "| `ddk` | 4.50 (2.25) |"]
+def test_temperatures_are_compared_from_best_to_worst_with_t_squared_and_without():
+    arms = {"ddk": [2.0]}
+    for value, plain, squared in ((0.1, 3.0, 2.2), (0.2, 2.5, 2.0), (0.5, 2.0, 2.1), (2.0, 2.1, 2.0)):
+        arms |= {f"temperature={value}": [plain], f"t2_temperature={value}": [squared]}
+    assert temperatures_table(made_up(**arms)).splitlines()[2:] == ["| without T² | 50.0% | 50.0% |",
+                                                                    "| with T² | 10.0% | 10.0% |"]
 
 
-def test_gains_are_shares_by_seed_and_a_row_for_each_setting_and_arm(tmp_path, capsys):
-    results = made_up(ddk=[1.0, 3.0], kd=[2.0, 4.0], ddk_es=[1.0, 2.0])
-    assert gain(results, "kd", "worst_ratio") == [50, 25] and gain(results, "cpt", "mean_ratio") == []
-    for one in results["ddk"].values():
-        one["ratio"] = {"code": [3.0, 1.0], "prose": [1.5, 1.0]}
-    write_gains({"one": results, "two": results}, tmp_path)
-    rows = (tmp_path / "gains.md").read_text().splitlines()[2:]
-    assert rows[0] == "| one | 2 | 1.50 | `kd` | +37.5 ± 12.5 | +37.5 ± 12.5 |" and len(rows) == 4
-    assert (tmp_path / "gains.png").stat().st_size > 500
+def test_gains_are_shares_by_seed_and_a_row_for_each_setting():
+    results = made_up(ddk=[1.0, 3.0], kd=[2.0, 4.0], ddk_es=[1.0, 4.0])
+    rows = gains_table({"one": results, "two": results}).splitlines()[2:]
+    assert rows[1] == ("| two | 2.00 | +37.5 ± 12.5 | +37.5 ± 12.5 | +12.5 ± 12.5 | +12.5 ± 12.5 |  |  |") and len(rows) == 2
+
+
+def test_a_page_gets_its_tables_and_each_number_of_its_text_has_to_stand_in_one():
+    page = "At T = 0.5 and α = 0.25 it is 1.25.\n<!-- one -->\n| 9.99 |\n<!-- end -->\nAnd 3.75 ± 0.01, `k=7.7`.\n"
+    tables = {"one": "| 1.25 ± 0.01 |"}
+    page = with_tables(page, tables)
+    assert "<!-- one -->\n| 1.25 ± 0.01 |\n<!-- end -->" in page and "9.99" not in page
+    assert numbers_without_source(page, tables) == ["3.75"]
+
+
+def test_a_settings_figure_is_drawn(tmp_path):
+    setting_figure(made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0]), tmp_path / "setting.png")
+    assert (tmp_path / "setting.png").stat().st_size > 5000
 
 
 def test_arms_and_ablations_by_name():
     own = ["ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"]
     assert chosen_arms("arms") == own and chosen_arms("all") == [*own, *ABLATIONS]
     assert chosen_arms("kd,gamma=0.5") == ["kd", "gamma=0.5"]
-    assert all(name in ARMS | ABLATIONS for _, *names in CLAIMS for name in names)
+    for _, _, first, second, _ in CLAIMS + COMPARISONS:
+        assert {first, second} <= (ARMS | ABLATIONS).keys()
 
 
 def test_an_arm_that_is_a_fork_is_asked_for_with_its_diff_and_runs_where_the_code_has_it(monkeypatch):
@@ -126,10 +176,10 @@ def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(tmp_path)
     assert first[0] != first[1] and results["kd"]["0"]["first_worst_ratio"] == first[0]  # a base for each seed
     other = subprocess.run([*command, "--arms=ddk", "--keys=lr=0.1"], cwd=tmp_path, capture_output=True, text=True)
     assert other.returncode == 2 and "holds runs of ddk with other keys" in other.stderr
-    for name in ("quickstart.md", "quickstart_arms.png", "quickstart_domains.png"):
-        assert (tmp_path / "out" / name).stat().st_size > 500
-    text = (tmp_path / "out" / "quickstart.md").read_text()
-    assert "| `ddk` | 2 |" in text and "| `kd` | 2 |" in text
+    assert "| `ddk` | 2 |" in printed and "| `kd` | 2 |" in printed
+    assert "1/1  again_kd, seed 0" in compare("--arms=kd", "--seeds=1", "--label=again_")
+    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert again["again_kd"]["0"]["end"] == again["kd"]["0"]["end"]
 
     # The proxy's mixture is what CPT&DoReMi drew by
     mixture = (tmp_path / "out" / "doremi_proxy-0" / "mixture.txt").read_text().strip()
@@ -156,8 +206,8 @@ def test_a_pretrained_teacher_may_be_given(tmp_path, teacher):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    first = {one["first_worst_ratio"] for runs in results.values() for one in runs.values()}
-    assert len(first) == 1 and list(results["kd"]) == ["0", "1"]  # one base
+    first = [results[arm][seed]["first_worst_ratio"] for arm in ("ddk", "kd") for seed in ("0", "1")]
+    assert first[:2] == first[2:]  # a base for each seed
     config = json.loads((tmp_path / "out" / "base-0" / "config.json").read_text())["config"]
     assert config["method"] == "kd" and config["student"] == "layers:10"
 

@@ -141,6 +141,14 @@ def test_a_new_loss_is_what_a_run_minimizes(forked, trained):
         assert line["loss"] == pytest.approx(line["ce"] + 0.3 * line["kl"], rel=1e-5) and 0 < line["kl"] < 0.7
 
 
+def test_the_divergence_may_have_a_factor_of_the_temperatures_square(forked):
+    fork = imported(forked("t_squared")).distill
+    torch.manual_seed(0)
+    inputs = [torch.randn(9, 8), torch.randn(11, 8), torch.randn(9, 5), torch.randn(11, 5), torch.randint(11, (9,))]
+    loss, ce, kl = fork.distillation_loss(*inputs, gamma=0.3, temperature=0.5, chunk_size=4)
+    torch.testing.assert_close(loss, ce + 0.3 * 0.5**2 * kl)
+
+
 def test_a_new_model_family_has_the_logits_of_transformers(forked, tmp_path):
     from transformers import ArceeConfig, ArceeForCausalLM
     torch.manual_seed(0)

@@ -1,14 +1,11 @@
 """What the README says of the code: its tables, its links, its worked forks."""
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
 
-from compare_arms import ABLATIONS
-from compare_arms import ARMS as COMPARED
-from compare_arms import (MEASURES, SETTINGS, WINDOW_RULE, ablations_table, domains_table, format_mean, gains_table,
-                          table, verdicts)
+from compare_arms import SETTINGS, WINDOW_RULE
+from report_arms import make_tables, numbers_without_source, read_settings, results_of, with_tables
 
 from distill import ARMS, Config
 
@@ -16,12 +13,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BOOKS = [ROOT / "README.md", ROOT / "tests" / "README.md", ROOT / "assets" / "RESULTS.md"]
 RESULTS_PAGE = BOOKS[-1].read_text(encoding="utf-8")
-# The results of runs by the present rule of windows. What older ones gave stands with the commit that made them.
-RESULTS = {}
-for path in (ROOT / "assets").glob("*.json"):
-    results = json.loads(path.read_text(encoding="utf-8"))
-    if all(one.get("windows", {}).get("rule") == WINDOW_RULE for runs in results.values() for one in runs.values()):
-        RESULTS[path.stem] = results
+RESULTS = read_settings(ROOT / "assets")
 
 
 def test_nothing_is_left_to_be_filled_in():
@@ -73,32 +65,18 @@ def test_the_forks_in_the_readme_are_those_beside_it():
     assert printed == min(forks.values(), key=len)
 
 
-def test_the_tables_follow_from_the_results_beside_them():
-    for results in RESULTS.values():
-        lines = [*table(results, COMPARED, MEASURES), *domains_table(results, COMPARED), *verdicts(results)]
-        if results.keys() & ABLATIONS.keys():
-            lines += ablations_table(results)
-        for line in lines:
-            assert line in RESULTS_PAGE
-    for name, runs in RESULTS.get("quickstart", {}).items():
-        if name in COMPARED:
-            worst = format_mean([one["worst_ratio"] for one in runs.values()])
-            mean = format_mean([one["mean_ratio"] for one in runs.values()])
-            assert f"| `{name}` | {worst} | {mean} |" in README
+def test_the_tables_follow_from_the_results_and_the_text_from_the_tables():
+    tables = make_tables(RESULTS)
+    for page in (README, RESULTS_PAGE):
+        assert with_tables(page, tables) == page
+        assert numbers_without_source(results_of(page), tables) == []
 
 
-def test_older_results_stand_with_their_commit():
-    if len(RESULTS) < len(list((ROOT / "assets").glob("*.json"))):
-        for page in (README, RESULTS_PAGE):
-            assert "commit bbc1256" in page and "windows were the first of each validation bin" in " ".join(page.split())
-
-
-def test_the_results_are_of_the_settings_that_their_commands_have():
+def test_the_results_are_of_the_settings_and_windows_that_their_commands_have():
     for name, results in RESULTS.items():
         for runs in results.values():
             for one in runs.values():
-                assert one["experiment"]["setting"] == asdict(SETTINGS[name])
-    assert all(line in RESULTS_PAGE for line in gains_table(RESULTS))
+                assert one["experiment"]["setting"] == asdict(SETTINGS[name]) and one["windows"]["rule"] == WINDOW_RULE
 
 
 def test_every_test_that_is_named_as_proof_is_there():

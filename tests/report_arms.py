@@ -1,0 +1,381 @@
+"""The tables and figures of the README and of assets/RESULTS.md, from the results files beside it.
+
+    python tests/report_arms.py        makes them anew; a test fails where they do not follow from the files
+
+A results file, SETTING.json, is what `compare_arms.py --setting=SETTING` kept of its runs: arm → seed → what it gave. A
+table stands between <!-- NAME --> and <!-- end -->.
+
+Two arms are compared by the differences at the seeds that both have: what the arms share drops out. Student's t of the
+differences gives a p-value, and Holm's correction over all rows and measures of a table in one setting decides at 5 %:
+sorted, the smallest of n p-values has to be below .05 / n, the next below .05 / (n − 1), and so on.
+"""
+
+import argparse
+import json
+import math
+import re
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data import import_optional, run_program, write_text
+
+MEASURES = {"worst_ratio": "worst ratio", "mean_ratio": "mean ratio", "ratio_change": "change of the ratios"}
+BOTH = ("worst_ratio", "mean_ratio")
+ARMS = ["ddk", "ddk_no_fs", "ddk_es", "alpha=0.0", "cpt_doremi", "kd", "ted", "minillm", "cpt"]
+PAIRS = [("ddk", "kd"), ("ddk", "ddk_es"), ("ddk", "alpha=0.0")]  # whose gains are shown over all settings
+GAMMAS = [f"gamma={value}" for value in (0.0, 0.1, 0.3, 0.5)]
+TEMPERATURES = [f"temperature={value}" for value in (0.1, 0.2, 0.5, 2.0)]
+INTERVALS = [f"interval={value}" for value in (5, 15, 20)]
+# What the paper claims: text, where, the arm that is to be lower, the other, by which measures
+CLAIMS = [
+    *[(f"DDK above {other}", "Tables 1, 2", "ddk", arm, BOTH) for other, arm in
+      (("CPT", "cpt"), ("CPT&DoReMi", "cpt_doremi"), ("KD", "kd"), ("TED", "ted"), ("MiniLLM", "minillm"))],
+    ("DDK above DDK without FS", "Table 5", "ddk", "ddk_no_fs", BOTH),
+    ("DDK above equal sampling", "Table 5", "ddk", "ddk_es", BOTH),
+    ("ratios move more smoothly with FS", "Fig. 3", "ddk", "ddk_no_fs", ("ratio_change",)),
+    *[(f"γ = 0.2 above {name.partition('=')[2]}", "Table 3", "ddk", name, BOTH) for name in GAMMAS],
+    *[(f"K = 10 above {name.partition('=')[2]}", "Table 6", "ddk", name, BOTH) for name in INTERVALS],
+]
+# What it does not claim
+COMPARISONS = [
+    ("DDK above α = 0", "equal sampling after the same first interval", "ddk", "alpha=0.0", BOTH),
+    ("α = 0 above equal sampling", "the first interval alone", "alpha=0.0", "ddk_es", BOTH),
+    *[(f"α = 0.5 above {value}", "", "ddk", f"alpha={value}", BOTH) for value in (0.25, 0.75, 1.0)],
+    ("equal sampling above KD", "", "ddk_es", "kd", BOTH),
+    ("KD above CPT", "", "kd", "cpt", BOTH),
+    ("KD above TED", "“similar”, §4.2", "kd", "ted", BOTH),
+    ("KD above MiniLLM", "“similar”, §4.2", "kd", "minillm", BOTH),
+    ("CPT&DoReMi above CPT", "", "cpt_doremi", "cpt", BOTH),
+    ("CPT&DoReMi above KD", "", "cpt_doremi", "kd", BOTH),
+    *[(f"T = 1 above {name.partition('=')[2]}", "“stable”, Table 4", "ddk", name, BOTH) for name in TEMPERATURES],
+]
+
+
+# ------------ Statistics ----------------------------------------------------------------------------------------------
+
+
+def measured(one: dict, measure: str) -> float:
+    """A number of a run. The change of the ratios is the mean, over domains, of the absolute difference from one
+    evaluation to the next, after the first interval."""
+    if measure != "ratio_change":
+        return one[measure]
+    changes = []
+    for ratios in one["ratio"].values():
+        changes.append(statistics.mean(abs(after - before) for before, after in zip(ratios[1:], ratios[2:])))
+    return statistics.mean(changes)
+
+
+def values(results: dict, arm: str, measure: str) -> list[float]:
+    return [measured(one, measure) for one in results[arm].values()]
+
+
+def paired(results: dict, first: str, second: str, measure: str) -> list[float]:
+    """first − second at each seed that both have."""
+    seeds = results.get(first, {}).keys() & results.get(second, {}).keys()
+    return [measured(results[first][seed], measure) - measured(results[second][seed], measure)
+            for seed in sorted(seeds, key=int)]
+
+
+def mean_and_error(numbers: list[float]) -> tuple[float, float]:
+    """Mean and standard error; of one number the error is not known."""
+    if len(numbers) < 2:
+        return statistics.mean(numbers), math.nan
+    return statistics.mean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers))
+
+
+def p_value(differences: list[float]) -> float:
+    """Two-sided, by Student's t, of a mean of 0; its distribution function for whole degrees of freedom is a sum."""
+    mean, error = mean_and_error(differences)
+    degrees = len(differences) - 1
+    if error == 0:
+        return 0.0 if mean else 1.0
+    angle = math.atan(abs(mean) / error / math.sqrt(degrees))
+    odd = degrees % 2
+    total = 0.0
+    term = math.cos(angle) if odd else 1.0
+    for k in range(odd, degrees - 1, 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (k + 1) / (k + 2)
+    inside = math.sin(angle) * total
+    if odd:
+        inside = 2 / math.pi * (angle + inside)
+    return 1 - inside
+
+
+def holm(p_values: dict) -> set:
+    """The keys whose null hypotheses are rejected at 5 % over all of them."""
+    rejected = set()
+    for place, (key, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        if p > 0.05 / (len(p_values) - place):
+            break
+        rejected.add(key)
+    return rejected
+
+
+# ------------ Tables --------------------------------------------------------------------------------------------------
+
+
+def format_mean(numbers: list[float], sign: str = "", digits: int = 3) -> str:
+    mean, error = mean_and_error(numbers)
+    text = f"{mean:{sign}.{digits}f}"
+    if not math.isnan(error):
+        text += f" ± {error:.{digits}f}"
+    return text
+
+
+def rows_of(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def decided(results: dict, pairs: list) -> dict:
+    """(first, second, measure) → differences, and whether Holm's correction decides; of what three seeds have."""
+    differences = {}
+    for _, _, first, second, measures in pairs:
+        for measure in measures:
+            numbers = paired(results, first, second, measure)
+            if len(numbers) >= 3:
+                differences[first, second, measure] = numbers
+    rejected = holm({key: p_value(numbers) for key, numbers in differences.items()})
+    return {key: (numbers, key in rejected) for key, numbers in differences.items()}
+
+
+def pairs_table(settings: dict, pairs: list) -> str:
+    """A row for each pair and measure, a column for each setting: the difference, and what is decided."""
+    tests = {name: decided(results, pairs) for name, results in settings.items()}
+    rows = []
+    for text, where, first, second, measures in pairs:
+        for measure in measures:
+            cells = []
+            for setting in settings:
+                cell = ""
+                if (first, second, measure) in tests[setting]:
+                    numbers, is_decided = tests[setting][first, second, measure]
+                    cell = format_mean(numbers, "+", 4)
+                    if is_decided:
+                        cell += ", **holds**" if statistics.mean(numbers) < 0 else ", **the reverse**"
+                cells.append(cell)
+            if any(cells):
+                rows.append([f"{text} ({where})" if where else text, MEASURES[measure], *cells])
+    return rows_of(["", "", *settings], rows)
+
+
+def arms_table(results: dict) -> str:
+    rows = []
+    for arm in ARMS:
+        if arm in results:
+            domains = results[arm]["0"]["end"]
+            per_domain = [[one["end"][domain]["test_ratio"] for one in results[arm].values()] for domain in domains]
+            rows.append([f"`{arm}`", str(len(results[arm])), *[format_mean(values(results, arm, m)) for m in BOTH],
+                         *[f"{statistics.mean(ratios):.2f}" for ratios in per_domain]])
+    return rows_of(["", "seeds", *[MEASURES[measure] for measure in BOTH], *domains], rows)
+
+
+def ablations_table(results: dict) -> str:
+    """A row for each value of γ, T, K and α that has run, and its differences from DDK's runs of the same seeds."""
+    rows = []
+    for arm in results:
+        if "=" in arm:
+            row = [f"`{arm}`", str(len(results[arm]))]
+            for measure in BOTH:
+                row += [format_mean(values(results, arm, measure)), format_mean(paired(results, arm, "ddk", measure), "+")]
+            rows.append(row)
+    return rows_of(["", "seeds", "worst ratio", "less `ddk`'s", "mean ratio", "less `ddk`'s"], sorted(rows))
+
+
+def temperatures_table(results: dict) -> str:
+    """How far T from .1 to 2 moves the result, without a factor T² on the divergence (DDK) and with it (t2)."""
+    rows = []
+    for text, label in (("without T²", ""), ("with T²", "t2_")):
+        arms = [label + name for name in TEMPERATURES]
+        if all(arm in results for arm in arms):
+            row = [text]
+            for measure in BOTH:
+                means = [statistics.mean(values(results, arm, measure)) for arm in ("ddk", *arms)]
+                row.append(f"{max(means) / min(means) - 1:.1%}")
+            rows.append(row)
+    return rows_of(["T ∈ {.1, .2, .5, 1, 2}, from best to worst", "worst ratio", "mean ratio"], rows)
+
+
+def documents_table(settings: dict) -> str:
+    """Documents of the validation and of the test windows."""
+    rows = []
+    for name, results in settings.items():
+        documents = results["ddk"]["0"]["documents"]
+        rows.append([name, *[f"{val}, {test}" for val, test in documents.values()]])
+    return rows_of(["", *documents], rows)
+
+
+def first_difference(results: dict) -> float:
+    """The largest minus the smallest ratio before the first step, mean over DDK's runs. Eq. 1 exponentiates ratios, so
+    this is how unequal they are."""
+    differences = []
+    for one in results["ddk"].values():
+        first = [ratios[0] for ratios in one["ratio"].values()]
+        differences.append(max(first) - min(first))
+    return statistics.mean(differences)
+
+
+def gains(results: dict, other: str, measure: str) -> list[float]:
+    """How much lower the measure is under DDK than under the other arm, in percent, at each seed that both have."""
+    seeds = results["ddk"].keys() & results.get(other, {}).keys()
+    return [100 * (1 - results["ddk"][seed][measure] / results[other][seed][measure])
+            for seed in sorted(seeds, key=int)]
+
+
+def gains_table(settings: dict) -> str:
+    rows = []
+    for name, results in settings.items():
+        row = [name, f"{first_difference(results):.2f}"]
+        for _, other in PAIRS:
+            for measure in BOTH:
+                numbers = gains(results, other, measure)
+                row.append(format_mean(numbers, "+", 1) if numbers else "")
+        rows.append(row)
+    header = [f"{MEASURES[measure]}, over `{other}`, %" for _, other in PAIRS for measure in BOTH]
+    return rows_of(["", "first ratios, largest − smallest", *header], rows)
+
+
+def make_tables(settings: dict) -> dict[str, str]:
+    """name → table, from what the runs of each setting gave."""
+    tables = {"claims": pairs_table(settings, CLAIMS), "comparisons": pairs_table(settings, COMPARISONS),
+              "gains": gains_table(settings), "documents": documents_table(settings)}
+    for name, results in settings.items():
+        tables[name] = arms_table(results)
+    if "quickstart" in settings:
+        tables["ablations"] = ablations_table(settings["quickstart"])
+        tables["temperatures"] = temperatures_table(settings["quickstart"])
+    return tables
+
+
+def with_tables(page: str, tables: dict[str, str]) -> str:
+    """`page` with each table between its marks replaced."""
+    def replaced(match):
+        name = match[1]
+        return f"<!-- {name} -->\n{tables[name]}\n<!-- end -->"
+    return re.sub(r"<!-- (?!end)(\w+) -->\n.*?<!-- end -->", replaced, page, flags=re.DOTALL)
+
+
+def results_of(page: str) -> str:
+    """The part of the README that is on results; of a page that is on nothing else, the whole page."""
+    _, heading, rest = page.partition("\n## Results\n")
+    return rest.partition("\n## ")[0] if heading else page
+
+
+def numbers_without_source(page: str, tables: dict[str, str]) -> list[str]:
+    """The decimal numbers in the text of a page that no table has; settings, such as T = 0.5, are no results."""
+    text = re.sub(r"<!-- (?!end)(\w+) -->\n.*?<!-- end -->|```.*?```|`[^`]*`", "", page, flags=re.DOTALL)
+    text = re.sub(r"(α|γ|T|η|torch|Python) (=|∈|of|above)? ?[{\d][\d., ]*(and \d?\.\d+)?", "", text)
+    known = set(re.findall(r"\d*\.\d+", "".join(tables.values())))
+    return [number for number in re.findall(r"\d*\.\d+", text) if number not in known]
+
+
+# ------------ Figures -------------------------------------------------------------------------------------------------
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+
+
+def mean_curves(runs: dict, key: str) -> dict[str, list[float]]:
+    """Domain → the mean over seeds of r or of the ratio, at each evaluation."""
+    every = [one[key] for one in runs.values()]
+    return {name: [statistics.mean(numbers) for numbers in zip(*[one[name] for one in every])] for name in every[0]}
+
+
+def setting_figure(results: dict, path: Path):
+    """The paper's Fig. 1 and Fig. 3, and r, of one setting, on validation windows: means over seeds."""
+    figure = import_optional("matplotlib.figure", "figures").Figure(figsize=(13, 3.8), layout="constrained")
+    fig_1, fig_3, shares = figure.subplots(1, 3)
+
+    # Fig. 1: the perplexity of each domain, of the base, of each arm at its end, and of the teacher
+    ddk = results["ddk"].values()
+    domains = list(results["ddk"]["0"]["end"])
+    bars = {}
+    bars["student base"] = [statistics.mean(one["ratio"][name][0] * one["end"][name]["teacher_ppl"] for one in ddk)
+                            for name in domains]
+    for arm in ("cpt", "kd", "ddk_es", "ddk"):
+        if arm in results:
+            bars[arm] = [statistics.mean(one["end"][name]["student_ppl"] for one in results[arm].values())
+                         for name in domains]
+    bars["teacher"] = [statistics.mean(one["end"][name]["teacher_ppl"] for one in ddk) for name in domains]
+    width = 0.8 / len(bars)
+    for place, ((label, heights), colour) in enumerate(zip(bars.items(), COLOURS)):
+        fig_1.bar([i + (place - len(bars) / 2 + 0.5) * width for i in range(len(domains))], heights, width, label=label,
+                  color=colour)
+    fig_1.set(xticks=range(len(domains)), xticklabels=domains, yscale="log", title="perplexity at the end (Fig. 1)")
+    fig_1.yaxis.set_major_formatter("{x:g}")
+    fig_1.yaxis.set_minor_formatter("{x:g}")
+    fig_1.legend(fontsize="small")
+
+    # Fig. 3: the ratio over the steps, DDK with and without smoothing, where that has run; and DDK's r
+    steps = results["ddk"]["0"]["steps"]
+    for (name, ratios), colour in zip(mean_curves(results["ddk"], "ratio").items(), COLOURS):
+        fig_3.plot(steps, ratios, color=colour, label=name)
+    other = "ddk_no_fs" if "ddk_no_fs" in results else "kd"
+    for ratios, colour in zip(mean_curves(results[other], "ratio").values(), COLOURS):
+        fig_3.plot(steps, ratios, ":", color=colour)
+    fig_3.set(title=f"student / teacher: ddk, dotted {other} (Fig. 3)", xlabel="step", yscale="log")
+    fig_3.yaxis.set_major_formatter("{x:g}")
+    fig_3.yaxis.set_minor_formatter("{x:g}")
+    fig_3.legend(fontsize="small")
+    for (name, r), colour in zip(mean_curves(results["ddk"], "r").items(), COLOURS):
+        shares.plot(steps, r, color=colour, label=name)
+    shares.set(title="r of the next interval: ddk", xlabel="step", ylim=(0, None))
+    for ax in (fig_1, fig_3, shares):
+        ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+def gains_figure(settings: dict, path: Path):
+    """The gain of DDK over other arms against how unequal the ratios were at the start."""
+    figure = import_optional("matplotlib.figure", "figures").Figure(figsize=(12, 3.6), layout="constrained")
+    for (_, other), ax in zip(PAIRS, figure.subplots(1, len(PAIRS), sharex=True)):
+        for (setting, results), colour in zip(settings.items(), COLOURS):
+            difference = first_difference(results)
+            for measure, marker in zip(BOTH, "os"):
+                numbers = gains(results, other, measure)
+                if numbers:
+                    ax.plot([difference] * len(numbers), numbers, marker, color=colour, alpha=0.3, markersize=3)
+                    ax.plot([difference], [statistics.mean(numbers)], marker, color=colour,
+                            label=f"{setting}, {MEASURES[measure]}")
+        ax.axhline(0, color="#000000", linewidth=0.5)
+        ax.set(xlabel="first ratios, largest − smallest", title=f"gain of ddk over {other}, %", xscale="log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
+        ax.grid(alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right", fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def read_settings(folder: Path) -> dict:
+    """SETTING → its results, in the order of the page."""
+    settings = {}
+    for name in ("quickstart", "even", "unequal", "larger", "real"):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            settings[name] = json.loads(path.read_text(encoding="utf-8"))
+    return settings
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    settings = read_settings(ROOT / "assets")
+    tables = make_tables(settings)
+    for page in (ROOT / "README.md", ROOT / "assets" / "RESULTS.md"):
+        text = with_tables(page.read_text(encoding="utf-8"), tables)
+        write_text(page, text)
+        for number in numbers_without_source(results_of(text), tables):
+            print(f"{page}: {number} is in no table")
+    for name, results in settings.items():
+        setting_figure(results, ROOT / "assets" / f"{name}.png")
+    gains_figure(settings, ROOT / "assets" / "gains.png")
+
+
+if __name__ == "__main__":
+    run_program(main)
