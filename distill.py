@@ -170,7 +170,7 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
 
     student_logits (…, V_S); teacher_logits (…, V_T), or None, then kl is 0; targets (…), already shifted, −100 is
     ignored. CE is over all V_S rows, which keeps padded ids unlikely. KL is over the first `vocab_size` ids (default:
-    the smaller number of rows), the others masked before the softmax; there is no T² factor. direction "forward" puts the
+    the smaller number of rows), and all others are left out of both softmaxes; there is no T² factor. direction "forward" puts the
     teacher first, "reverse" the student, as in MiniLLM. (The paper prints the student first, and means the teacher: see
     the README's details.) gamma: a number, or one per token (…). The sums, weighted by `token_weights` (…) if given,
     are divided by `num_tokens` (default: the number of targets that count). ce and kl are detached; kl is without γ.
@@ -190,8 +190,8 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
     if teacher_logits is None:
         return ce, ce.detach(), torch.zeros_like(ce)
 
-    # The divergence between p (teacher) and q (student), over the tokenizer's ids. The rows that both heads have beyond
-    # these are masked: torch.compile makes one pass of a softmax over all rows and the mask, but not of a slice.
+    # The divergence between p (teacher) and q (student), over the tokenizer's ids. Rows that only one head has are cut
+    # off. Those that both have beyond the ids are masked, which torch.compile fuses with the softmax, unlike a slice.
     z_T = teacher_logits.detach().to(z_S.dtype)
     rows = min(z_S.shape[-1], z_T.shape[-1])
     if vocab_size is None:
@@ -634,8 +634,8 @@ def aligned_empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
-    """total += a @ b. Where `total` is wider than `a` and `b`, CUDA adds up in it, without rounding the product first;
-    other devices, and torch before 2.13, cannot."""
+    """total += a @ b. Of a float32 total and bfloat16 factors CUDA adds the product up in float32; other devices, and
+    torch before 2.13, round it to bfloat16 first."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda and torch.__version__ >= (2, 13):
@@ -658,11 +658,14 @@ def eq3_of_chunk(student_logits, teacher_logits, per_token: dict, equation: dict
     return parts
 
 
+RECOMPILE_LIMIT = 64  # variants of one piece of code in one process; torch's own 8 are few, and more run uncompiled
+
+
 @functools.cache
 def compile_eq3():
     """eq3_of_chunk, compiled, so that its passes over the logits are fused. If torch.compile fails here, it warns once
     and runs uncompiled, which is slower and holds a dozen copies of the chunk's logits."""
-    torch._dynamo.config.recompile_limit = 64  # beyond which it would run uncompiled without a word
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     compiled = torch.compile(eq3_of_chunk, dynamic=False)
     works = True
 
@@ -807,7 +810,7 @@ def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Pa
         models[role] = model
 
     if config.compile == "true":
-        torch._dynamo.config.recompile_limit = 64  # the blocks of all models are one piece of code
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # the blocks of all models are one piece of code
         torch._dynamo.config.optimize_ddp = False  # which would cut blocks at DDP's buckets
     for role, model in models.items():
         spread(model, config, shard=config.parallel == "fsdp" and (role == "student" or config.shard_teacher))
@@ -1328,8 +1331,8 @@ def step_flops(parameters: dict[str, int], config: Config) -> float:
 
 
 def model_bytes(role: str, n_parameters: int, config: Config, world: int) -> dict[str, float]:
-    """What a model holds on each of `world` devices besides activations, name → bytes: weights in the dtype of the
-    products, but the student's in float32 with gradients and AdamW's two moments."""
+    """What a model holds on each of `world` devices between passes, name → bytes: weights in the dtype of the products,
+    but the student's in float32 with gradients and AdamW's two moments."""
     widths = {"weights": 2 if config.dtype == "bfloat16" else 4}
     if role == "student":
         widths = {"weights": 4, "gradients": 4, "optimizer": 8}
@@ -1348,7 +1351,7 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
         parts = model_bytes(role, n, config, world)
         described = ", ".join(f"{part} {n_bytes / 2**30:.2f} GiB" for part, n_bytes in parts.items())
         print(f"{role}: {n:,} parameters; on each of {world} devices {described}")
-    print("activations, gathered weights and the logits of a chunk come on top: more with a larger micro_batch_size")
+    print("on top come gathered weights, the loss's chunk of logits, and activations, which grow with micro_batch_size")
 
     # A step
     if "student" in parameters:

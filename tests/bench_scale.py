@@ -4,13 +4,14 @@
     python tests/bench_scale.py --preset=qwen1.5-14b-1.8b --world=16 --micro_batch_size=4 --checkpoint_activations
 
 Rank 0 runs `load_models` and `training_step` of distill.py on fake tensors, which have shapes but no memory, in a fake
-process group, which answers each collective at once. So every allocation and every collective is one that the program
-asks for. What is not simulated:
+process group, which answers each collective at once. How that differs from a run:
 
-- Blocks run uncompiled. Compiled, they keep about a third less for the backward pass.
-- The compiled Eq. 3 is replaced by what it allocates: one float32 of each of a chunk's logits.
-- Fragmentation, and the buffers of CUDA, cuBLAS and NCCL: leave several GiB free.
-- Time. Seconds are FLOPs and bytes over the rates below, as if nothing were ever waited for.
+- Blocks run uncompiled, and as on a CPU, where RMSNorm keeps float32 copies of what it reads. Compiled, they keep about
+  a third less for the backward pass.
+- The compiled Eq. 3 is replaced by what it allocates: a float32 for each of a chunk's logits.
+- Fragmentation, and the buffers of CUDA, cuBLAS and NCCL, are not counted: leave several GiB free.
+- Seconds are FLOPs and bytes over the rates below, as if nothing were ever waited for.
+- Nothing is loaded, evaluated or saved.
 
 The same run checks that the bytes of weights, gradients and optimizer which `--dry_run` prints are right to 2 %.
 """
@@ -21,7 +22,6 @@ import os
 import sys
 import weakref
 from collections import Counter
-from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,6 +42,7 @@ from model import GPT, GPTConfig
 
 DISTILLATION_LOSS = distill.distillation_loss
 BACKWARD = torch.Tensor.backward
+RESIZE = torch.UntypedStorage.resize_
 GIB = 2**30
 GB = 1e9
 FLOPS_PER_S = 450e12  # of bfloat16 products on one H100, as good training loops reach
@@ -97,10 +98,8 @@ class Tracker(TorchDispatchMode):
         self.start_step()
 
         # FSDP2 frees and allocates gathered weights by resizing their storage, which no operator shows.
-        resize = torch.UntypedStorage.resize_
-
         def resize_(storage, size):
-            resize(storage, size)
+            RESIZE(storage, size)
             if storage._cdata in self.live:
                 self.set_bytes(storage._cdata, size, "gathered weights")
 
@@ -112,20 +111,14 @@ class Tracker(TorchDispatchMode):
         self.collectives = Counter()  # collective → how often
         self.moved = Counter()  # collective → bytes that a GPU sends, and as many that it receives
 
-    @contextmanager
-    def during(self, doing: str):
-        before = self.doing
-        self.doing = doing
-        try:
-            yield
-        finally:
-            self.doing = before
-
     def wrap(self, function, doing: str):
         """`function`, during which the program does `doing`."""
         def wrapped(*args, **kwargs):
-            with self.during(doing):
-                return function(*args, **kwargs)
+            before = self.doing
+            self.doing = doing
+            outputs = function(*args, **kwargs)
+            self.doing = before
+            return outputs
         return wrapped
 
     def set_bytes(self, key: int, n_bytes: int, kind: str):
@@ -180,7 +173,7 @@ class Tracker(TorchDispatchMode):
         # The larger side is the whole tensor: what an all-gather makes, what a reduce-scatter takes.
         whole = max((value.nbytes for value in inputs if isinstance(value, torch.Tensor)), default=0)
         world = dist.get_world_size()
-        passes = 2 if name == "allreduce" else 1
+        passes = 2 if name in ("allreduce", "all_reduce") else 1
         self.collectives[name] += 1
         self.moved[name] += passes * whole * (world - 1) / world
 
@@ -212,7 +205,7 @@ def replace_what_needs_values(tracker: Tracker, mesh):
     distill.set_model_state_dict = lambda *args, **options: None
     dist.broadcast = lambda *args, **options: None
     GPT.to = GPT.to_empty = lambda model, *args, **options: model  # fake tensors are on their device from the start
-    torch.Tensor.backward = tracker.wrap(BACKWARD, "gradients")
+    torch.Tensor.backward = tracker.wrap(BACKWARD, "backward pass")
     FakeTensor.item = lambda tensor: 1.0
     FakeTensor.tolist = lambda tensor: [1.0] * tensor.numel()
 
@@ -259,13 +252,14 @@ def simulate(preset: str, micro_batch_size: int, args: argparse.Namespace, mesh)
         windows = torch.zeros(config.batch_size // args.world, config.block_size + 1, dtype=torch.long)
         for windows_of_step in (windows[:config.micro_batch_size], windows):
             tracker.start_step()
-            with FlopCounterMode(display=False, custom_mapping=ATTENTION) as flops:
+            with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
                 training_step(0, models["student"], models["teacher"], [optimizer], windows_of_step,
                               vocab_size=vocab_size, config=config)
+            n_flops = counter.get_total_flops()
 
     # What the dry run prints, beside what was held
     kinds = {("teacher", "weights"): "teacher's weights", ("student", "weights"): "student's weights",
-             ("student", "gradients"): "gradients", ("student", "optimizer"): "optimizer"}
+             ("student", "gradients"): "backward pass", ("student", "optimizer"): "optimizer"}
     for role, n in count_parameters(models).items():
         for part, n_bytes in model_bytes(role, n, config, args.world).items():
             in_step = held[kinds[role, part]]
@@ -273,10 +267,9 @@ def simulate(preset: str, micro_batch_size: int, args: argparse.Namespace, mesh)
                                                        f"the {role}, and the step holds {in_step:,}")
 
     moved = sum(tracker.moved.values())
-    n_flops = flops.get_total_flops()
-    kinds = [f"{kind} {n / GIB:.2f}" for kind, n in tracker.peak_by_kind.most_common() if n / GIB >= 0.005]
+    described = [f"{kind} {n / GIB:.2f}" for kind, n in tracker.peak_by_kind.most_common() if n / GIB >= 0.005]
     print(f"\n{preset}: {config.batch_size // args.world} windows of {config.block_size} tokens on each of {args.world} "
-          f"GPUs, {micro_batch_size} per forward pass\n  peak {tracker.peak / GIB:.1f} GiB: {', '.join(kinds)}")
+          f"GPUs, {micro_batch_size} per forward pass\n  peak {tracker.peak / GIB:.1f} GiB: {', '.join(described)}")
     for name, count in tracker.collectives.most_common():
         print(f"  {name}: {count} times, {tracker.moved[name] / GB:,.1f} GB")
     print(f"  {n_flops:.3e} FLOPs", flush=True)
@@ -291,11 +284,9 @@ def main():
     sizes = args.micro_batch_sizes
     lines = [f"| | compute, s | {' | '.join(f'{size}: GiB, GB, s' for size in sizes)} |", "|---" * (len(sizes) + 2) + "|"]
     for preset in args.presets:
-        cells = []
-        for size in sizes:
-            peak, moved, n_flops = simulate(preset, size, args, mesh)
-            cells.append(f"{peak / GIB:.0f}, {moved / GB:,.0f}, {moved / BYTES_PER_S:.1f}")
-        lines.append(f"| `{preset}` | {n_flops / FLOPS_PER_S:.1f} | {' | '.join(cells)} |")
+        steps = [simulate(preset, size, args, mesh) for size in sizes]
+        cells = [f"{peak / GIB:.0f}, {moved / GB:,.0f}, {moved / BYTES_PER_S:.1f}" for peak, moved, _ in steps]
+        lines.append(f"| `{preset}` | {steps[0][2] / FLOPS_PER_S:.1f} | {' | '.join(cells)} |")
     print("\n".join(["", *lines]))
 
 

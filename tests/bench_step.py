@@ -5,7 +5,7 @@
         --block_size=2048 --batch_size=2                         like Qwen1.5 1.8B, with a teacher that fits into 80 GB
 
 All of them train the same student from the same teacher on the same windows. Each runs in a fresh process, in turns,
-three times over. A step's time is the median after warm-up.
+`--rounds` times over. A step's time is the median after warm-up.
 
 - parts: what no step can do without, each measured alone: the teacher's forward pass, the student's forward and
   backward pass, the loss from hidden states to gradients, and the optimizer; compiled where ours is.
@@ -15,7 +15,7 @@ three times over. A step's time is the median after warm-up.
 - trl: GKDTrainer with lmbda = 0 and beta = 0, so forward KL on the given text; it has no cross-entropy beside it.
 
 The first step's loss (not trl's) is checked against the dense equation in the same run. What is not installed is left
-out, and named; what runs out of memory is a row that says so. The models have random weights, which each process draws
+out, and named; what runs out of memory is a row that says so, as is a failure of another program. The models have random weights, which each process draws
 anew on its device: nothing large is written or read.
 """
 
@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -47,13 +48,12 @@ from distill import (PEAK_FLOPS, count_parameters, dense_distillation_loss, dist
 from model import GPT, GPTConfig, checkpoint_name, write_config
 from sample_mixture import MixtureSampler
 
-ROUNDS = 3
-
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=12, help="steps per run, of which a third warm up")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each implementation")
     parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
     parser.add_argument("--block_size", type=int, default=256, help="tokens per window")
     parser.add_argument("--teacher", default="8x512", help="layers x width of the teacher")
@@ -204,6 +204,7 @@ def their_models(args: argparse.Namespace):
         weights = random_model(args, role).state_dict()
         model.load_state_dict({checkpoint_name(name, model_config(args, role)): weights[name] for name in weights})
         models.append(model)
+        del weights
     if args.device == "cuda":  # the weights were there twice
         torch.cuda.reset_peak_memory_stats()
     return models
@@ -303,6 +304,7 @@ def dense(args: argparse.Namespace) -> dict:
     return {"seconds": math.nan, "loss": loss.item()}
 
 
+PEERS = {"transformers": "transformers", "liger": "liger_kernel", "trl": "trl"}  # and the packages that they require
 RUNS = {"dense": dense, "parts": parts, "ours": ours, "transformers": transformers, "liger": liger, "trl": trl}
 
 
@@ -328,21 +330,26 @@ def share_of_peak(args: argparse.Namespace, seconds: float) -> str:
     return "–"
 
 
-def run_in_a_process(name: str, args: argparse.Namespace) -> dict | None:
-    """What an implementation measured; None if it ran out of memory."""
+def run_in_a_process(name: str, args: argparse.Namespace) -> dict:
+    """What an implementation measured, or why it did not: {"failed": reason}."""
     keys = [f"--{key}={value}" for key, value in vars(args).items() if key != "run"]
     done = subprocess.run([sys.executable, __file__, *keys, f"--run={name}"], capture_output=True, text=True)
-    if "OutOfMemoryError" in done.stderr:
-        return None
-    if done.returncode:
-        raise RuntimeError(f"{name}:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    if done.returncode == 0:
+        result = json.loads(done.stdout.splitlines()[-1])
+    elif re.search("out of memory|OutOfMemoryError|ALLOC_FAILED", done.stderr):
+        result = {"failed": "out of memory"}
+    elif name in PEERS:
+        result = {"failed": done.stderr.strip().splitlines()[-1]}
+    else:
+        raise SystemExit(f"{name}:\n{done.stderr[-3000:]}")
+    print(f"{name}: {json.dumps(result)}", file=sys.stderr, flush=True)
+    return result
 
 
 def compare(args: argparse.Namespace):
     # Run all that are installed, in turns.
     names = ["parts", "ours"]
-    for name, package in (("transformers", "transformers"), ("liger", "liger_kernel"), ("trl", "trl")):
+    for name, package in PEERS.items():
         if importlib.util.find_spec(package):
             names.append(name)
         else:
@@ -351,21 +358,14 @@ def compare(args: argparse.Namespace):
     with tempfile.TemporaryDirectory() as folder:
         args.folder = folder
         prepare(args)
-        for _ in range(ROUNDS):
+        for _ in range(args.rounds):
             for name in names:
                 results[name].append(run_in_a_process(name, args))
         whole_logits = run_in_a_process("dense", args)
 
-    # What ran out of memory has no number.
-    expected = math.nan if whole_logits is None else whole_logits["loss"]
-    ran = {name: runs for name, runs in results.items() if None not in runs}
-
-    # They computed the same loss.
-    tolerance = 1e-5 if args.dtype == "float32" else 0.02
-    for name, runs in ran.items():
-        loss = runs[0]["loss"]
-        if loss is not None and whole_logits is not None:
-            assert abs(loss / expected - 1) < tolerance, f"{name}: first loss {loss}, by the dense equation {expected}"
+    # What has failed has no numbers.
+    expected = whole_logits.get("loss", math.nan)
+    ran = {name: runs for name, runs in results.items() if all("seconds" in run for run in runs)}
 
     # Print the table.
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{os.cpu_count()} cores"
@@ -375,16 +375,18 @@ def compare(args: argparse.Namespace):
     floor = math.nan
     if "parts" in ran:
         floor = statistics.median(run["seconds"] for run in ran["parts"])
-    print("| | step, s (minimum – maximum of 3) | ratio to the parts | tokens/s | MFU | peak GiB |\n"
+    print("| | step, s (minimum – maximum) | ratio to the parts | tokens/s | MFU | peak GiB |\n"
           "|---|---|---|---|---|---|")
     for name, runs in results.items():
         if name not in ran:
-            print(f"| {name} | out of memory | | | | |")
+            reasons = {run["failed"] for run in runs if "failed" in run}
+            print(f"| {name} | {', '.join(reasons)} | | | | |")
             continue
-        least, middle, most = sorted(run["seconds"] for run in runs)
+        seconds = [run["seconds"] for run in runs]
+        middle = statistics.median(seconds)
         tokens_per_s = args.batch_size * args.block_size / middle
         peak = statistics.median(run["peak"] for run in runs)
-        print(f"| {name} | {middle:.3f} ({least:.3f} – {most:.3f}) | {middle / floor:.2f} | {tokens_per_s:,.0f} | "
+        print(f"| {name} | {middle:.3f} ({min(seconds):.3f} – {max(seconds):.3f}) | {middle / floor:.2f} | {tokens_per_s:,.0f} | "
               f"{share_of_peak(args, middle)} | {peak:.2f} |")
     if "parts" in ran:
         described = []
@@ -392,6 +394,13 @@ def compare(args: argparse.Namespace):
             seconds = statistics.median(run["parts"][part] for run in ran["parts"])
             described.append(f"{part} {seconds:.3f} s")
         print("\nParts: " + ", ".join(described))
+
+    # They computed the same loss.
+    tolerance = 1e-5 if args.dtype == "float32" else 0.02
+    for name, runs in ran.items():
+        loss = runs[0]["loss"]
+        if loss is not None and not math.isnan(expected):
+            assert abs(loss / expected - 1) < tolerance, f"{name}: first loss {loss}, by the dense equation {expected}"
 
 
 def main():

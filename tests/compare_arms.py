@@ -4,7 +4,7 @@
     python tests/compare_arms.py --setting=larger --seeds=5 --arms=ddk,kd  a BPE tokenizer, a larger teacher
     python tests/compare_arms.py --setting=real --teacher=DIR --seeds=4 --arms=ddk,ddk_es,kd     a pretrained teacher
     python tests/compare_arms.py --code=ted --arms=ted     a fork's arm beside those that have run; ted/ has its files
-    python tests/compare_arms.py --code=t2 --label=t2_ --arms=temperature=2.0     the same, where the names are in use
+    python tests/compare_arms.py --code=t2 --label=t2_ --arms=temperature=2.0     kept as t2_temperature=2.0
 
 The teacher is made once, or given. A seed makes its own student base, by another initialization and another order of
 its data, and orders the data of the runs that start from it: the spread over seeds is that of all but the teacher and
@@ -53,6 +53,7 @@ ARMS = {
 for method in distill.ARMS:  # and what a fork has besides; doremi_proxy is a stage of cpt_doremi
     if method not in (*ARMS, "doremi_proxy"):
         ARMS[method] = {"method": method}
+OWN_ARMS = ("ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt")  # and the ablations
 FORKS = {"ted": "ted", "cpt_doremi": "doremi"}  # arms that are forks → the diff in tests/forks
 ABLATIONS = {
     **{f"gamma={value}": {"gamma": value} for value in (0.0, 0.1, 0.3, 0.5)},
@@ -253,7 +254,7 @@ def main():
     parser.add_argument("--arms", default="all", help="name,… of arms and ablations, or arms, ablations or all")
     parser.add_argument("--out_dir", default="", help="folder of the runs (default: out/compare-SETTING)")
     parser.add_argument("--results", default="", help="what the runs gave, a .json (default: OUT_DIR/results.json)")
-    parser.add_argument("--label", default="", help="put before the names of what is run, as of a fork's ablations")
+    parser.add_argument("--label", default="", help="prefix of the names by which the runs are kept")
     parser.add_argument("--keys", default="", help="other values of distill.py's keys for all runs: key=value,…")
     parser.add_argument("--steps", type=int, default=0, help="steps of teacher and student base, to try it out")
     args = parser.parse_args()
@@ -278,6 +279,10 @@ def main():
                             "another --results and --out_dir")
     todo = [(seed, name) for seed in range(args.seeds) for name in arms
             if str(seed) not in results.get(args.label + name, {})]
+    is_fork = Path(CODE).resolve() != Path(__file__).resolve().parents[1]
+    for _, name in todo:
+        if is_fork and not args.label and (name in OWN_ARMS or name in ABLATIONS):
+            raise UserError(f"--code={CODE}: {name} would be kept as a run of the project's own code; give a --label")
 
     # Bins and the teacher, once
     def pretrained(keys: dict, seed: int, folder: Path) -> Path:
@@ -321,7 +326,7 @@ def main():
         write_text(path, json.dumps(results))
         print(f"{count}/{len(todo)}  {args.label}{name}, seed {seed}: worst ratio {gave['worst_ratio']:.3f}, mean "
               f"{gave['mean_ratio']:.3f}", flush=True)
-    print(arms_table(results))
+    print(arms_table(results, results))
 
 
 if __name__ == "__main__":

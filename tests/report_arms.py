@@ -6,8 +6,8 @@ A results file, SETTING.json, is what `compare_arms.py --setting=SETTING` kept o
 table stands between <!-- NAME --> and <!-- end -->.
 
 Two arms are compared by the differences at the seeds that both have: what the arms share drops out. Student's t of the
-differences gives a p-value, and Holm's correction over all rows and measures of a table in one setting decides at 5 %:
-sorted, the smallest of n p-values has to be below .05 / n, the next below .05 / (n − 1), and so on.
+differences gives a p-value, and Holm's correction over all rows of a table in one setting's column decides at 5 %: the
+smallest of n p-values has to be at most .05 / n, the next at most .05 / (n − 1), and so on until one is not.
 """
 
 import argparse
@@ -40,18 +40,18 @@ CLAIMS = [
     *[(f"γ = 0.2 above {name.partition('=')[2]}", "Table 3", "ddk", name, BOTH) for name in GAMMAS],
     *[(f"K = 10 above {name.partition('=')[2]}", "Table 6", "ddk", name, BOTH) for name in INTERVALS],
 ]
-# What it does not claim
+# What it does not claim: the first arm less the second
 COMPARISONS = [
-    ("DDK above α = 0", "equal sampling after the same first interval", "ddk", "alpha=0.0", BOTH),
-    ("α = 0 above equal sampling", "the first interval alone", "alpha=0.0", "ddk_es", BOTH),
-    *[(f"α = 0.5 above {value}", "", "ddk", f"alpha={value}", BOTH) for value in (0.25, 0.75, 1.0)],
-    ("equal sampling above KD", "", "ddk_es", "kd", BOTH),
-    ("KD above CPT", "", "kd", "cpt", BOTH),
-    ("KD above TED", "“similar”, §4.2", "kd", "ted", BOTH),
-    ("KD above MiniLLM", "“similar”, §4.2", "kd", "minillm", BOTH),
-    ("CPT&DoReMi above CPT", "", "cpt_doremi", "cpt", BOTH),
-    ("CPT&DoReMi above KD", "", "cpt_doremi", "kd", BOTH),
-    *[(f"T = 1 above {name.partition('=')[2]}", "“stable”, Table 4", "ddk", name, BOTH) for name in TEMPERATURES],
+    ("DDK less α = 0", "equal sampling after the same first interval", "ddk", "alpha=0.0", BOTH),
+    ("α = 0 less equal sampling", "the first interval alone", "alpha=0.0", "ddk_es", BOTH),
+    *[(f"DDK less α = {value}", "", "ddk", f"alpha={value}", BOTH) for value in (0.25, 0.75, 1.0)],
+    ("equal sampling less KD", "", "ddk_es", "kd", BOTH),
+    ("KD less CPT", "", "kd", "cpt", BOTH),
+    ("KD less TED", "“similar”, §4.2", "kd", "ted", BOTH),
+    ("KD less MiniLLM", "“similar”, §4.2", "kd", "minillm", BOTH),
+    ("CPT&DoReMi less CPT", "", "cpt_doremi", "cpt", BOTH),
+    ("CPT&DoReMi less KD", "", "cpt_doremi", "kd", BOTH),
+    *[(f"DDK less T = {name.partition('=')[2]}", "“stable”, Table 4", "ddk", name, BOTH) for name in TEMPERATURES],
 ]
 
 
@@ -73,11 +73,14 @@ def values(results: dict, arm: str, measure: str) -> list[float]:
     return [measured(one, measure) for one in results[arm].values()]
 
 
+def common_seeds(results: dict, first: str, second: str) -> list[str]:
+    return sorted(results.get(first, {}).keys() & results.get(second, {}).keys(), key=int)
+
+
 def paired(results: dict, first: str, second: str, measure: str) -> list[float]:
     """first − second at each seed that both have."""
-    seeds = results.get(first, {}).keys() & results.get(second, {}).keys()
     return [measured(results[first][seed], measure) - measured(results[second][seed], measure)
-            for seed in sorted(seeds, key=int)]
+            for seed in common_seeds(results, first, second)]
 
 
 def mean_and_error(numbers: list[float]) -> tuple[float, float]:
@@ -133,7 +136,8 @@ def rows_of(header: list[str], rows: list[list[str]]) -> str:
 
 
 def decided(results: dict, pairs: list) -> dict:
-    """(first, second, measure) → differences, and whether Holm's correction decides; of what three seeds have."""
+    """(first, second, measure) → differences, and whether Holm's correction rejects that they are 0; of the pairs that
+    have three seeds or more in common."""
     differences = {}
     for _, _, first, second, measures in pairs:
         for measure in measures:
@@ -144,8 +148,9 @@ def decided(results: dict, pairs: list) -> dict:
     return {key: (numbers, key in rejected) for key, numbers in differences.items()}
 
 
-def pairs_table(settings: dict, pairs: list) -> str:
-    """A row for each pair and measure, a column for each setting: the difference, and what is decided."""
+def pairs_table(settings: dict, pairs: list, words: tuple[str, str]) -> str:
+    """A row for each pair and measure, a column for each setting: the difference, and of those that are decided the
+    first word if it is below 0, else the second."""
     tests = {name: decided(results, pairs) for name, results in settings.items()}
     rows = []
     for text, where, first, second, measures in pairs:
@@ -157,18 +162,20 @@ def pairs_table(settings: dict, pairs: list) -> str:
                     numbers, is_decided = tests[setting][first, second, measure]
                     cell = format_mean(numbers, "+", 4)
                     if is_decided:
-                        cell += ", **holds**" if statistics.mean(numbers) < 0 else ", **the reverse**"
+                        cell += f", **{words[0] if statistics.mean(numbers) < 0 else words[1]}**"
                 cells.append(cell)
             if any(cells):
                 rows.append([f"{text} ({where})" if where else text, MEASURES[measure], *cells])
     return rows_of(["", "", *settings], rows)
 
 
-def arms_table(results: dict) -> str:
+def arms_table(results: dict, arms=ARMS) -> str:
+    """A row for each arm that has run: worst and mean ratio, and the ratio of each domain."""
+    some_runs = next(iter(results.values()))
+    domains = list(next(iter(some_runs.values()))["end"])
     rows = []
-    for arm in ARMS:
+    for arm in arms:
         if arm in results:
-            domains = results[arm]["0"]["end"]
             per_domain = [[one["end"][domain]["test_ratio"] for one in results[arm].values()] for domain in domains]
             rows.append([f"`{arm}`", str(len(results[arm])), *[format_mean(values(results, arm, m)) for m in BOTH],
                          *[f"{statistics.mean(ratios):.2f}" for ratios in per_domain]])
@@ -206,8 +213,8 @@ def documents_table(settings: dict) -> str:
     rows = []
     for name, results in settings.items():
         documents = results["ddk"]["0"]["documents"]
-        rows.append([name, *[f"{val}, {test}" for val, test in documents.values()]])
-    return rows_of(["", *documents], rows)
+        rows.append([name, ", ".join(f"{domain} {val} and {test}" for domain, (val, test) in documents.items())])
+    return rows_of(["", "documents of the validation and of the test windows"], rows)
 
 
 def first_difference(results: dict) -> float:
@@ -222,9 +229,8 @@ def first_difference(results: dict) -> float:
 
 def gains(results: dict, other: str, measure: str) -> list[float]:
     """How much lower the measure is under DDK than under the other arm, in percent, at each seed that both have."""
-    seeds = results["ddk"].keys() & results.get(other, {}).keys()
     return [100 * (1 - results["ddk"][seed][measure] / results[other][seed][measure])
-            for seed in sorted(seeds, key=int)]
+            for seed in common_seeds(results, "ddk", other)]
 
 
 def gains_table(settings: dict) -> str:
@@ -242,7 +248,8 @@ def gains_table(settings: dict) -> str:
 
 def make_tables(settings: dict) -> dict[str, str]:
     """name → table, from what the runs of each setting gave."""
-    tables = {"claims": pairs_table(settings, CLAIMS), "comparisons": pairs_table(settings, COMPARISONS),
+    tables = {"claims": pairs_table(settings, CLAIMS, ("holds", "the reverse")),
+              "comparisons": pairs_table(settings, COMPARISONS, ("lower", "higher")),
               "gains": gains_table(settings), "documents": documents_table(settings)}
     for name, results in settings.items():
         tables[name] = arms_table(results)
@@ -269,7 +276,7 @@ def results_of(page: str) -> str:
 def numbers_without_source(page: str, tables: dict[str, str]) -> list[str]:
     """The decimal numbers in the text of a page that no table has; settings, such as T = 0.5, are no results."""
     text = re.sub(r"<!-- (?!end)(\w+) -->\n.*?<!-- end -->|```.*?```|`[^`]*`", "", page, flags=re.DOTALL)
-    text = re.sub(r"(α|γ|T|η|torch|Python) (=|∈|of|above)? ?[{\d][\d., ]*(and \d?\.\d+)?", "", text)
+    text = re.sub(r"(α|γ|T|η|torch|Python) ?(=|∈|of)? ?(\{[^}]*\}|\d*\.?\d+)", "", text)
     known = set(re.findall(r"\d*\.\d+", "".join(tables.values())))
     return [number for number in re.findall(r"\d*\.\d+", text) if number not in known]
 

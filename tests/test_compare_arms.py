@@ -74,7 +74,7 @@ def test_holms_correction_stops_at_the_first_that_is_not_rejected():
                                       ([1.1, 2.3, 3.2], "-0.2000 ± 0.0577")])
 def test_a_pair_is_decided_by_holms_correction_of_students_t(kd, cell):
     results = made_up(ddk=[1.0, 2.0, 3.0], kd=kd)
-    table = pairs_table({"one": results, "two": made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0])}, CLAIMS)  # two seeds: no cell
+    table = pairs_table({"one": results, "two": made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0])}, CLAIMS, ("holds", "the reverse"))  # two seeds: no cell
     assert table.splitlines()[2:] == [f"| DDK above KD (Tables 1, 2) | {measure} ratio | {cell} |  |"
                                       for measure in ("worst", "mean")]
 
@@ -119,7 +119,7 @@ def test_gains_are_shares_by_seed_and_a_row_for_each_setting():
 
 
 def test_a_page_gets_its_tables_and_each_number_of_its_text_has_to_stand_in_one():
-    page = "At T = 0.5 and α = 0.25 it is 1.25.\n<!-- one -->\n| 9.99 |\n<!-- end -->\nAnd 3.75 ± 0.01, `k=7.7`.\n"
+    page = "At T = 0.5, 1.25; at γ ∈ {0.1, .2} it is 0.01.\n<!-- one -->\n| 9.99 |\n<!-- end -->\nAnd at α = 0.75 3.75 ± 0.01, `k=7.7`.\n"
     tables = {"one": "| 1.25 ± 0.01 |"}
     page = with_tables(page, tables)
     assert "<!-- one -->\n| 1.25 ± 0.01 |\n<!-- end -->" in page and "9.99" not in page

@@ -1277,7 +1277,7 @@ def test_a_dry_run_tells_what_a_run_takes_reads_no_weights_and_writes_nothing(
             parts = f"weights {4 * gib:.2f} GiB, gradients {4 * gib:.2f} GiB, optimizer {8 * gib:.2f} GiB"
         assert f"{role}: {parameters:,} parameters; on each of {world} devices {parts}\n" in out
         flops += flops_per_weight * parameters
-    assert "activations, gathered weights and the logits of a chunk come on top" in out
+    assert "on top come gathered weights, the loss's chunk of logits, and activations" in out
     assert f"a step: {B * T:,} tokens, {B * T * flops:.2e} FLOPs; {steps} steps\n" in out
     windows = TokenBins(data_dir, T).n_windows
     natural_epochs = steps * B / sum(windows.values())
