@@ -170,10 +170,11 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
 
     student_logits (…, V_S); teacher_logits (…, V_T), or None, then kl is 0; targets (…), already shifted, −100 is
     ignored. CE is over all V_S rows, which keeps padded ids unlikely. KL is over the first `vocab_size` ids (default:
-    the smaller number of rows), and all others are left out of both softmaxes; there is no T² factor. direction "forward" puts the
-    teacher first, "reverse" the student, as in MiniLLM. (The paper prints the student first, and means the teacher: see
-    the README's details.) gamma: a number, or one per token (…). The sums, weighted by `token_weights` (…) if given,
-    are divided by `num_tokens` (default: the number of targets that count). ce and kl are detached; kl is without γ.
+    the smaller number of rows), the others left out of both softmaxes; there is no T² factor. direction "forward" puts
+    the teacher first, "reverse" the student, as in MiniLLM. (The paper prints the student first, and means the teacher:
+    see the README's details.) gamma: a number, or one per token (…). The sums, weighted by `token_weights` (…) if
+    given, are divided by `num_tokens` (default: the number of targets that count). ce and kl are detached; kl is
+    without γ.
     Given a teacher, raises ValueError on another direction, or if vocab_size exceeds the rows of a head."""
     counted = targets != -100
     weights = counted if token_weights is None else counted * token_weights

@@ -268,8 +268,8 @@ def simulate(preset: str, micro_batch_size: int, args: argparse.Namespace, mesh)
 
     moved = sum(tracker.moved.values())
     described = [f"{kind} {n / GIB:.2f}" for kind, n in tracker.peak_by_kind.most_common() if n / GIB >= 0.005]
-    print(f"\n{preset}: {config.batch_size // args.world} windows of {config.block_size} tokens on each of {args.world} "
-          f"GPUs, {micro_batch_size} per forward pass\n  peak {tracker.peak / GIB:.1f} GiB: {', '.join(described)}")
+    print(f"\n{preset}: {len(windows)} windows of {config.block_size} tokens on each of {args.world} GPUs, "
+          f"{micro_batch_size} per forward pass\n  peak {tracker.peak / GIB:.1f} GiB: {', '.join(described)}")
     for name, count in tracker.collectives.most_common():
         print(f"  {name}: {count} times, {tracker.moved[name] / GB:,.1f} GB")
     print(f"  {n_flops:.3e} FLOPs", flush=True)
@@ -282,7 +282,8 @@ def main():
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=args.world)
     mesh = init_device_mesh("cpu", (args.world,))
     sizes = args.micro_batch_sizes
-    lines = [f"| | compute, s | {' | '.join(f'{size}: GiB, GB, s' for size in sizes)} |", "|---" * (len(sizes) + 2) + "|"]
+    header = [f"{size}: GiB, GB, s" for size in sizes]
+    lines = [f"| | compute, s | {' | '.join(header)} |", "|---" * (len(sizes) + 2) + "|"]
     for preset in args.presets:
         steps = [simulate(preset, size, args, mesh) for size in sizes]
         cells = [f"{peak / GIB:.0f}, {moved / GB:,.0f}, {moved / BYTES_PER_S:.1f}" for peak, moved, _ in steps]

@@ -15,8 +15,8 @@ All of them train the same student from the same teacher on the same windows. Ea
 - trl: GKDTrainer with lmbda = 0 and beta = 0, so forward KL on the given text; it has no cross-entropy beside it.
 
 The first step's loss (not trl's) is checked against the dense equation in the same run. What is not installed is left
-out, and named; what runs out of memory is a row that says so, as is a failure of another program. The models have random weights, which each process draws
-anew on its device: nothing large is written or read.
+out, and named; what runs out of memory is a row that says so, as is another program's failure. The models have random
+weights, which each process draws anew on its device: nothing large is written or read.
 """
 
 import argparse
@@ -386,8 +386,8 @@ def compare(args: argparse.Namespace):
         middle = statistics.median(seconds)
         tokens_per_s = args.batch_size * args.block_size / middle
         peak = statistics.median(run["peak"] for run in runs)
-        print(f"| {name} | {middle:.3f} ({min(seconds):.3f} – {max(seconds):.3f}) | {middle / floor:.2f} | {tokens_per_s:,.0f} | "
-              f"{share_of_peak(args, middle)} | {peak:.2f} |")
+        print(f"| {name} | {middle:.3f} ({min(seconds):.3f} – {max(seconds):.3f}) | {middle / floor:.2f} | "
+              f"{tokens_per_s:,.0f} | {share_of_peak(args, middle)} | {peak:.2f} |")
     if "parts" in ran:
         described = []
         for part in ran["parts"][0]["parts"]:

@@ -275,8 +275,8 @@ def main():
     for name in arms:
         wanted = experiment(setting, common, name, args.steps)
         if any(one["experiment"] != wanted for one in results.get(args.label + name, {}).values()):
-            raise UserError(f"--results={path}: holds runs of {args.label}{name} with other keys, steps or setting; name "
-                            "another --results and --out_dir")
+            raise UserError(f"--results={path}: holds runs of {args.label}{name} with other keys, steps or setting; "
+                            "name another --results and --out_dir")
     todo = [(seed, name) for seed in range(args.seeds) for name in arms
             if str(seed) not in results.get(args.label + name, {})]
     is_fork = Path(CODE).resolve() != Path(__file__).resolve().parents[1]
@@ -297,8 +297,8 @@ def main():
         windows = {"rule": WINDOW_RULE, "bins": TokenBins(common["data_dir"], 1).content()}
         for runs in results.values():
             if any(one.get("windows") != windows for one in runs.values()):
-                raise UserError(f"--results={path}: holds runs on other bins than {common['data_dir']}, or on windows that "
-                                "were chosen by another rule; name another --results and --out_dir")
+                raise UserError(f"--results={path}: holds runs on other bins than {common['data_dir']}, or on windows "
+                                "that were chosen by another rule; name another --results and --out_dir")
         teacher = args.teacher
         if not teacher:
             print(f"The teacher: {setting.teacher['student']}, {args.steps or setting.teacher['max_steps']} steps",

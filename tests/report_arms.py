@@ -189,7 +189,8 @@ def ablations_table(results: dict) -> str:
         if "=" in arm:
             row = [f"`{arm}`", str(len(results[arm]))]
             for measure in BOTH:
-                row += [format_mean(values(results, arm, measure)), format_mean(paired(results, arm, "ddk", measure), "+")]
+                row.append(format_mean(values(results, arm, measure)))
+                row.append(format_mean(paired(results, arm, "ddk", measure), "+"))
             rows.append(row)
     return rows_of(["", "seeds", "worst ratio", "less `ddk`'s", "mean ratio", "less `ddk`'s"], sorted(rows))
 

@@ -29,7 +29,8 @@ def made_up(**arms) -> dict:
     for arm, values in arms.items():
         results[arm] = {}
         for seed, value in enumerate(values):
-            end = {name: {"test_ratio": value, "student_ppl": 2 * value, "teacher_ppl": 2.0} for name in ("code", "prose")}
+            domain = {"test_ratio": value, "student_ppl": 2 * value, "teacher_ppl": 2.0}
+            end = {"code": domain, "prose": domain}
             results[arm][str(seed)] = {
                 "worst_ratio": value, "mean_ratio": value, "end": end, "steps": [0, 5, 10, 15], "documents": {},
                 "ratio": {"code": [5.0, 1.2 * value, 1.1 * value, value], "prose": [3.0, value, value, value]},
@@ -74,7 +75,8 @@ def test_holms_correction_stops_at_the_first_that_is_not_rejected():
                                       ([1.1, 2.3, 3.2], "-0.2000 ± 0.0577")])
 def test_a_pair_is_decided_by_holms_correction_of_students_t(kd, cell):
     results = made_up(ddk=[1.0, 2.0, 3.0], kd=kd)
-    table = pairs_table({"one": results, "two": made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0])}, CLAIMS, ("holds", "the reverse"))  # two seeds: no cell
+    two_seeds = made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0])  # which have no cell
+    table = pairs_table({"one": results, "two": two_seeds}, CLAIMS, ("holds", "the reverse"))
     assert table.splitlines()[2:] == [f"| DDK above KD (Tables 1, 2) | {measure} ratio | {cell} |  |"
                                       for measure in ("worst", "mean")]
 
@@ -115,11 +117,13 @@ def test_temperatures_are_compared_from_best_to_worst_with_t_squared_and_without
 def test_gains_are_shares_by_seed_and_a_row_for_each_setting():
     results = made_up(ddk=[1.0, 3.0], kd=[2.0, 4.0], ddk_es=[1.0, 4.0])
     rows = gains_table({"one": results, "two": results}).splitlines()[2:]
-    assert rows[1] == ("| two | 2.00 | +37.5 ± 12.5 | +37.5 ± 12.5 | +12.5 ± 12.5 | +12.5 ± 12.5 |  |  |") and len(rows) == 2
+    assert rows[1] == "| two | 2.00 | +37.5 ± 12.5 | +37.5 ± 12.5 | +12.5 ± 12.5 | +12.5 ± 12.5 |  |  |"
+    assert len(rows) == 2
 
 
 def test_a_page_gets_its_tables_and_each_number_of_its_text_has_to_stand_in_one():
-    page = "At T = 0.5, 1.25; at γ ∈ {0.1, .2} it is 0.01.\n<!-- one -->\n| 9.99 |\n<!-- end -->\nAnd at α = 0.75 3.75 ± 0.01, `k=7.7`.\n"
+    page = ("At T = 0.5, 1.25; at γ ∈ {0.1, .2} it is 0.01.\n<!-- one -->\n| 9.99 |\n<!-- end -->\n"
+            "And at α = 0.75 3.75 ± 0.01, `k=7.7`.\n")
     tables = {"one": "| 1.25 ± 0.01 |"}
     page = with_tables(page, tables)
     assert "<!-- one -->\n| 1.25 ± 0.01 |\n<!-- end -->" in page and "9.99" not in page
