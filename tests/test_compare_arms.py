@@ -92,7 +92,9 @@ def test_more_claims_make_each_harder_to_decide():
 
 def test_the_table_has_a_line_for_each_arm_that_ran():
     lines = arms_table(made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0], cpt=[3.0])).splitlines()
-    assert lines[0].endswith("| code | prose |") and lines[2:] == [
+    assert lines[0].endswith("| code | prose |")
+    assert lines[2:] == [
+        "| student base | 2 | 5.000 ± 0.000 | 4.000 ± 0.000 | 5.00 | 3.00 |",
         "| `ddk` | 2 | 1.500 ± 0.500 | 1.500 ± 0.500 | 1.50 | 1.50 |",
         "| `kd` | 2 | 3.000 ± 1.000 | 3.000 ± 1.000 | 3.00 | 3.00 |",
         "| `cpt` | 1 | 3.000 | 3.000 | 3.00 | 3.00 |"]
