@@ -469,7 +469,7 @@ def train(config: Config) -> Path:
                     run.log("mixture", state.step, t=t, r=dict(zip(bins.names, r.tolist())), domains=state.domains)
                 if state.step == 0:
                     print_first_table(state.domains, bins, config)
-                if worst_ratio(state.domains) <= config.stop_ratio:  # Alg. 1's threshold; no ratio is below 0
+                if worst_ratio(state.domains) <= config.stop_ratio:  # §3.4's threshold; no ratio is below 0
                     last = True
 
             # After the last step: measure on the test windows too, which r never follows.

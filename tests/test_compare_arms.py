@@ -77,7 +77,7 @@ def test_a_pair_is_decided_by_holms_correction_of_students_t(kd, cell):
     results = made_up(ddk=[1.0, 2.0, 3.0], kd=kd)
     two_seeds = made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0])  # which have no cell
     table = pairs_table({"one": results, "two": two_seeds}, CLAIMS, ("holds", "the reverse"))
-    assert table.splitlines()[2:] == [f"| DDK above KD (Tables 1, 2) | {measure} ratio | {cell} |  |"
+    assert table.splitlines()[2:] == [f"| DDK better than KD (Tables 1, 2) | {measure} ratio | {cell} |  |"
                                       for measure in ("worst", "mean")]
 
 

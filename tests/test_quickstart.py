@@ -94,8 +94,8 @@ def test_the_commands_of_the_readme_work_as_written(checkout):
 
 def test_the_commands_that_apply_a_fork_work_as_written(checkout):
     blocks = [block for block in readme_blocks("sh") if any("git apply" in command for command in block)]
-    assert len(blocks) == 2
-    for command in blocks[0] + blocks[1]:
+    assert len(blocks) == 1
+    for command in blocks[0]:
         run(checkout, f"{command} {SMALL}" if "distill.py" in command else command)
     assert (checkout / "out/quickstart-ted-0/step_00000004/filters.pt").is_file()
     mixture = (checkout / "out/proxy/mixture.txt").read_text().strip()
