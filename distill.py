@@ -174,8 +174,7 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
     the teacher first, "reverse" the student, as in MiniLLM. (The paper prints the student first, and means the teacher:
     see the README's details.) gamma: a number, or one per token (…). The sums, weighted by `token_weights` (…) if
     given, are divided by `num_tokens` (default: the number of targets that count). ce and kl are detached; kl is
-    without γ.
-    Given a teacher, raises ValueError on another direction, or if vocab_size exceeds the rows of a head."""
+    without γ. Given a teacher, raises ValueError on another direction, or if vocab_size exceeds a head's rows."""
     counted = targets != -100
     weights = counted if token_weights is None else counted * token_weights
     if num_tokens is None:
@@ -546,8 +545,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
 
     # Chunks of one shape, for the same reason: a power of two, and the last one is filled up with ignored targets.
     if chunk_size is None:
-        most = 2**28 // len(student_head) if hidden.is_cuda else min(512, 2**26 // len(student_head))
-        chunk_size = 2 ** int(math.log2(max(1, most)))
+        chunk_size = default_chunk_size(len(student_head), hidden.is_cuda)
     chunk_size = max(1, min(chunk_size, len(hidden)))
     n_missing = -len(hidden) % chunk_size
     hidden = add_rows(hidden, n_missing)
@@ -558,6 +556,12 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
         hidden = hidden.detach()
         student_head = student_head.detach()
     return ChunkedLoss.apply(hidden, student_head, teacher_head, per_token, chunk_size, equation)
+
+
+def default_chunk_size(rows: int, on_cuda: bool) -> int:
+    """Tokens per chunk for a head of `rows` rows: a power of two, with at most as many logits as distillation_loss says."""
+    most = 2**28 // rows if on_cuda else min(512, 2**26 // rows)
+    return 2 ** int(math.log2(max(1, most)))
 
 
 def add_rows(tensor: torch.Tensor, n: int, fill: int = 0) -> torch.Tensor:

@@ -17,7 +17,6 @@ The same run checks that the bytes of weights, gradients and optimizer which `--
 """
 
 import argparse
-import math
 import os
 import sys
 import weakref
@@ -37,7 +36,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import distill
-from distill import PRESETS, Config, count_parameters, load_models, make_optimizers, model_bytes, training_step
+from distill import (PRESETS, Config, count_parameters, default_chunk_size, load_models, make_optimizers, model_bytes,
+                     training_step)
 from model import GPT, GPTConfig
 
 DISTILLATION_LOSS = distill.distillation_loss
@@ -194,7 +194,7 @@ def replace_what_needs_values(tracker: Tracker, mesh):
         return student_logits.new_zeros(3, dtype=torch.float32)
 
     def loss_in_cudas_chunks(hidden, head, *args, **equation):
-        chunk_size = 2 ** int(math.log2(2**28 // len(head)))
+        chunk_size = default_chunk_size(len(head), on_cuda=True)
         return DISTILLATION_LOSS(hidden, head, *args, chunk_size=chunk_size, **equation)
 
     distill.distillation_loss = tracker.wrap(loss_in_cudas_chunks, "Eq. 3")

@@ -50,11 +50,11 @@ ARMS = {
     "cpt_doremi": {"method": "cpt"},  # in the mixture of the proxy, see run_arm
     "cpt": {"method": "cpt"},
 }
+FORKS = {"ted": "ted", "cpt_doremi": "doremi"}  # arms that are forks → the diff in tests/forks
+OWN_ARMS = ARMS.keys() - FORKS.keys()  # which the project's own code has
 for method in distill.ARMS:  # and what a fork has besides; doremi_proxy is a stage of cpt_doremi
     if method not in (*ARMS, "doremi_proxy"):
         ARMS[method] = {"method": method}
-OWN_ARMS = ("ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt")  # and the ablations
-FORKS = {"ted": "ted", "cpt_doremi": "doremi"}  # arms that are forks → the diff in tests/forks
 ABLATIONS = {
     **{f"gamma={value}": {"gamma": value} for value in (0.0, 0.1, 0.3, 0.5)},
     **{f"temperature={value}": {"temperature": value} for value in (0.1, 0.2, 0.5, 2.0)},
@@ -192,11 +192,8 @@ def summary(out_dir: Path) -> dict:
         "versions": run_line["versions"],
         "documents": documents(distill.Config(**run_line["config"])),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "mean_ppl": statistics.mean(domain["test_student_ppl"] for domain in end.values()),
         "mean_ratio": statistics.mean(ratios),
         "worst_ratio": max(ratios),
-        "val_worst_ratio": max(domain["ratio"] for domain in end.values()),
-        "val_mean_ratio": statistics.mean(domain["ratio"] for domain in end.values()),
         "first_worst_ratio": max(first_ratios),
         "end": end,
         "steps": [line["step"] for line in mixtures],

@@ -324,9 +324,6 @@ def setting_figure(results: dict, path: Path):
         fig_1.bar([i + (place - len(bars) / 2 + 0.5) * width for i in range(len(domains))], heights, width, label=label,
                   color=colour)
     fig_1.set(xticks=range(len(domains)), xticklabels=domains, yscale="log", title="perplexity at the end (Fig. 1)")
-    fig_1.yaxis.set_major_formatter("{x:g}")
-    fig_1.yaxis.set_minor_formatter("{x:g}")
-    fig_1.legend(fontsize="small")
 
     # Fig. 3: the ratio over the steps, DDK with and without smoothing, where that has run; and DDK's r
     steps = results["ddk"]["0"]["steps"]
@@ -336,12 +333,13 @@ def setting_figure(results: dict, path: Path):
     for ratios, colour in zip(mean_curves(results[other], "ratio").values(), COLOURS):
         fig_3.plot(steps, ratios, ":", color=colour)
     fig_3.set(title=f"student / teacher: ddk, dotted {other} (Fig. 3)", xlabel="step", yscale="log")
-    fig_3.yaxis.set_major_formatter("{x:g}")
-    fig_3.yaxis.set_minor_formatter("{x:g}")
-    fig_3.legend(fontsize="small")
     for (name, r), colour in zip(mean_curves(results["ddk"], "r").items(), COLOURS):
         shares.plot(steps, r, color=colour, label=name)
     shares.set(title="r of the next interval: ddk", xlabel="step", ylim=(0, None))
+    for ax in (fig_1, fig_3):
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter("{x:g}")
+        ax.legend(fontsize="small")
     for ax in (fig_1, fig_3, shares):
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

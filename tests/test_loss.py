@@ -492,5 +492,3 @@ def test_a_loss_whose_exponential_is_beyond_floats_is_a_large_perplexity():
 def test_the_learning_rate_warms_up_then_falls_as_a_cosine(warmup_steps, max_steps, expected):
     config = Config(lr=1.0, min_lr=0.1, warmup_steps=warmup_steps, max_steps=max_steps)
     assert {step: learning_rate(step, config) for step in expected} == pytest.approx(expected)
-
-
