@@ -31,6 +31,8 @@ PAIRS = [("ddk", "kd"), ("ddk", "ddk_es"), ("ddk", "alpha=0.0")]  # whose gains 
 GAMMAS = [f"gamma={value}" for value in (0.0, 0.1, 0.3, 0.5)]
 TEMPERATURES = [f"temperature={value}" for value in (0.1, 0.2, 0.5, 2.0)]
 INTERVALS = [f"interval={value}" for value in (5, 15, 20)]
+ALPHAS = [f"alpha={value}" for value in (0.25, 0.75, 1.0)]
+ABLATED = (*GAMMAS, *TEMPERATURES, *INTERVALS, *ALPHAS)  # whose differences stand in a table of their own
 # What the paper claims: text, where, the arm that is to be lower, the other, by which measures
 CLAIMS = [
     *[(f"DDK better than {other}", "Tables 1, 2", "ddk", arm, BOTH) for other, arm in
@@ -45,7 +47,7 @@ CLAIMS = [
 COMPARISONS = [
     ("DDK − (α = 0)", "equal sampling after the same first interval", "ddk", "alpha=0.0", BOTH),
     ("(α = 0) − equal sampling", "the first interval alone", "alpha=0.0", "ddk_es", BOTH),
-    *[(f"DDK − (α = {value})", "", "ddk", f"alpha={value}", BOTH) for value in (0.25, 0.75, 1.0)],
+    *[(f"DDK − (α = {name.partition('=')[2]})", "", "ddk", name, BOTH) for name in ALPHAS],
     ("DDK − KD", "Fig. 1: domains closer together", "ddk", "kd", ("ratio_range",)),
     ("DDK without FS − equal sampling", "Table 5: lower", "ddk_no_fs", "ddk_es", BOTH),
     ("equal sampling − KD", "", "ddk_es", "kd", BOTH),
@@ -156,10 +158,12 @@ def decided(results: dict, pairs: list) -> dict:
 
 def pairs_table(settings: dict, pairs: list, words: tuple[str, str]) -> str:
     """A row for each pair and measure, a column for each setting: the difference, and of those that are decided the
-    first word if it is below 0, else the second."""
+    first word if it is below 0, else the second. Differences from ablations take part in the correction, but have a
+    table of their own."""
     tests = {name: decided(results, pairs) for name, results in settings.items()}
+    shown = [pair for pair in pairs if pair[3] not in ABLATED]
     rows = []
-    for text, where, first, second, measures in pairs:
+    for text, where, first, second, measures in shown:
         for measure in measures:
             cells = []
             for setting in settings:
@@ -193,16 +197,20 @@ def arms_table(results: dict, arms=ARMS) -> str:
 
 
 def ablations_table(results: dict) -> str:
-    """A row for each value of γ, T, K and α that has run, and its differences from DDK's runs of the same seeds."""
+    """A row for each value of γ, T, K and α that has run, and its differences from DDK's runs of the same seeds: in
+    bold where they are decided, those of γ and K among the claims, those of T and α among the comparisons."""
+    tests = decided(results, CLAIMS) | decided(results, COMPARISONS)
+    changed = [(*arm.split("="), arm) for arm in results if "=" in arm]
     rows = []
-    for arm in results:
-        if "=" in arm:
-            row = [f"`{arm}`", str(len(results[arm]))]
-            for measure in BOTH:
-                row.append(format_mean(values(results, arm, measure)))
-                row.append(format_mean(paired(results, arm, "ddk", measure), "+"))
-            rows.append(row)
-    return rows_of(["", "seeds", "worst ratio", "− `ddk`", "mean ratio", "− `ddk`"], sorted(rows))
+    for _, _, arm in sorted(changed, key=lambda parts: (parts[0], float(parts[1]))):
+        row = [f"`{arm}`", str(len(results[arm]))]
+        for measure in BOTH:
+            difference = format_mean(paired(results, arm, "ddk", measure), "+")
+            _, is_decided = tests.get(("ddk", arm, measure), (None, False))
+            row.append(format_mean(values(results, arm, measure)))
+            row.append(f"**{difference}**" if is_decided else difference)
+        rows.append(row)
+    return rows_of(["", "seeds", "worst ratio", "− `ddk`", "mean ratio", "− `ddk`"], rows)
 
 
 def temperatures_table(results: dict) -> str:

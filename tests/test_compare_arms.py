@@ -108,6 +108,15 @@ def test_an_ablation_is_compared_with_ddk_at_the_seeds_that_both_have():
         "| `interval=5` | 1 | 2.000 | +1.000 | 2.000 | +1.000 |"]
 
 
+def test_a_difference_of_an_ablation_is_bold_where_it_is_decided_and_stands_in_no_other_table():
+    results = made_up(**{"ddk": [1.0, 2.0, 3.0], "gamma=0.5": [1.5, 2.501, 3.499], "alpha=1.0": [1.5, 1.5, 4.5],
+                         "t2_temperature=0.5": [1.5, 2.501, 3.499]})
+    lines = ablations_table(results).splitlines()[2:]
+    assert [line.count("**+0.500") for line in lines] == [0, 2, 0]
+    for pairs in (CLAIMS, COMPARISONS):
+        assert len(pairs_table({"one": results}, pairs, ("lower", "higher")).splitlines()) == 2
+
+
 def test_temperatures_are_compared_from_best_to_worst_with_t_squared_and_without():
     arms = {"ddk": [2.0]}
     for value, plain, squared in ((0.1, 3.0, 2.2), (0.2, 2.5, 2.0), (0.5, 2.0, 2.1), (2.0, 2.1, 2.0)):
