@@ -23,8 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from data import import_optional, run_program, write_text
 
-MEASURES = {"worst_ratio": "worst ratio", "mean_ratio": "mean ratio", "ratio_change": "change of the ratios",
-            "ratio_range": "largest − smallest ratio"}
+MEASURES = {"worst_ratio": "worst ratio", "mean_ratio": "mean ratio", "size_ratio": "mean ratio by size",
+            "ratio_change": "change of the ratios", "ratio_range": "largest − smallest ratio"}
 BOTH = ("worst_ratio", "mean_ratio")
 ARMS = ["ddk", "ddk_no_fs", "ddk_es", "alpha=0.0", "cpt_doremi", "kd", "ted", "minillm", "cpt"]
 PAIRS = [("ddk", "kd"), ("ddk", "ddk_es"), ("ddk", "alpha=0.0")]  # whose gains are shown over all settings
@@ -48,7 +48,9 @@ COMPARISONS = [
     ("DDK − (α = 0)", "equal sampling after the same first interval", "ddk", "alpha=0.0", BOTH),
     ("(α = 0) − equal sampling", "the first interval alone", "alpha=0.0", "ddk_es", BOTH),
     *[(f"DDK − (α = {name.partition('=')[2]})", "", "ddk", name, BOTH) for name in ALPHAS],
-    ("DDK − KD", "Fig. 1: domains closer together", "ddk", "kd", ("ratio_range",)),
+    *[(f"DDK − {other}", "domains weighted by their size", "ddk", arm, ("size_ratio",)) for other, arm in
+      (("CPT", "cpt"), ("KD", "kd"), ("equal sampling", "ddk_es"))],
+    ("DDK − KD", "§1: “gap across domains … reduced”", "ddk", "kd", ("ratio_range",)),
     ("DDK without FS − equal sampling", "Table 5: lower", "ddk_no_fs", "ddk_es", BOTH),
     ("equal sampling − KD", "", "ddk_es", "kd", BOTH),
     ("KD − CPT", "Tables 1, 2: lower", "kd", "cpt", BOTH),
@@ -64,17 +66,21 @@ COMPARISONS = [
 
 
 def measured(one: dict, measure: str) -> float:
-    """A number of a run. The change of the ratios is the mean, over domains, of the absolute difference from one
-    evaluation to the next, after the first interval; largest − smallest ratio is of the domains at the end."""
+    """A number of a run. `size_ratio` is the mean ratio, each domain weighted by the bytes of text that the setting
+    takes; `ratio_range` the largest ratio at the end minus the smallest; `ratio_change` the mean, over domains, of the
+    absolute difference from one evaluation to the next, after the first interval."""
+    ratios = {name: domain["test_ratio"] for name, domain in one["end"].items()}
+    if measure == "size_ratio":
+        n_bytes = one["experiment"]["setting"]["n_bytes"]
+        return sum(n_bytes[name] * ratio for name, ratio in ratios.items()) / sum(n_bytes.values())
     if measure == "ratio_range":
-        ratios = [domain["test_ratio"] for domain in one["end"].values()]
-        return max(ratios) - min(ratios)
-    if measure != "ratio_change":
-        return one[measure]
-    changes = []
-    for ratios in one["ratio"].values():
-        changes.append(statistics.mean(abs(after - before) for before, after in zip(ratios[1:], ratios[2:])))
-    return statistics.mean(changes)
+        return max(ratios.values()) - min(ratios.values())
+    if measure == "ratio_change":
+        changes = []
+        for history in one["ratio"].values():
+            changes.append(statistics.mean(abs(after - before) for before, after in zip(history[1:], history[2:])))
+        return statistics.mean(changes)
+    return one[measure]
 
 
 def values(results: dict, arm: str, measure: str) -> list[float]:
@@ -228,11 +234,13 @@ def temperatures_table(results: dict) -> str:
 
 
 def documents_table(settings: dict) -> str:
-    """Documents of the validation and of the test windows."""
-    rows = []
+    """Documents of the validation and of the test windows, a row for the settings that have the same."""
+    names = {}
     for name, results in settings.items():
         documents = results["ddk"]["0"]["documents"]
-        rows.append([name, ", ".join(f"{domain} {val} and {test}" for domain, (val, test) in documents.items())])
+        text = ", ".join(f"{domain} {val} and {test}" for domain, (val, test) in documents.items())
+        names.setdefault(text, []).append(name)
+    rows = [[", ".join(alike), text] for text, alike in names.items()]
     return rows_of(["", "documents of the validation and of the test windows"], rows)
 
 

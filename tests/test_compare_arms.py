@@ -12,7 +12,7 @@ import pytest
 import torch
 from compare_arms import ABLATIONS, ARMS, chosen_arms
 from report_arms import (CLAIMS, COMPARISONS, ablations_table, arms_table, decided, gains_table, holm, mean_and_error,
-                         numbers_without_source, p_value, paired, pairs_table, setting_figure, temperatures_table,
+                         measured, numbers_without_source, p_value, paired, pairs_table, setting_figure, temperatures_table,
                          with_tables)
 from test_forks import patched
 
@@ -32,6 +32,7 @@ def made_up(**arms) -> dict:
             domain = {"test_ratio": value, "student_ppl": 2 * value, "teacher_ppl": 2.0}
             end = {"code": domain, "prose": domain}
             results[arm][str(seed)] = {
+                "experiment": {"setting": {"n_bytes": {"code": 30, "prose": 10}}},
                 "worst_ratio": value, "mean_ratio": value, "end": end, "steps": [0, 5, 10, 15], "documents": {},
                 "ratio": {"code": [5.0, 1.2 * value, 1.1 * value, value], "prose": [3.0, value, value, value]},
                 "r": {"code": [0.5, 0.6, 0.6, 0.6], "prose": [0.5, 0.4, 0.4, 0.4]}}
@@ -42,6 +43,12 @@ def test_mean_and_standard_error():
     mean, error = mean_and_error([1.0, 2.0, 3.0, 6.0])
     assert mean == 3 and error == pytest.approx(math.sqrt(14 / 3) / 2)
     assert math.isnan(mean_and_error([1.0])[1])
+
+
+def test_the_mean_by_size_weighs_domains_by_their_bytes():
+    one = made_up(ddk=[1.0])["ddk"]["0"]
+    one["end"] = {"code": {"test_ratio": 2.0}, "prose": {"test_ratio": 4.0}}
+    assert measured(one, "size_ratio") == 2.5 and measured(one, "ratio_range") == 2.0
 
 
 def test_seeds_are_paired():
