@@ -102,16 +102,13 @@ def import_optional(module: str, needed_for: str, or_else: str = ""):
         return importlib.import_module(module)
 
 
-HUB_NAME = r"\w[\w.-]*/\w[\w.-]*"  # a model's name on the Hugging Face Hub: OWNER/MODEL
-
-
 def model_folder(source: str | Path, key: str, files: Iterable[str]) -> Path:
     """The folder that `source` names. If it is a name on the Hugging Face Hub, the folder that has `files` (patterns).
 
     It is a name if it looks like OWNER/MODEL and neither it nor OWNER exists here. What huggingface_hub's cache lacks
     is downloaded. UserError if that cannot be done; it calls the source by `key`."""
     path = Path(source)
-    if path.exists() or path.parent.exists() or not re.fullmatch(HUB_NAME, str(source)):
+    if path.exists() or path.parent.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         return path
     where = f"{key}={source}: no such folder, and not to be had from the Hugging Face Hub"
     download = f"hf download {source} --local-dir models/{path.name}"

@@ -369,7 +369,8 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
         # Gradients of the ranks have to be added up, but DDP and FSDP average them.
         (loss * world_size()).backward()
         totals += torch.stack((loss, ce, kl)).detach()
-    clear_forward_record(teacher)  # FSDP2 would keep one of each forward pass
+    if hasattr(teacher, "reset_iter_state"):
+        teacher.reset_iter_state()  # FSDP2 keeps a record of each forward pass that no backward pass follows
 
     # Clip the gradient, and stop where training has gone wrong: all ranks, or none, since they know the same numbers.
     grad_norm = clip_gradient(student, config)
@@ -559,7 +560,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
 
 
 def default_chunk_size(rows: int, on_cuda: bool) -> int:
-    """Tokens per chunk for a head of `rows` rows: a power of two, with at most as many logits as distillation_loss says."""
+    """Tokens per chunk for a head of `rows` rows: a power of two, within the limits that distillation_loss names."""
     most = 2**28 // rows if on_cuda else min(512, 2**26 // rows)
     return 2 ** int(math.log2(max(1, most)))
 
@@ -881,12 +882,6 @@ def recomputed(forward: Callable) -> Callable:
     def checkpointed(*inputs):
         return checkpoint(forward, *inputs, use_reentrant=False)
     return checkpointed
-
-
-def clear_forward_record(model: GPT | None):
-    """FSDP2 keeps a record of each forward pass until a backward pass, which the teacher never has: drop it."""
-    if hasattr(model, "reset_iter_state"):
-        model.reset_iter_state()
 
 
 def clip_gradient(student: nn.Module, config: Config) -> float:
@@ -1516,12 +1511,24 @@ def quickstart(config: Config) -> Config:
         return config
 
     for role, run in runs.items():
-        print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}; it is made once, with the "
-              "--pretrain_steps of that time", flush=True)
-        config = replace(config, **{role: str(train(run))})
+        folder = on_rank_0(finished_run, Path(run.out_dir))
+        if folder is not None:
+            print(f"\nThe {role} was made before, with the --pretrain_steps of that time: {folder}")
+        else:
+            print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}", flush=True)
+            folder = train(run)
+        config = replace(config, **{role: str(folder)})
     print(f"\nWith --preset=quickstart these can be named:  --teacher={config.teacher}  --student={config.student}\n",
           flush=True)
     return config
+
+
+def finished_run(out_dir: Path) -> Path | None:
+    """The last checkpoint of a run, if it is finished and whole. Takes no lock: many runs may start from it at once."""
+    for folder in list_checkpoints(out_dir)[-1:]:
+        if not damaged_files(folder) and read_state(folder).finished:
+            return folder
+    return None
 
 
 def make_quickstart_bins(config: Config):

@@ -25,8 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from data import (HUB_NAME, MODEL_FILES, UserError, load_tokenizer, model_folder, model_tokenizer, run_program,
-                  user_errors, write_text)
+from data import (MODEL_FILES, UserError, load_tokenizer, model_folder, model_tokenizer, run_program, user_errors,
+                  write_text)
 
 
 @dataclass(frozen=True)
@@ -391,10 +391,7 @@ def read_config(folder: Path) -> GPTConfig:
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: the folder of a run; name one of the step_ folders in it")
     if not path.is_file():
-        hub = ""
-        if not folder.exists() and re.fullmatch(HUB_NAME, str(folder)):
-            hub = f" (the Hub was not asked, since there is a folder {folder.parent})"
-        raise UserError(f"{folder}: no config.json{hub}; expected a whole model in Hugging Face's format, no adapter")
+        raise UserError(f"{folder}: no config.json; expected a whole model in Hugging Face's format, no adapter")
     with user_errors(path, "the config.json of a supported model is expected"):
         return config_from_file(path)
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from compare_arms import ABLATIONS, ARMS, chosen_arms
 from report_arms import (CLAIMS, COMPARISONS, ablations_table, arms_table, decided, gains_table, holm, mean_and_error,
-                         measured, numbers_without_source, p_value, paired, pairs_table, setting_figure, temperatures_table,
-                         with_tables)
+                         measured, numbers_without_source, p_value, paired, pairs_table, setting_figure,
+                         temperatures_table, with_tables)
 from test_forks import patched
 
 import distill

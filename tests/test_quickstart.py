@@ -1,5 +1,6 @@
 """The quickstart in miniature, as a newcomer runs it, and every command of the README as written there."""
 
+import fcntl
 import json
 import os
 import re
@@ -60,6 +61,26 @@ def test_another_arm_uses_the_same_bins_and_models(checkout):
     assert "Collecting" not in printed and (checkout / "out" / "quickstart-kd-1" / "step_00000004").is_dir()
     runs = [read_lines(checkout / "out" / name, "mixture")[0] for name in ("quickstart-ddk-0", "quickstart-kd-1")]
     assert runs[0]["domains"] == runs[1]["domains"]  # both start from the same student and teacher
+
+
+def test_models_that_were_made_are_taken_whatever_their_steps_were_and_by_many_runs_at_once(checkout):
+    other_steps = SMALL.replace("--pretrain_steps=4", "--pretrain_steps=8") + " --max_steps=0 --warmup_steps=0"
+    with open(checkout / "data/quickstart/teacher/.lock", "w") as another_run:
+        fcntl.flock(another_run, fcntl.LOCK_EX)
+        printed = run(checkout, f"python distill.py {other_steps} --out_dir=out/others")
+    assert "The teacher was made before" in printed and "teacher/step_00000004" in printed
+
+    # A damaged one is made again, with the steps that are asked for
+    for folder in ("teacher", "student"):
+        shutil.copytree(checkout / "data/quickstart" / folder, checkout / "data/damaged" / folder)
+    for path in (checkout / "data/quickstart").glob("*.*"):
+        shutil.copy(path, checkout / "data/damaged")
+    weights = checkout / "data/damaged/teacher/step_00000004/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    printed = run(checkout, f"python distill.py {SMALL} --max_steps=0 --warmup_steps=0 --data_dir=data/damaged "
+                            "--out_dir=out/damaged")
+    assert "corrupt_step_00000004" in printed and "The student was made before" in printed
+    assert (checkout / "data/damaged/teacher/step_00000004").is_dir()
 
 
 def readme_blocks(kind: str) -> list[list[str]]:
