@@ -323,7 +323,7 @@ def main():
         write_text(path, json.dumps(results))
         print(f"{count}/{len(todo)}  {args.label}{name}, seed {seed}: worst ratio {gave['worst_ratio']:.3f}, mean "
               f"{gave['mean_ratio']:.3f}", flush=True)
-    print(arms_table(results, results))
+    print(arms_table({args.setting: results}, results))
 
 
 if __name__ == "__main__":

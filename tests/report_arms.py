@@ -185,28 +185,33 @@ def pairs_table(settings: dict, pairs: list, words: tuple[str, str]) -> str:
     return rows_of(["", "", *settings], rows)
 
 
-def arms_table(results: dict, arms=ARMS) -> str:
-    """A row for each arm that has run: worst and mean ratio, and the ratio of each domain, on the test windows; and
-    one for the student bases, on the validation windows."""
-    some_runs = next(iter(results.values())).values()
-    domains = list(next(iter(some_runs))["end"])
-    first = [[one["ratio"][domain][0] for domain in domains] for one in some_runs]
-    rows = [["student base", str(len(first)), format_mean([max(ratios) for ratios in first]),
-             format_mean([statistics.mean(ratios) for ratios in first]),
-             *[f"{statistics.mean(ratios):.2f}" for ratios in zip(*first)]]]
-    for arm in arms:
-        if arm in results:
-            per_domain = [[one["end"][domain]["test_ratio"] for one in results[arm].values()] for domain in domains]
-            rows.append([f"`{arm}`", str(len(results[arm])), *[format_mean(values(results, arm, m)) for m in BOTH],
-                         *[f"{statistics.mean(ratios):.2f}" for ratios in per_domain]])
+def arms_table(settings: dict, arms=ARMS) -> str:
+    """Of each setting, which all have the same domains, a row for each arm that has run: worst and mean ratio, and the
+    ratio of each domain, on the test windows; and one for the student bases, on the validation windows."""
+    runs = [one for results in settings.values() for seeds in results.values() for one in seeds.values()]
+    domains = list(runs[0]["end"])
+    rows = []
+    for name, results in settings.items():
+        setting = f"{name}: " if len(settings) > 1 else ""
+        some_runs = next(iter(results.values())).values()
+        first = [[one["ratio"][domain][0] for domain in domains] for one in some_runs]
+        rows.append([f"{setting}student base", str(len(first)), format_mean([max(ratios) for ratios in first]),
+                     format_mean([statistics.mean(ratios) for ratios in first]),
+                     *[f"{statistics.mean(ratios):.2f}" for ratios in zip(*first)]])
+        for arm in arms:
+            if arm in results:
+                per_domain = [[one["end"][domain]["test_ratio"] for one in results[arm].values()] for domain in domains]
+                rows.append([f"{setting}`{arm}`", str(len(results[arm])),
+                             *[format_mean(values(results, arm, measure)) for measure in BOTH],
+                             *[f"{statistics.mean(ratios):.2f}" for ratios in per_domain]])
     return rows_of(["", "seeds", *[MEASURES[measure] for measure in BOTH], *domains], rows)
 
 
 def ablations_table(results: dict) -> str:
-    """A row for each value of γ, T, K and α that has run, and its differences from DDK's runs of the same seeds: in
-    bold where they are decided, those of γ and K among the claims, those of T and α among the comparisons."""
+    """A row for each value of α, γ and K that has run, and its differences from DDK's runs of the same seeds: in bold
+    where they are decided, those of γ and K among the claims, those of α among the comparisons."""
     tests = decided(results, CLAIMS) | decided(results, COMPARISONS)
-    changed = [(*arm.split("="), arm) for arm in results if "=" in arm]
+    changed = [(*arm.split("="), arm) for arm in results if "=" in arm and "temperature" not in arm]
     rows = []
     for _, _, arm in sorted(changed, key=lambda parts: (parts[0], float(parts[1]))):
         row = [f"`{arm}`", str(len(results[arm]))]
@@ -220,17 +225,25 @@ def ablations_table(results: dict) -> str:
 
 
 def temperatures_table(results: dict) -> str:
-    """How far T from .1 to 2 moves the result, without a factor T² on the divergence (DDK) and with it (t2)."""
+    """The ratios at each T, without a factor T² on the divergence (DDK) and with it (t2), and how far they are apart.
+    Without it, in bold where the difference from DDK, which has T = 1, is decided among the comparisons."""
+    tests = decided(results, COMPARISONS)
     rows = []
     for text, label in (("without T²", ""), ("with T²", "t2_")):
         arms = [label + name for name in TEMPERATURES]
-        if all(arm in results for arm in arms):
-            row = [text]
-            for measure in BOTH:
-                means = [statistics.mean(values(results, arm, measure)) for arm in ("ddk", *arms)]
-                row.append(f"{max(means) / min(means) - 1:.1%}")
+        arms.insert(3, "ddk")
+        if not all(arm in results for arm in arms):
+            continue
+        for measure in BOTH:
+            row = [f"{MEASURES[measure]}, {text}"]
+            for arm in arms:
+                _, is_decided = tests.get(("ddk", arm, measure), (None, False))
+                cell = format_mean(values(results, arm, measure))
+                row.append(f"**{cell}**" if is_decided else cell)
+            means = [statistics.mean(values(results, arm, measure)) for arm in arms]
+            row.append(f"{max(means) / min(means) - 1:.1%}")
             rows.append(row)
-    return rows_of(["T ∈ {.1, .2, .5, 1, 2}, from best to worst", "worst ratio", "mean ratio"], rows)
+    return rows_of(["", "T = 0.1", "0.2", "0.5", "1", "2", "best to worst"], rows)
 
 
 def documents_table(settings: dict) -> str:
@@ -278,8 +291,12 @@ def make_tables(settings: dict) -> dict[str, str]:
     tables = {"claims": pairs_table(settings, CLAIMS, ("holds", "the reverse")),
               "comparisons": pairs_table(settings, COMPARISONS, ("lower", "higher")),
               "gains": gains_table(settings), "documents": documents_table(settings)}
-    for name, results in settings.items():
-        tables[name] = arms_table(results)
+    for name in ("quickstart", "larger"):
+        if name in settings:
+            tables[name] = arms_table({name: settings[name]})
+    others = {name: results for name, results in settings.items() if name not in tables}
+    if others:
+        tables["other_settings"] = arms_table(others)
     if "quickstart" in settings:
         tables["ablations"] = ablations_table(settings["quickstart"])
         tables["temperatures"] = temperatures_table(settings["quickstart"])

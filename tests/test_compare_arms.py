@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -98,13 +99,16 @@ def test_more_claims_make_each_harder_to_decide():
 
 
 def test_the_table_has_a_line_for_each_arm_that_ran():
-    lines = arms_table(made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0], cpt=[3.0])).splitlines()
+    lines = arms_table({"one": made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0], cpt=[3.0])}).splitlines()
     assert lines[0].endswith("| code | prose |")
     assert lines[2:] == [
         "| student base | 2 | 5.000 ± 0.000 | 4.000 ± 0.000 | 5.00 | 3.00 |",
         "| `ddk` | 2 | 1.500 ± 0.500 | 1.500 ± 0.500 | 1.50 | 1.50 |",
         "| `kd` | 2 | 3.000 ± 1.000 | 3.000 ± 1.000 | 3.00 | 3.00 |",
         "| `cpt` | 1 | 3.000 | 3.000 | 3.00 | 3.00 |"]
+    lines = arms_table({"one": made_up(ddk=[1.0]), "two": made_up(kd=[2.0])}).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| one: student base", "| one: `ddk`",
+                                                           "| two: student base", "| two: `kd`"]
 
 
 def test_an_ablation_is_compared_with_ddk_at_the_seeds_that_both_have():
@@ -116,20 +120,20 @@ def test_an_ablation_is_compared_with_ddk_at_the_seeds_that_both_have():
 
 
 def test_a_difference_of_an_ablation_is_bold_where_it_is_decided_and_stands_in_no_other_table():
-    results = made_up(**{"ddk": [1.0, 2.0, 3.0], "gamma=0.5": [1.5, 2.501, 3.499], "alpha=1.0": [1.5, 1.5, 4.5],
-                         "t2_temperature=0.5": [1.5, 2.501, 3.499]})
+    results = made_up(**{"ddk": [1.0, 2.0, 3.0], "alpha=1.0": [1.5, 1.5, 4.5], "gamma=0.5": [1.5, 2.501, 3.499]})
     lines = ablations_table(results).splitlines()[2:]
-    assert [line.count("**+0.500") for line in lines] == [0, 2, 0]
+    assert [line.count("**+0.500") for line in lines] == [0, 2]
     for pairs in (CLAIMS, COMPARISONS):
         assert len(pairs_table({"one": results}, pairs, ("lower", "higher")).splitlines()) == 2
 
 
 def test_temperatures_are_compared_from_best_to_worst_with_t_squared_and_without():
-    arms = {"ddk": [2.0]}
+    arms = {"ddk": [2.0, 2.0, 2.0]}
     for value, plain, squared in ((0.1, 3.0, 2.2), (0.2, 2.5, 2.0), (0.5, 2.0, 2.1), (2.0, 2.1, 2.0)):
-        arms |= {f"temperature={value}": [plain], f"t2_temperature={value}": [squared]}
-    assert temperatures_table(made_up(**arms)).splitlines()[2:] == ["| without T² | 50.0% | 50.0% |",
-                                                                    "| with T² | 10.0% | 10.0% |"]
+        arms |= {f"temperature={value}": [plain] * 3, f"t2_temperature={value}": [squared] * 3}
+    cells = [" ".join(re.findall(r"\*\*\d\.\d|\d\.\d(?=\d\d ±)|[\d.]+%", line))
+             for line in temperatures_table(made_up(**arms)).splitlines()[2:]]
+    assert cells == 2 * ["**3.0 **2.5 2.0 2.0 **2.1 50.0%"] + 2 * ["2.2 2.0 2.1 2.0 2.0 10.0%"]
 
 
 def test_gains_are_shares_by_seed_and_a_row_for_each_setting():
