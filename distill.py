@@ -1502,7 +1502,8 @@ def quickstart(config: Config) -> Config:
     for role, keys in quickstart_models(config.pretrain_steps).items():
         if not getattr(config, role):
             runs[role] = pretraining(keys, data_dir=config.data_dir, out_dir=f"{config.data_dir}/{role}",
-                                     device=config.device, compile=config.compile, timeout=config.timeout)
+                                     resume=config.resume, device=config.device, compile=config.compile,
+                                     timeout=config.timeout)
             problems += contradictions(runs[role])
     if problems:
         raise UserError("\n".join(problems))
@@ -1525,10 +1526,11 @@ def quickstart(config: Config) -> Config:
 
 def finished_run(out_dir: Path) -> Path | None:
     """The last checkpoint of a run, if it is finished and whole. Takes no lock: many runs may start from it at once."""
-    for folder in list_checkpoints(out_dir)[-1:]:
-        if not damaged_files(folder) and read_state(folder).finished:
-            return folder
-    return None
+    checkpoints = list_checkpoints(out_dir)
+    if not checkpoints or damaged_files(checkpoints[-1]):
+        return None
+    newest = checkpoints[-1]
+    return newest if read_state(newest).finished else None
 
 
 def make_quickstart_bins(config: Config):

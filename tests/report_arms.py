@@ -26,13 +26,14 @@ from data import import_optional, run_program, write_text
 MEASURES = {"worst_ratio": "worst ratio", "mean_ratio": "mean ratio", "size_ratio": "mean ratio by size",
             "ratio_change": "change of the ratios", "ratio_range": "largest − smallest ratio"}
 BOTH = ("worst_ratio", "mean_ratio")
+MIN_SEEDS = 3  # of a setting, or of a pair, that is compared
 ARMS = ["ddk", "ddk_no_fs", "ddk_es", "alpha=0.0", "cpt_doremi", "kd", "ted", "minillm", "cpt"]
 PAIRS = [("ddk", "kd"), ("ddk", "ddk_es"), ("ddk", "alpha=0.0")]  # whose gains are shown over all settings
 GAMMAS = [f"gamma={value}" for value in (0.0, 0.1, 0.3, 0.5)]
 TEMPERATURES = [f"temperature={value}" for value in (0.1, 0.2, 0.5, 2.0)]
 INTERVALS = [f"interval={value}" for value in (5, 15, 20)]
 ALPHAS = [f"alpha={value}" for value in (0.25, 0.75, 1.0)]
-ABLATED = (*GAMMAS, *TEMPERATURES, *INTERVALS, *ALPHAS)  # whose differences stand in a table of their own
+ABLATED = (*GAMMAS, *TEMPERATURES, *INTERVALS, *ALPHAS)  # whose differences stand in tables of their own
 # What the paper claims: text, where, the arm that is to be lower, the other, by which measures
 CLAIMS = [
     *[(f"DDK better than {other}", "Tables 1, 2", "ddk", arm, BOTH) for other, arm in
@@ -40,15 +41,13 @@ CLAIMS = [
     ("DDK better than DDK without FS", "Table 5", "ddk", "ddk_no_fs", BOTH),
     ("DDK better than equal sampling", "Table 5", "ddk", "ddk_es", BOTH),
     ("ratios move more smoothly with FS", "Fig. 3", "ddk", "ddk_no_fs", ("ratio_change",)),
-    *[(f"γ = 0.2 better than {name.partition('=')[2]}", "Table 3", "ddk", name, BOTH) for name in GAMMAS],
-    *[(f"K = 10 better than {name.partition('=')[2]}", "Table 6", "ddk", name, BOTH) for name in INTERVALS],
+    *[("", "", "ddk", name, BOTH) for name in (*GAMMAS, *INTERVALS)],  # Tables 3 and 6: in ablations_table
 ]
 # Others: the first arm minus the second
 COMPARISONS = [
     ("DDK − (α = 0)", "equal sampling after the same first interval", "ddk", "alpha=0.0", BOTH),
     ("(α = 0) − equal sampling", "the first interval alone", "alpha=0.0", "ddk_es", BOTH),
-    *[(f"DDK − (α = {name.partition('=')[2]})", "", "ddk", name, BOTH) for name in ALPHAS],
-    *[(f"DDK − {other}", "domains weighted by their size", "ddk", arm, ("size_ratio",)) for other, arm in
+    *[(f"DDK − {other}", "", "ddk", arm, ("size_ratio",)) for other, arm in
       (("CPT", "cpt"), ("KD", "kd"), ("equal sampling", "ddk_es"))],
     ("DDK − KD", "§1: “gap across domains … reduced”", "ddk", "kd", ("ratio_range",)),
     ("DDK without FS − equal sampling", "Table 5: lower", "ddk_no_fs", "ddk_es", BOTH),
@@ -58,7 +57,7 @@ COMPARISONS = [
     ("KD − MiniLLM", "§4.2: “similar”", "kd", "minillm", BOTH),
     ("CPT&DoReMi − CPT", "Tables 1, 2: lower", "cpt_doremi", "cpt", BOTH),
     ("CPT&DoReMi − KD", "Tables 1, 2: higher", "cpt_doremi", "kd", BOTH),
-    *[(f"DDK − (T = {name.partition('=')[2]})", "Table 4: “stable”", "ddk", name, BOTH) for name in TEMPERATURES],
+    *[("", "", "ddk", name, BOTH) for name in (*ALPHAS, *TEMPERATURES)],  # in tables of their own
 ]
 
 
@@ -151,12 +150,12 @@ def rows_of(header: list[str], rows: list[list[str]]) -> str:
 
 def decided(results: dict, pairs: list) -> dict:
     """(first, second, measure) → differences, and whether Holm's correction rejects that they are 0; of the pairs that
-    have three seeds or more in common."""
+    have MIN_SEEDS or more in common."""
     differences = {}
     for _, _, first, second, measures in pairs:
         for measure in measures:
             numbers = paired(results, first, second, measure)
-            if len(numbers) >= 3:
+            if len(numbers) >= MIN_SEEDS:
                 differences[first, second, measure] = numbers
     rejected = holm({key: p_value(numbers) for key, numbers in differences.items()})
     return {key: (numbers, key in rejected) for key, numbers in differences.items()}
@@ -167,9 +166,10 @@ def pairs_table(settings: dict, pairs: list, words: tuple[str, str]) -> str:
     first word if it is below 0, else the second. Differences from ablations take part in the correction, but have a
     table of their own."""
     tests = {name: decided(results, pairs) for name, results in settings.items()}
-    shown = [pair for pair in pairs if pair[3] not in ABLATED]
     rows = []
-    for text, where, first, second, measures in shown:
+    for text, where, first, second, measures in pairs:
+        if second in ABLATED:
+            continue
         for measure in measures:
             cells = []
             for setting in settings:
@@ -211,9 +211,14 @@ def ablations_table(results: dict) -> str:
     """A row for each value of α, γ and K that has run, and its differences from DDK's runs of the same seeds: in bold
     where they are decided, those of γ and K among the claims, those of α among the comparisons."""
     tests = decided(results, CLAIMS) | decided(results, COMPARISONS)
-    changed = [(*arm.split("="), arm) for arm in results if "=" in arm and "temperature" not in arm]
+    changed = [arm for arm in results if arm.startswith(("alpha=", "gamma=", "interval="))]
+
+    def name_and_value(arm):
+        name, _, value = arm.partition("=")
+        return name, float(value)
+
     rows = []
-    for _, _, arm in sorted(changed, key=lambda parts: (parts[0], float(parts[1]))):
+    for arm in sorted(changed, key=name_and_value):
         row = [f"`{arm}`", str(len(results[arm]))]
         for measure in BOTH:
             difference = format_mean(paired(results, arm, "ddk", measure), "+")
@@ -231,7 +236,7 @@ def temperatures_table(results: dict) -> str:
     rows = []
     for text, label in (("without T²", ""), ("with T²", "t2_")):
         arms = [label + name for name in TEMPERATURES]
-        arms.insert(3, "ddk")
+        arms.insert(3, "ddk")  # T = 1, between 0.5 and 2
         if not all(arm in results for arm in arms):
             continue
         for measure in BOTH:
@@ -288,9 +293,10 @@ def gains_table(settings: dict) -> str:
 
 def make_tables(settings: dict) -> dict[str, str]:
     """name → table, from what the runs of each setting gave."""
-    tables = {"claims": pairs_table(settings, CLAIMS, ("holds", "the reverse")),
-              "comparisons": pairs_table(settings, COMPARISONS, ("lower", "higher")),
-              "gains": gains_table(settings), "documents": documents_table(settings)}
+    compared = {name: results for name, results in settings.items() if len(results["ddk"]) >= MIN_SEEDS}
+    tables = {"claims": pairs_table(compared, CLAIMS, ("holds", "the reverse")),
+              "comparisons": pairs_table(compared, COMPARISONS, ("lower", "higher")),
+              "gains": gains_table(compared), "documents": documents_table(settings)}
     for name in ("quickstart", "larger"):
         if name in settings:
             tables[name] = arms_table({name: settings[name]})

@@ -4,7 +4,6 @@ Runs are watched through Weights & Biases: what stands for it here gets each lin
 logged, and can have something happen at any of them.
 """
 
-import importlib
 import json
 import math
 import os
@@ -1198,7 +1197,7 @@ def hub_cache(folder: Path, cache: Path, name: str):
 def hub(monkeypatch, tmp_path, teacher):
     """huggingface_hub without a network, its cache with the model you/teacher."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    constants = importlib.import_module("huggingface_hub.constants")  # which the package does not import by itself
+    constants = pytest.importorskip("huggingface_hub.constants")  # which the package does not import by itself
     hub_cache(teacher, tmp_path / "hub", "you/teacher")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     download = partial(huggingface_hub.snapshot_download, cache_dir=tmp_path / "hub")

@@ -70,7 +70,7 @@ def test_models_that_were_made_are_taken_whatever_their_steps_were_and_by_many_r
         printed = run(checkout, f"python distill.py {other_steps} --out_dir=out/others")
     assert "The teacher was made before" in printed and "teacher/step_00000004" in printed
 
-    # A damaged one is made again, with the steps that are asked for
+    # A damaged one is made again
     for folder in ("teacher", "student"):
         shutil.copytree(checkout / "data/quickstart" / folder, checkout / "data/damaged" / folder)
     for path in (checkout / "data/quickstart").glob("*.*"):
