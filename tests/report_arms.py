@@ -65,15 +65,16 @@ COMPARISONS = [
 
 
 def measured(one: dict, measure: str) -> float:
-    """A number of a run. `size_ratio` is the mean ratio, each domain weighted by the bytes of text that the setting
-    takes; `ratio_range` the largest ratio at the end minus the smallest; `ratio_change` the mean, over domains, of the
-    absolute difference from one evaluation to the next, after the first interval."""
-    ratios = {name: domain["test_ratio"] for name, domain in one["end"].items()}
+    """A number of a run. `size_ratio` is the mean ratio, each domain weighted by its train tokens; `ratio_range` the
+    largest ratio at the end minus the smallest; `ratio_change` the mean, over domains, of the absolute difference from
+    one evaluation to the next, after the first interval."""
+    domains = one["end"].values()
+    ratios = [domain["test_ratio"] for domain in domains]
     if measure == "size_ratio":
-        n_bytes = one["experiment"]["setting"]["n_bytes"]
-        return sum(n_bytes[name] * ratio for name, ratio in ratios.items()) / sum(n_bytes.values())
+        sizes = [domain["tokens"] / domain["epochs"] for domain in domains]
+        return sum(size * ratio for size, ratio in zip(sizes, ratios)) / sum(sizes)
     if measure == "ratio_range":
-        return max(ratios.values()) - min(ratios.values())
+        return max(ratios) - min(ratios)
     if measure == "ratio_change":
         changes = []
         for history in one["ratio"].values():

@@ -29,10 +29,9 @@ def made_up(**arms) -> dict:
     for arm, values in arms.items():
         results[arm] = {}
         for seed, value in enumerate(values):
-            domain = {"test_ratio": value, "student_ppl": 2 * value, "teacher_ppl": 2.0}
+            domain = {"test_ratio": value, "student_ppl": 2 * value, "teacher_ppl": 2.0, "tokens": 8, "epochs": 0.5}
             end = {"code": domain, "prose": domain}
             results[arm][str(seed)] = {
-                "experiment": {"setting": {"n_bytes": {"code": 30, "prose": 10}}},
                 "worst_ratio": value, "mean_ratio": value, "end": end, "steps": [0, 5, 10, 15], "documents": {},
                 "ratio": {"code": [5.0, 1.2 * value, 1.1 * value, value], "prose": [3.0, value, value, value]},
                 "r": {"code": [0.5, 0.6, 0.6, 0.6], "prose": [0.5, 0.4, 0.4, 0.4]}}
@@ -45,9 +44,10 @@ def test_mean_and_standard_error():
     assert math.isnan(mean_and_error([1.0])[1])
 
 
-def test_the_mean_by_size_weighs_domains_by_their_bytes():
+def test_the_mean_by_size_weighs_domains_by_their_train_tokens():
     one = made_up(ddk=[1.0])["ddk"]["0"]
-    one["end"] = {"code": {"test_ratio": 2.0}, "prose": {"test_ratio": 4.0}}
+    one["end"] = {"code": {"test_ratio": 2.0, "tokens": 60, "epochs": 2.0},
+                  "prose": {"test_ratio": 4.0, "tokens": 40, "epochs": 4.0}}
     assert measured(one, "size_ratio") == 2.5 and measured(one, "ratio_range") == 2.0
 
 
