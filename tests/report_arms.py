@@ -292,19 +292,22 @@ def gains_table(settings: dict) -> str:
     return rows_of(["", "first ratios, largest − smallest", *header], rows)
 
 
+def with_seeds(settings: dict) -> dict:
+    """The settings in which DDK has run with MIN_SEEDS or more."""
+    return {name: results for name, results in settings.items() if len(results["ddk"]) >= MIN_SEEDS}
+
+
 def make_tables(settings: dict) -> dict[str, str]:
     """name → table, from what the runs of each setting gave."""
-    compared = {name: results for name, results in settings.items() if len(results["ddk"]) >= MIN_SEEDS}
+    compared = with_seeds(settings)
     tables = {"claims": pairs_table(compared, CLAIMS, ("holds", "the reverse")),
               "comparisons": pairs_table(compared, COMPARISONS, ("lower", "higher")),
               "gains": gains_table(compared), "documents": documents_table(settings)}
-    for name in ("quickstart", "larger"):
-        if name in settings:
-            tables[name] = arms_table({name: settings[name]})
-    others = {name: results for name, results in settings.items() if name not in tables}
+    others = {name: results for name, results in settings.items() if name != "quickstart"}
     if others:
         tables["other_settings"] = arms_table(others)
     if "quickstart" in settings:
+        tables["quickstart"] = arms_table({"quickstart": settings["quickstart"]})
         tables["ablations"] = ablations_table(settings["quickstart"])
         tables["temperatures"] = temperatures_table(settings["quickstart"])
     return tables
@@ -428,7 +431,7 @@ def main():
             print(f"{page}: {number} is in no table")
     for name, results in settings.items():
         setting_figure(results, ROOT / "assets" / f"{name}.png")
-    gains_figure(settings, ROOT / "assets" / "gains.png")
+    gains_figure(with_seeds(settings), ROOT / "assets" / "gains.png")
 
 
 if __name__ == "__main__":
