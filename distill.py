@@ -1527,10 +1527,9 @@ def quickstart(config: Config) -> Config:
 def finished_run(out_dir: Path) -> Path | None:
     """The last checkpoint of a run, if it is finished and whole. Takes no lock: many runs may start from it at once."""
     checkpoints = list_checkpoints(out_dir)
-    if not checkpoints or damaged_files(checkpoints[-1]):
-        return None
-    newest = checkpoints[-1]
-    return newest if read_state(newest).finished else None
+    if checkpoints and not damaged_files(checkpoints[-1]) and read_state(checkpoints[-1]).finished:
+        return checkpoints[-1]
+    return None
 
 
 def make_quickstart_bins(config: Config):

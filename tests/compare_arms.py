@@ -36,7 +36,7 @@ import torch
 import distill
 from data import (TokenBins, UserError, build_bins, file_sha256, import_optional, load_tokenizer, quickstart_documents,
                   run_program, write_text)
-from report_arms import arms_table
+from report_arms import ABLATED, arms_table
 from sample_mixture import read_metrics, replay
 
 # name → the keys that differ from DDK's, which has the paper's values but for the quickstart's K
@@ -55,12 +55,10 @@ OWN_ARMS = ARMS.keys() - FORKS.keys()  # which the project's own code has
 for method in distill.ARMS:  # and what a fork has besides; doremi_proxy is a stage of cpt_doremi
     if method not in (*ARMS, "doremi_proxy"):
         ARMS[method] = {"method": method}
-ABLATIONS = {
-    **{f"gamma={value}": {"gamma": value} for value in (0.0, 0.1, 0.3, 0.5)},
-    **{f"temperature={value}": {"temperature": value} for value in (0.1, 0.2, 0.5, 2.0)},
-    **{f"interval={value}": {"interval": value} for value in (5, 15, 20)},
-    **{f"alpha={value}": {"alpha": value} for value in (0.0, 0.25, 0.75, 1.0)},
-}
+ABLATIONS = {}  # name → the key that differs from DDK's
+for name in (*ABLATED, "alpha=0.0"):
+    key, _, value = name.partition("=")
+    ABLATIONS[name] = {key: distill.convert(key, value)}
 OWN_KEYS = ("method", "seed", "teacher", "student", "out_dir")  # of distill.py, which each run has its own of
 
 

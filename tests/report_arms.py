@@ -162,6 +162,12 @@ def decided(results: dict, pairs: list) -> dict:
     return {key: (numbers, key in rejected) for key, numbers in differences.items()}
 
 
+def bold_if_decided(cell: str, tests: dict, arm: str, measure: str) -> str:
+    """`cell` in bold if `tests`, of `decided`, rejects that `arm` equals DDK by `measure`."""
+    _, is_decided = tests.get(("ddk", arm, measure), (None, False))
+    return f"**{cell}**" if is_decided else cell
+
+
 def pairs_table(settings: dict, pairs: list, words: tuple[str, str]) -> str:
     """A row for each pair and measure, a column for each setting: the difference, and of those that are decided the
     first word if it is below 0, else the second. Differences from ablations take part in the correction, but have a
@@ -186,6 +192,14 @@ def pairs_table(settings: dict, pairs: list, words: tuple[str, str]) -> str:
     return rows_of(["", "", *settings], rows)
 
 
+def ratios_row(label: str, ratios: list[list[float]]) -> list[str]:
+    """A row of arms_table, from the ratio of each domain in each run."""
+    worst = [max(of_run) for of_run in ratios]
+    mean = [statistics.mean(of_run) for of_run in ratios]
+    per_domain = [f"{statistics.mean(of_domain):.2f}" for of_domain in zip(*ratios)]
+    return [label, str(len(ratios)), format_mean(worst), format_mean(mean), *per_domain]
+
+
 def arms_table(settings: dict, arms=ARMS) -> str:
     """Of each setting, which all have the same domains, a row for each arm that has run: worst and mean ratio, and the
     ratio of each domain, on the test windows; and one for the student bases, on the validation windows."""
@@ -196,15 +210,11 @@ def arms_table(settings: dict, arms=ARMS) -> str:
         setting = f"{name}: " if len(settings) > 1 else ""
         some_runs = next(iter(results.values())).values()
         first = [[one["ratio"][domain][0] for domain in domains] for one in some_runs]
-        rows.append([f"{setting}student base", str(len(first)), format_mean([max(ratios) for ratios in first]),
-                     format_mean([statistics.mean(ratios) for ratios in first]),
-                     *[f"{statistics.mean(ratios):.2f}" for ratios in zip(*first)]])
+        rows.append(ratios_row(f"{setting}student base", first))
         for arm in arms:
             if arm in results:
-                per_domain = [[one["end"][domain]["test_ratio"] for one in results[arm].values()] for domain in domains]
-                rows.append([f"{setting}`{arm}`", str(len(results[arm])),
-                             *[format_mean(values(results, arm, measure)) for measure in BOTH],
-                             *[f"{statistics.mean(ratios):.2f}" for ratios in per_domain]])
+                last = [[one["end"][domain]["test_ratio"] for domain in domains] for one in results[arm].values()]
+                rows.append(ratios_row(f"{setting}`{arm}`", last))
     return rows_of(["", "seeds", *[MEASURES[measure] for measure in BOTH], *domains], rows)
 
 
@@ -223,9 +233,8 @@ def ablations_table(results: dict) -> str:
         row = [f"`{arm}`", str(len(results[arm]))]
         for measure in BOTH:
             difference = format_mean(paired(results, arm, "ddk", measure), "+")
-            _, is_decided = tests.get(("ddk", arm, measure), (None, False))
             row.append(format_mean(values(results, arm, measure)))
-            row.append(f"**{difference}**" if is_decided else difference)
+            row.append(bold_if_decided(difference, tests, arm, measure))
         rows.append(row)
     return rows_of(["", "seeds", "worst ratio", "− `ddk`", "mean ratio", "− `ddk`"], rows)
 
@@ -243,9 +252,7 @@ def temperatures_table(results: dict) -> str:
         for measure in BOTH:
             row = [f"{MEASURES[measure]}, {text}"]
             for arm in arms:
-                _, is_decided = tests.get(("ddk", arm, measure), (None, False))
-                cell = format_mean(values(results, arm, measure))
-                row.append(f"**{cell}**" if is_decided else cell)
+                row.append(bold_if_decided(format_mean(values(results, arm, measure)), tests, arm, measure))
             means = [statistics.mean(values(results, arm, measure)) for arm in arms]
             row.append(f"{max(means) / min(means) - 1:.1%}")
             rows.append(row)

@@ -1,6 +1,5 @@
 """The quickstart in miniature, as a newcomer runs it, and every command of the README as written there."""
 
-import fcntl
 import json
 import os
 import re
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import read_lines
+
+from data import locked
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--pretrain_steps=4 --max_steps=4 --interval=2 --val_samples=2 --test_samples=2 --batch_size=8 --warmup_steps=1"
@@ -65,8 +66,7 @@ def test_another_arm_uses_the_same_bins_and_models(checkout):
 
 def test_models_that_were_made_are_taken_whatever_their_steps_were_and_by_many_runs_at_once(checkout):
     other_steps = SMALL.replace("--pretrain_steps=4", "--pretrain_steps=8") + " --max_steps=0 --warmup_steps=0"
-    with open(checkout / "data/quickstart/teacher/.lock", "w") as another_run:
-        fcntl.flock(another_run, fcntl.LOCK_EX)
+    with locked(checkout / "data/quickstart/teacher"):  # by another run
         printed = run(checkout, f"python distill.py {other_steps} --out_dir=out/others")
     assert "The teacher was made before" in printed and "teacher/step_00000004" in printed
 
