@@ -136,7 +136,7 @@ class Config:
     warmup_steps: int = key(1000, "steps of linear warm-up", minimum=0)
     weight_decay: float = key(0.1, "weight decay, on matrices only", minimum=0)
     grad_clip: float = key(1.0, "maximum gradient norm; 0: no clipping", minimum=0)
-    seed: int = key(0, "order of the data, and initial weights of a scratch student", minimum=0)
+    seed: int = key(0, "order of the data, and initial weights of a scratch student", minimum=0, maximum=2**63 - 1)
 
     # How it is computed
     micro_batch_size: int = free_key(0, "windows per forward pass; 0: all of a rank's windows", minimum=0)
@@ -440,9 +440,9 @@ def train(config: Config) -> Path:
             run.log("run", 0, config=asdict(config), command=sys.argv, rule=arm.rule,
                     natural=dict(zip(bins.names, natural.tolist())), versions=environment(),
                     parameters=count_parameters(models))
-        if not arm.trains_with_teacher:  # it has been measured
+        if not arm.trains_with_teacher:  # it has been measured, and its memory is free for training
             teacher = None
-            models = {"student": student}
+            models.pop("teacher", None)
 
         # DDP wraps the student for the forward passes of training only; FSDP has sharded it in place.
         wrapped_student = student
@@ -465,7 +465,7 @@ def train(config: Config) -> Path:
                     r, state.rule_state = RULES[arm.rule](state.rule_state, list(student_ppl.values()),
                                                           list(state.teacher_ppl.values()), natural, config.alpha)
                     sampler.probs = r
-                    # What the next K steps draw by: at t = 0 the natural proportions, and r_0 is in the rule's state.
+                    # What the next K steps draw by: for ddk at t = 0 the natural proportions, not the r_0 of its state.
                     run.log("mixture", state.step, t=t, r=dict(zip(bins.names, r.tolist())), domains=state.domains)
                 if state.step == 0:
                     print_first_table(state.domains, bins, config)
@@ -486,10 +486,10 @@ def train(config: Config) -> Path:
                 state.finished = last
                 state.sampler = sampler.state_dict()
                 save_checkpoint(run.folder_of(state.step), state, student, optimizers, bins, config.keep)
-            if last:
-                return run.folder_of(state.step)
             if signal_number:
                 stop_by_signal(signal_number, run.folder_of(state.step))
+            if last:
+                return run.folder_of(state.step)
 
             # Draw the next batch by r. Each rank reads its share of the windows.
             started = time.perf_counter()
@@ -506,7 +506,7 @@ def train(config: Config) -> Path:
             step_times.append(time.perf_counter() - started)
             step_log |= speed(step_times, state.step, config)
             run.log("train", state.step, **step_log)
-            print_progress(state.step, step_log, models, config)
+            print_progress(state.step, step_log, config)
 
 
 # ======================================================================================================================
@@ -1083,9 +1083,9 @@ def write_checkpoint(folder: Path, state: TrainState, student: GPT, weights: dic
         write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
         manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
         write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
-        for path in temporary.iterdir():
+        # The log too: a checkpoint is to have all lines before it.
+        for path in (*temporary.iterdir(), temporary, folder.parent / "metrics.jsonl"):
             fsync(path)
-        fsync(temporary)
     except (OSError, RuntimeError, SafetensorError) as error:  # how each library says that the disk is full
         shutil.rmtree(temporary, ignore_errors=True)
         raise UserError(f"{folder}: cannot be saved ({error}); make room, and the same command continues from the "
@@ -1374,23 +1374,14 @@ def speed(step_times: deque, step: int, config: Config) -> dict[str, float]:
             "eta_s": time_per_step * (config.max_steps - step)}
 
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense, bfloat16
-
-
-def print_progress(step: int, step_log: dict, models: dict[str, GPT], config: Config):
-    """Print a line after the first step and the last, and every log_every; on GPUs with the peak of memory and, where
-    the card is known, MFU: the share of its FLOPs that is used."""
+def print_progress(step: int, step_log: dict, config: Config):
+    """Print a line after the first step and the last, and every log_every; on GPUs with the peak of memory."""
     if step not in (1, config.max_steps) and step % config.log_every != 0:
         return
     text = (f"step {step}/{config.max_steps}  loss {step_log['loss']:.3f}  ce {step_log['ce']:.3f}  "
             f"kl {step_log['kl']:.3f}  lr {step_log['lr']:.1e}  {step_log['tokens_per_s']:,.0f} tokens/s")
     if config.device.startswith("cuda"):
-        text += f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-        for card, peak in PEAK_FLOPS.items():
-            if card in torch.cuda.get_device_name() and config.dtype == "bfloat16":
-                steps_per_s = step_log["tokens_per_s"] / (config.batch_size * config.block_size)
-                flops_per_s = step_flops(count_parameters(models), config) * steps_per_s
-                text += f"  MFU {flops_per_s / (peak * world_size()):.0%}"
+        text += f"  {torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB"
     print(f"{text}  ETA {timedelta(seconds=int(step_log['eta_s']))}", flush=True)
 
 
@@ -1419,7 +1410,7 @@ def report(config: Config, folder: Path):
     """Print what a run did in each domain, from its first evaluation to its last, and what to try next."""
     state = read_state(folder)
     metrics = read_metrics(folder.parent / "metrics.jsonl")
-    first = next(line["domains"] for line in metrics if line["kind"] == "mixture")
+    first = next((line["domains"] for line in metrics if line["kind"] == "mixture"), state.domains)
     print_teacher_warnings(first, open_bins(config).vocab_size)
     print(f"{config.method}, seed {config.seed}, step {state.step}: first → last evaluation\n")
     print_table(first, state.domains)
@@ -1495,33 +1486,46 @@ def pretraining(keys: dict, **given) -> Config:
 def quickstart(config: Config) -> Config:
     """Make what the quickstart lacks, in `data_dir`: bins, teacher, student base, from which every arm and seed starts.
     Returns `config` with its models."""
-    # The bins, and then the checks of the main run, before minutes of training
+    # The bins, and the models that were made before
     on_rank_0(make_quickstart_bins, config)
-    runs = {}
-    problems = []
+    runs = {}  # role → Config of the run that makes the model
     for role, keys in quickstart_models(config.pretrain_steps).items():
-        if not getattr(config, role):
-            runs[role] = pretraining(keys, data_dir=config.data_dir, out_dir=f"{config.data_dir}/{role}",
-                                     resume=config.resume, device=config.device, compile=config.compile,
-                                     timeout=config.timeout)
-            problems += contradictions(runs[role])
-    if problems:
-        raise UserError("\n".join(problems))
-    on_rank_0(preflight, replace(config, **{role: run.student for role, run in runs.items()}))
+        if getattr(config, role):
+            continue
+        run = pretraining(keys, data_dir=config.data_dir, out_dir=f"{config.data_dir}/{role}", resume=config.resume,
+                          device=config.device, compile=config.compile, timeout=config.timeout)
+        folder = on_rank_0(finished_run, Path(run.out_dir))
+        if folder is None:
+            runs[role] = run
+        else:
+            print(f"The {role} was made before, with the --pretrain_steps of that time: {folder}")
+            config = replace(config, **{role: str(folder)})
+
+    # All checks, before minutes of training
+    on_rank_0(check_quickstart, config, runs)
     if config.dry_run:
         return config
 
     for role, run in runs.items():
-        folder = on_rank_0(finished_run, Path(run.out_dir))
-        if folder is not None:
-            print(f"\nThe {role} was made before, with the --pretrain_steps of that time: {folder}")
-        else:
-            print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}", flush=True)
-            folder = train(run)
-        config = replace(config, **{role: str(folder)})
+        print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}", flush=True)
+        config = replace(config, **{role: str(train(run))})
     print(f"\nWith --preset=quickstart these can be named:  --teacher={config.teacher}  --student={config.student}\n",
           flush=True)
     return config
+
+
+def check_quickstart(config: Config, runs: dict[str, Config]):
+    """Raises UserError if the main run, or one of `runs`, which make its models, would fail."""
+    domains = TokenBins(config.data_dir, config.block_size).names
+    if runs and set(domains) != set(QUICKSTART_BYTES):
+        raise UserError(f"--data_dir={config.data_dir}: has the domains {' '.join(domains)}, and the quickstart makes "
+                        "models for its own text only; name a --teacher and a --student, or a --preset")
+    problems = []
+    for role, run in runs.items():
+        problems += [f"to make the {role}: {problem}" for problem in contradictions(run)]
+    if problems:
+        raise UserError("\n".join(problems))
+    preflight(replace(config, **{role: run.student for role, run in runs.items()}))
 
 
 def finished_run(out_dir: Path) -> Path | None:
@@ -1548,7 +1552,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, entry in Config.__dataclass_fields__.items():
         # A boolean key alone means true. Values are converted below, so that all problems are reported together.
-        alone = "true" if entry.type is bool else ""
+        alone = "true" if entry.type is bool else None
         metavar = "|".join(entry.metadata["choices"] or ["VALUE"])
         parser.add_argument(f"--{name}", nargs="?", const=alone, default=argparse.SUPPRESS, metavar=metavar,
                             help=help_of(name))
@@ -1587,10 +1591,12 @@ def help_of(name: str) -> str:
     return text
 
 
-def convert(name: str, text: str):
-    """The value of a key from its text. Raises UserError."""
+def convert(name: str, text: str | None):
+    """The value of a key from its text (None: it was given without). Raises UserError."""
     entry = Config.__dataclass_fields__[name]
     choices = entry.metadata["choices"]
+    if text is None:
+        raise UserError(f"--{name}: has no value; write --{name}=VALUE, or leave it out")
     if entry.type is bool:
         choices = ("true", "false")
         text = text.lower()

@@ -43,8 +43,8 @@ import torch
 
 import distill
 from data import TokenBins, Tokenizer, build_bins
-from distill import (PEAK_FLOPS, count_parameters, dense_distillation_loss, distillation_loss, make_optimizers,
-                     resolve_auto, resolve_config, spread, step_flops, train)
+from distill import (count_parameters, dense_distillation_loss, distillation_loss, make_optimizers, resolve_auto,
+                     resolve_config, spread, step_flops, train)
 from model import GPT, GPTConfig, checkpoint_name, write_config
 from sample_mixture import MixtureSampler
 
@@ -316,6 +316,9 @@ def peak_gib(device: str) -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 2**20 if sys.platform == "linux" else 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "RTX 4090": 165e12}  # dense, bfloat16
 
 
 def share_of_peak(args: argparse.Namespace, seconds: float) -> str:

@@ -648,7 +648,8 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_then_its_name_is
     folder = train(config(max_steps=0))
     temporary = folder.with_name(folder.name + ".tmp")
     moment = done.index((temporary, folder))
-    assert {temporary, *(temporary / path.name for path in folder.iterdir())} <= set(done[:moment])
+    written = {temporary, *(temporary / path.name for path in folder.iterdir())}
+    assert written | {folder.parent / "metrics.jsonl"} <= set(done[:moment])
     assert folder.parent in done[moment + 1:]
 
 
@@ -742,8 +743,9 @@ def test_a_signal_saves_after_the_step_and_ends_with_128_and_its_number(program,
 def test_a_signal_in_the_last_step_or_one_that_is_ignored_lets_the_run_finish(config, at, straight, tmp_path):
     at["train", 3] = partial(send, signal.SIGHUP)
     at["train", 8] = TERM
-    with handled(signal.SIGHUP, signal.SIG_IGN):  # as nohup leaves it
+    with handled(signal.SIGHUP, signal.SIG_IGN), pytest.raises(SystemExit) as stopped:  # ignored, as nohup leaves it
         train(config())
+    assert stopped.value.code == 128 + signal.SIGTERM  # so that the quickstart does not go on to its next model
     assert_same_run(tmp_path / "run", straight())
 
 
@@ -782,6 +784,13 @@ def test_a_finished_run_says_so_and_does_nothing(program, straight, monkeypatch)
     assert (status, err) == (0, "") and f"{straight()}: this run is finished (step 8)" in out
     assert f"The student is in {straight() / 'step_00000008'}" in out
     assert files_of(straight()) == before
+
+
+def test_a_finished_run_without_its_log_is_still_reported(program, straight, tmp_path):
+    copy_of(straight(), tmp_path / "run", drop("metrics.jsonl"))
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    status, out, err = program()
+    assert (status, err) == (0, "") and "The student is in" in out
 
 
 def test_resume_never_starts_anew_and_loses_nothing(config, straight, tmp_path):
@@ -962,11 +971,13 @@ def test_what_no_run_wrote_is_one_message_runs_no_code_and_loses_nothing(program
     (["--learning_rate=1", "--lr=fast", "--gamma=-1", "--max_step=3", "--interval=1.5", "--wandb=maybe", "--alpha"],
      ["--learning_rate=1: unknown key; ", "--lr=fast: must be a number", "--gamma=-1: must be a number from 0 to inf",
       "--max_step=3: unknown key; did you mean --max_steps", "--interval=1.5: must be a whole number",
-      "--wandb=maybe: must be one of true false", "--alpha=: must be a number from 0 to 1"]),
-    (["--alpha=2", "--lr=nan", "--method=dkd", "--dtype=float16", "lr=3", "-v", "--num_epochs=3", "--warmup_steps=300"],
+      "--wandb=maybe: must be one of true false", "--alpha: has no value; "]),
+    (["--alpha=2", "--lr=nan", "--method=dkd", "--dtype=float16", "lr=3", "-v", "--num_epochs=3", "--warmup_steps=300",
+      "--data_dir", f"--seed={2**64}"],
      ["--alpha=2: must be a number from 0 to 1", "--lr=nan: ", "--method=dkd: must be one of ddk ",
       "--dtype=float16: must be one of auto float32 bfloat16", "lr=3: unknown key; ", "-v: unknown key; ",
-      "--num_epochs=3: unknown key; write --key=value", "--warmup_steps=300: .*--max_steps=300"])])
+      "--num_epochs=3: unknown key; write --key=value", "--warmup_steps=300: .*--max_steps=300",
+      "--data_dir: has no value; ", f"--seed={2**64}: must be a whole number from 0 to "])])
 def test_mistakes_on_the_command_line_are_named_all_at_once(run_main, arguments, messages, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = run_main(distill, *arguments)
@@ -1027,24 +1038,39 @@ def test_the_quickstart_is_the_default_where_no_folder_is_named(given):
     assert config.batch_size % 8 == 0  # torchrun --nproc_per_node=8 works as it is
 
 
-def test_the_quickstart_checks_its_main_run_before_it_trains_a_model(run_main, tmp_path, monkeypatch):
-    texts = ((name, f"{name} {i} " * 99) for name in distill.QUICKSTART_BYTES for i in range(20))
+@pytest.mark.parametrize("domains, message", [
+    (list(distill.QUICKSTART_BYTES), "--val_samples=64: domain python"),
+    (["law", "medicine"], "{bins}: has the domains law medicine, and the quickstart makes models for its own text only")])
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_the_quickstart_checks_its_runs_before_it_trains_a_model(run_main, tmp_path, monkeypatch, domains, message,
+                                                                 dry_run):
+    texts = ((name, f"{name} {i} " * 99) for name in domains for i in range(20))
     build_bins(tmp_path / "bins", load_tokenizer("bytes"), texts, val_fraction=0.3)
     monkeypatch.setattr(distill, "train", None)
-    command = [f"--data_dir={tmp_path / 'bins'}", f"--out_dir={tmp_path / 'run'}", "--device=cpu"]
-    status, _, err = run_main(distill, *command)
-    assert status == 2 and "--val_samples=64: domain python" in err
+    status, _, err = run_main(distill, f"--data_dir={tmp_path / 'bins'}", f"--out_dir={tmp_path / 'run'}",
+                              "--device=cpu", f"--dry_run={dry_run}")
+    assert status == 2 and err.startswith("error: ") and message.format(bins=tmp_path / "bins") in err
 
 
-def test_the_quickstarts_models_are_trained_by_whole_batches_or_not_at_all(run_main, tmp_path, monkeypatch):
+@pytest.mark.parametrize("made", [False, True])
+def test_the_quickstarts_models_are_trained_by_whole_batches_or_not_at_all(run_main, tmp_path, monkeypatch, teacher,
+                                                                           made):
     """Its own batches of 8 windows do not divide by 3 processes, whatever the main run's do."""
+    texts = ((name, f"{name} {i} " * 99) for name in distill.QUICKSTART_BYTES for i in range(20))
+    build_bins(tmp_path / "bins", load_tokenizer("bytes"), texts, val_fraction=0.3)
     for name, value in dict(RANK="0", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "barrier", lambda: None)
-    monkeypatch.setattr(distill, "make_quickstart_bins", lambda config: None)
-    status, _, err = run_main(distill, "--batch_size=6", f"--data_dir={tmp_path}", "--device=cpu")
-    assert status == 2 and err.count("error: --batch_size=8: must be a multiple of micro_batch_size=1 × 3") == 2
+    monkeypatch.setattr(distill, "finished_run", lambda out_dir: teacher if made else None)
+    status, _, err = run_main(distill, "--batch_size=6", "--block_size=16", f"--data_dir={tmp_path / 'bins'}",
+                              "--device=cpu", "--dry_run", f"--out_dir={tmp_path / 'run'}")
+    if made:
+        assert (status, err) == (0, "")
+    else:
+        assert status == 2
+        for role in ("teacher", "student"):
+            assert f"error: to make the {role}: --batch_size=8: must be a multiple of micro_batch_size=1 × 3" in err
 
 
 @pytest.mark.parametrize("role, source", [("teacher", "a/folder/of/mine"), ("student", "on-the-hub/student")])

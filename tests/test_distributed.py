@@ -309,7 +309,7 @@ FULL = r".*/step_00000020: cannot be saved \(.+\); make room, and the same comma
 STOPS = {  # name: (the event, the outcome as a pattern, the step to go on from): an evaluation is at 10
     "at 7": (dict(what="signal", at=7, rank=1, signal=signal.SIGUSR1), str(128 + signal.SIGUSR1), 7),
     "at 10": (dict(what="signal", at=10, rank=0, signal=signal.SIGTERM), str(128 + signal.SIGTERM), 10),
-    "at the end": (dict(what="signal", at=20, rank=1, signal=signal.SIGTERM), "step_00000020", 20),
+    "at the end": (dict(what="signal", at=20, rank=1, signal=signal.SIGTERM), str(128 + signal.SIGTERM), 20),
     "no room for weights": (dict(what="full disk", at=13, rank=0, room=30_000), FULL, 10),
     "no room for an optimizer": (dict(what="full disk", at=13, rank=0, room=200_000), FULL, 10),
 }
