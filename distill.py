@@ -1516,12 +1516,12 @@ def quickstart(config: Config) -> Config:
 
 def check_quickstart(config: Config, runs: dict[str, Config]):
     """Raises UserError if the main run, or one of `runs`, which make its models, would fail."""
-    domains = TokenBins(config.data_dir, config.block_size).names
-    if runs and set(domains) != set(QUICKSTART_BYTES):
-        raise UserError(f"--data_dir={config.data_dir}: has the domains {' '.join(domains)}, and the quickstart makes "
-                        "models for its own text only; name a --teacher and a --student, or a --preset")
     problems = []
     for role, run in runs.items():
+        domains = open_bins(run).names
+        if set(domains) != set(QUICKSTART_BYTES):
+            raise UserError(f"--data_dir={config.data_dir}: has the domains {' '.join(domains)}, and the quickstart "
+                            "makes models for its own text only; name a --teacher and a --student, or a --preset")
         problems += [f"to make the {role}: {problem}" for problem in contradictions(run)]
     if problems:
         raise UserError("\n".join(problems))

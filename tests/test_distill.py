@@ -1038,33 +1038,38 @@ def test_the_quickstart_is_the_default_where_no_folder_is_named(given):
     assert config.batch_size % 8 == 0  # torchrun --nproc_per_node=8 works as it is
 
 
+def small_bins(folder: Path, domains=distill.QUICKSTART_BYTES) -> Path:
+    """Bins of a few short documents of each domain, by default of the quickstart's."""
+    texts = ((name, f"{name} {i} " * 99) for name in domains for i in range(20))
+    build_bins(folder, load_tokenizer("bytes"), texts, val_fraction=0.3)
+    return folder
+
+
 @pytest.mark.parametrize("domains, message", [
     (list(distill.QUICKSTART_BYTES), "--val_samples=64: domain python"),
     (["law", "medicine"], "{bins}: has the domains law medicine, and the quickstart makes models for its own text only")])
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_the_quickstart_checks_its_runs_before_it_trains_a_model(run_main, tmp_path, monkeypatch, domains, message,
                                                                  dry_run):
-    texts = ((name, f"{name} {i} " * 99) for name in domains for i in range(20))
-    build_bins(tmp_path / "bins", load_tokenizer("bytes"), texts, val_fraction=0.3)
+    bins = small_bins(tmp_path / "bins", domains)
     monkeypatch.setattr(distill, "train", None)
-    status, _, err = run_main(distill, f"--data_dir={tmp_path / 'bins'}", f"--out_dir={tmp_path / 'run'}",
+    status, _, err = run_main(distill, f"--data_dir={bins}", f"--out_dir={tmp_path / 'run'}",
                               "--device=cpu", f"--dry_run={dry_run}")
-    assert status == 2 and err.startswith("error: ") and message.format(bins=tmp_path / "bins") in err
+    assert status == 2 and err.startswith("error: ") and message.format(bins=bins) in err
 
 
 @pytest.mark.parametrize("made", [False, True])
 def test_the_quickstarts_models_are_trained_by_whole_batches_or_not_at_all(run_main, tmp_path, monkeypatch, teacher,
                                                                            made):
     """Its own batches of 8 windows do not divide by 3 processes, whatever the main run's do."""
-    texts = ((name, f"{name} {i} " * 99) for name in distill.QUICKSTART_BYTES for i in range(20))
-    build_bins(tmp_path / "bins", load_tokenizer("bytes"), texts, val_fraction=0.3)
+    bins = small_bins(tmp_path / "bins")
     for name, value in dict(RANK="0", WORLD_SIZE="3", LOCAL_WORLD_SIZE="3").items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(dist, "barrier", lambda: None)
     monkeypatch.setattr(distill, "finished_run", lambda out_dir: teacher if made else None)
-    status, _, err = run_main(distill, "--batch_size=6", "--block_size=16", f"--data_dir={tmp_path / 'bins'}",
-                              "--device=cpu", "--dry_run", f"--out_dir={tmp_path / 'run'}")
+    status, _, err = run_main(distill, "--batch_size=6", "--block_size=16", f"--data_dir={bins}", "--device=cpu",
+                              "--dry_run", f"--out_dir={tmp_path / 'run'}")
     if made:
         assert (status, err) == (0, "")
     else:
