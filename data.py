@@ -273,10 +273,7 @@ class TokenBins:
         """How many documents the `count` windows of a side, val or test, touch: by the end-of-text ids before them."""
         starts = self._eval_ids(name, side, count) * self.block_size
         tokens = self._tokens(name, "val")
-        ends = []
-        for start in range(0, len(tokens), 2**24):  # a piece at a time: the bin may be large
-            ends.append(start + np.flatnonzero(tokens[start:start + 2**24] == self.tokenizer["eot"]))
-        ends = np.concatenate(ends)
+        ends = np.flatnonzero(tokens == self.tokenizer["eot"])
         touched = set()
         for first, last in zip(np.searchsorted(ends, starts), np.searchsorted(ends, starts + self.block_size - 1)):
             touched.update(range(first, last + 1))
@@ -432,7 +429,10 @@ def settings_digest(settings: dict) -> str:
     model = dict(settings["model"])
     merges = model.pop("merges", None) or []
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    return digest(model, pairs, settings["added_tokens"], settings["normalizer"], settings["pre_tokenizer"])
+    # How a special token is matched in text decides nothing: it is never looked for there.
+    unused = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    added = [{**token, **unused} if token["special"] else token for token in settings["added_tokens"]]
+    return digest(model, pairs, added, settings["normalizer"], settings["pre_tokenizer"])
 
 
 def bytes_settings() -> dict:
@@ -537,6 +537,8 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
             suffix = uncompressed_suffix(path)
             if suffix in (".csv", ".tsv"):
                 raise UserError(f"{path}: write its rows to .jsonl or .parquet, or name the other files")
+            if suffix == ".parquet" or path.suffix == ".zst":
+                import_optional("pyarrow", str(path))
             if not name and suffix not in (*JSON_LINES, ".parquet"):
                 raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet, or NAME=GLOB")
             domains.setdefault(name, {}).setdefault(os.path.realpath(path), path)
@@ -668,7 +670,7 @@ def json_records(lines: Iterable[str], path: Path, left_out: Counter) -> Iterato
             found = True
             yield record
     if first and not found:
-        raise UserError(f"{first}; jq -c '.[]' FILE writes the records of one array so")
+        raise UserError(f"{first}; jq -c '.[]' FILE writes the records of one array so, or name the other files")
 
 
 def value_at(record: dict, key: str):
@@ -829,6 +831,8 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     out_dir = Path(out_dir)
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: must be at least 0 and below 1")
+    if val_bytes < 0:
+        raise UserError(f"--val_bytes={val_bytes}: must be at least 0")
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     domains = {}
     with locked(out_dir):
@@ -956,7 +960,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokenizer", default="bytes", help="bytes, a tiktoken encoding, a folder or file with a tokenizer.json, or a "
         "model's name on the Hugging Face Hub")
     add("--eot", default="", help="token that ends a document; empty: the tokenizer's own")
-    add("--text_key", default="text", help="where the text is in a record of .jsonl, .json and .parquet")
+    add("--text_key", default="text", help="where the text is in a record of .jsonl, .ndjson, .json or .parquet")
     add("--domain_key", default="", help="where the domain is in a record, such as meta.source; empty: from NAME=GLOB")
     add("--val_fraction", type=float, default=0.05, help="share of a domain's bytes for validation, at most")
     add("--val_bytes", type=int, default=32_000_000, help="validation bytes of a domain, at most")

@@ -107,13 +107,15 @@ def free_key(default, help: str, **limits):
 class Config:
     """The keys of `python distill.py`. Where the paper gives a value, it is the default."""
     # What a run is made of
-    preset: str = free_key("", "set of defaults (default: quickstart, unless teacher or student names a model)",
+    preset: str = free_key("", "set of defaults (default: quickstart; required if teacher or student names a "
+                               "model)",
                            choices=PRESETS)
     teacher: str = free_key("", "folder of the teacher in Hugging Face's format, or its name on the Hub: OWNER/MODEL")
     student: str = free_key("", "the student's folder or name; or scratch:LxD, L new layers, D wide; or layers:N, N "
                                 "evenly spaced layers of the teacher")
     data_dir: str = free_key("", "folder of the bins, made by data.py (default: data/PRESET)")
-    out_dir: str = free_key("", "folder of the run (default: out/PRESET-METHOD-SEED)")
+    out_dir: str = free_key("", "folder of the run (default: out/PRESET-METHOD-SEED; name one where another "
+                                "key differs)")
     domains: str = key("", "name,name,… of the bins' domains (default: all)")
 
     # The method
@@ -154,7 +156,8 @@ class Config:
     # What is kept and shown
     save_every: int = free_key(1000, "steps between two checkpoints; 0: the last step only", minimum=0)
     keep: int = free_key(2, "newest checkpoints to keep; 0: all", minimum=0)
-    resume: str = free_key("auto", "never: move the run in out_dir aside and start again", choices=("auto", "never"))
+    resume: str = free_key("auto", "auto: continue the run in out_dir, if there is one; never: move it aside and "
+                                   "start again", choices=("auto", "never"))
     log_every: int = free_key(10, "steps between two lines of progress", minimum=1)
     wandb: bool = free_key(False, "log to Weights & Biases too")
     dry_run: bool = free_key(False, "check everything, print what the run would take, and stop")
@@ -322,12 +325,16 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
-    """AdamW, with weight decay on matrices only. A list, so that other parameters may get another optimizer."""
+    """AdamW, with weight decay on matrices only. A list, so that other parameters may get another optimizer; each step
+    sets the learning rate of every group."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    betas = [0.9, 0.95]  # no tuple: it would come back from a checkpoint as a list
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "betas": betas, "weight_decay": config.weight_decay},
+        {"params": vectors, "betas": betas, "weight_decay": 0.0},
     ]
-    return [torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)]
+    return [torch.optim.AdamW(groups, lr=config.lr, fused=True)]
 
 
 # ------------ One training step ---------------------------------------------------------------------------------------
@@ -398,7 +405,7 @@ def train(config: Config) -> Path:
     At iteration s of the loop, s updates are done. It evaluates if s is a multiple of K or the last step, and in the
     former case updates r; saves if due; and makes one update unless s is the last: there is one iteration more than
     updates."""
-    config = resolve_auto(config)
+    config = resolve_auto(config)  # of one that is resolved, it changes nothing
     arm = ARMS[config.method]
 
     with RunFolder(Path(config.out_dir)) as run:
@@ -526,7 +533,8 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     among them that is not a single number has a value per token, and goes with the targets. loss.backward() gives the
     gradients of student_hidden and student_head, once. teacher_hidden and teacher_head may both be None. The default
     chunk has 2²⁸ logits on CUDA; elsewhere 2²⁶, and at most 512 tokens."""
-    # What may change between steps is a tensor: torch.compile would recompile for each new value of a Python number.
+    # What may change between steps is a tensor: torch.compile would recompile for each new value of a Python number. A
+    # new coefficient that does is one more name here.
     hidden = student_hidden.flatten(0, -2)
     if equation.get("num_tokens") is None:
         equation["num_tokens"] = (targets != -100).sum().clamp(min=1)
@@ -776,7 +784,8 @@ def resolve_auto(config: Config) -> Config:
         "parallel": parallel,
     }
     values = {name: choice for name, choice in choices.items() if getattr(config, name) == "auto"}
-    micro_batch_size = config.micro_batch_size or config.batch_size // world_size()
+    world = int(os.environ.get("WORLD_SIZE", 1)) if config.dry_run else world_size()
+    micro_batch_size = config.micro_batch_size or config.batch_size // world
     return replace(config, device=str(device), micro_batch_size=micro_batch_size, **values)
 
 
@@ -1145,15 +1154,8 @@ def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, st
     with user_errors(folder / "train_state.json", NOT_AS_SAVED):
         sampler.load_state_dict(state.sampler)
     optimizer_state = on_rank_0(read_optimizer_state, folder, share=False)
-    if state.step == 0:
-        return
-    set_optimizer_state_dict(student, optimizers, optimizer_state or {}, options=whole_tensors())
-    # Loading makes lists of a group's tuples, and checkpoints of a resumed run are to be equal to the bit.
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for name, value in group.items():
-                if isinstance(value, list) and name != "params":
-                    group[name] = tuple(value)
+    if state.step > 0:
+        set_optimizer_state_dict(student, optimizers, optimizer_state or {}, options=whole_tensors())
 
 
 def read_optimizer_state(folder: Path) -> dict:
@@ -1367,7 +1369,8 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
 
 
 def speed(step_times: deque, step: int, config: Config) -> dict[str, float]:
-    """Tokens so far, tokens per second of the last step, and seconds that the rest will take at the latest pace."""
+    """Tokens so far, tokens per second of the last step, and seconds that the rest will take at the latest pace, all
+    without evaluations and saves."""
     tokens_per_step = config.batch_size * config.block_size
     time_per_step = sum(step_times) / len(step_times)
     return {"tokens": step * tokens_per_step, "tokens_per_s": tokens_per_step / step_times[-1],
@@ -1423,10 +1426,12 @@ def report(config: Config, folder: Path):
 
 
 def print_first_table(domains: dict[str, dict], bins: TokenBins, config: Config):
-    """The first evaluation, with the number of documents that the validation windows of each domain are of."""
+    """Print the first evaluation, with the number of documents that each domain's validation windows are of, and
+    warnings."""
     documents = {name: bins.eval_documents(name, "val", config.val_samples) for name in domains}
     with_documents = {name: {**domain, "documents": documents[name]} for name, domain in domains.items()}
     print_table(with_documents, with_documents)
+    print_teacher_warnings(domains, bins.vocab_size)
     for name, n in documents.items():
         if n < 20:
             print(f"WARNING: the validation windows of {name} are of {n} documents only, and r follows what these are "
@@ -1553,7 +1558,8 @@ def parse_config(argv: list[str] | None = None) -> Config:
     for name, entry in Config.__dataclass_fields__.items():
         # A boolean key alone means true. Values are converted below, so that all problems are reported together.
         alone = "true" if entry.type is bool else None
-        metavar = "|".join(entry.metadata["choices"] or ["VALUE"])
+        choices = ("true", "false") if entry.type is bool else entry.metadata["choices"]
+        metavar = "|".join(choices or ["VALUE"])
         parser.add_argument(f"--{name}", nargs="?", const=alone, default=argparse.SUPPRESS, metavar=metavar,
                             help=help_of(name))
     texts, unknown = parser.parse_known_args(argv)

@@ -391,7 +391,8 @@ def read_config(folder: Path) -> GPTConfig:
     if (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: the folder of a run; name one of the step_ folders in it")
     if not path.is_file():
-        raise UserError(f"{folder}: no config.json; expected a whole model in Hugging Face's format, no adapter")
+        raise UserError(f"{folder}: no config.json; expected a whole model in Hugging Face's format, no adapter, or "
+                        "OWNER/MODEL, a name on the Hub")
     with user_errors(path, "the config.json of a supported model is expected"):
         return config_from_file(path)
 
@@ -539,7 +540,7 @@ def read_weights(folder, model, dtype):
         where = f"{stored[key]}: {key}"
         if tensor.shape != own[name].shape:
             raise UserError(f"{where} is {list(tensor.shape)}, but config.json makes it {list(own[name].shape)}")
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or tensor.element_size() == 1:  # float8 is one
             raise UserError(f"{where} holds {tensor.dtype}; quantised weights are not supported")
         lowest, highest = tensor.aminmax()
         if not (lowest.isfinite() and highest.isfinite()):

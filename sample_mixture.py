@@ -307,6 +307,12 @@ def run_name(path: str) -> str:
     return Path(path).absolute().parent.name
 
 
+def evaluations(metrics: list[dict]) -> list[dict]:
+    """The lines of a metrics.jsonl that have `domains`. The end is a line of its own, at the step of the last one if
+    that is a multiple of K."""
+    return [line for line in metrics if line["kind"] in ("mixture", "end")]
+
+
 def show_replay(args: argparse.Namespace) -> dict[str, float]:
     """Print r as the rule and α make it from the perplexities that a run logged. Returns the last r."""
     # Replay with what the run used, unless the command line says otherwise
@@ -318,6 +324,8 @@ def show_replay(args: argparse.Namespace) -> dict[str, float]:
         if run is None or not mixture_lines:
             raise ValueError("no run and no evaluation in it")
         rule = args.rule or run["rule"]
+        if rule not in RULES:
+            raise ValueError(f"its rule {rule} is a fork's; replay it there, or name one with --rule")
         alpha = args.alpha
         if alpha is None:
             alpha = run["config"]["alpha"]
@@ -335,23 +343,25 @@ def show_replay(args: argparse.Namespace) -> dict[str, float]:
         print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r.values()))
     print(f"largest difference from the run's own r: {largest:.1e}\n")
     if args.plot:
-        plot({run_name(path): mixture_lines}, args.plot, replayed)
+        plot({run_name(path): evaluations(metrics)}, args.plot, replayed)
     return replayed[-1]
 
 
 def show_runs(args: argparse.Namespace):
     """Print the last perplexities and ratios of several runs side by side: on the test windows if all have some."""
     # The evaluations of each run, and what was measured last, by the name of its folder
-    mixtures = {}
+    runs = {}
     last = {}
     for path in args.metrics:
         with user_errors(f"--metrics {path}", "name the metrics.jsonl of runs on the same domains, with a teacher"):
-            lines = [line for line in read_metrics(path) if line["kind"] in ("mixture", "end")]
+            lines = evaluations(read_metrics(path))
+            if not lines:
+                raise ValueError("no evaluation in it yet")
             name = run_name(path)
             if name in last:
                 name = path
             last[name] = lines[-1]["domains"]
-            mixtures[name] = [line for line in lines if line["kind"] == "mixture"]
+            runs[name] = lines
             first_run = next(iter(last.values()))
             if list(last[name]) != list(first_run) or np.isnan(column(last[name], "ratio")).any():
                 raise ValueError("other domains than the run before, or in another order, or no teacher")
@@ -378,7 +388,7 @@ def show_runs(args: argparse.Namespace):
         row += f"{ppl:9.2f}{'':9}"
     print(row)
     if args.plot:
-        plot(mixtures, args.plot)
+        plot(runs, args.plot)
 
 
 def column(domains: dict[str, dict], key: str) -> np.ndarray:
@@ -423,7 +433,7 @@ def plot(runs: dict[str, list[dict]], path: str, r: list[dict[str, float]] | Non
         panel.sharey(panels[1])
     if r is not None:
         for name in first:
-            panels[2].step(tokens, [shares[name] for shares in r], where="post", label=name)
+            panels[2].step(tokens[:len(r)], [shares[name] for shares in r], where="post", label=name)
         panels[2].set(xlabel="tokens", title="r")
     panels[0].margins(y=0.3)  # room for the legend
     for panel in panels[1:n_panels]:
@@ -468,7 +478,8 @@ def show_draws(args: argparse.Namespace, r: dict[str, float] | None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", default="", help="bins: show how a run would draw from them, and some text")
+    parser.add_argument("--data_dir", default="", help="bins: show what --steps batches draw from them, by the "
+                        "last r of one --metrics or else in natural proportions, and a window of each domain as text")
     parser.add_argument("--metrics", nargs="+", default=[], help="metrics.jsonl of a run: replay r from the "
                         "perplexities in it; of several runs: put them side by side")
     parser.add_argument("--rule", choices=list(RULES), help="replay by this rule (default: the run's)")
@@ -489,7 +500,7 @@ def main():
         if getattr(args, key) < 1:
             parser.error(f"--{key}={getattr(args, key)} must be 1 or more")
 
-    if len(args.metrics) > 1 and (args.rule or args.alpha is not None):
+    if len(args.metrics) != 1 and (args.rule or args.alpha is not None):
         parser.error("--rule and --alpha replay one run: name one --metrics")
 
     r = None

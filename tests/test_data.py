@@ -135,6 +135,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(program):
     (["--out_dir=x"], ["NAME=GLOB"]),
     (["--out_dir=x", "a=a.txt", "--val_fraction=1"], ["--val_fraction=1.0", "below 1"]),
     (["--out_dir=x", "a=a.txt", "--val_fraction=nan"], ["--val_fraction=nan", "below 1"]),
+    (["--out_dir=x", "a=a.txt", "--val_bytes=-1"], ["--val_bytes=-1", "at least 0"]),
     (["--out_dir=x", "a=a.txt", "--val_fraction=some"], ["--val_fraction", "'some'"]),
     (["--out_dir=x", "a=a.txt", "--val_bytes=1.5"], ["--val_bytes", "'1.5'"]),
     (["--out_dir=x", "a=a.txt", "--tok=bytes"], ["--tok=bytes"]),
@@ -196,6 +197,8 @@ def test_a_file_that_requires_a_package_names_it(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(b"x")
         message = refused(documents, tmp_path / name)
         assert name in message and "pip install pyarrow" in message
+    # Before the sources before it are read
+    assert "pip install pyarrow" in refused(expand_sources, [f"a={tmp_path}/*.zst"], False, {"a": Counter()})
 
 
 def test_an_unforeseen_error_is_told_with_its_source_and_the_fix():
@@ -377,6 +380,10 @@ def test_differently_serialised_files_of_one_tokenizer_have_one_fingerprint(tmp_
     save_bpe(tmp_path / "a", a)
     save_bpe(tmp_path / "b", dict(reversed(b.items())), indent=3, ensure_ascii=False)
     assert load_tokenizer(tmp_path / "a").fingerprint == load_tokenizer(tmp_path / "b").fingerprint
+
+    # How a special token would be matched in text
+    special = [{**token, "normalized": True, "lstrip": True} for token in b["added_tokens"] if token["special"]]
+    assert special and settings_digest({**b, "added_tokens": special}) == settings_digest(a)
 
 
 def changed(settings: dict, change: str) -> dict:

@@ -1296,6 +1296,7 @@ def test_a_dry_run_tells_what_a_run_takes_reads_no_weights_and_writes_nothing(
     status, out, err = program(f"--teacher={other}", "--student=layers:4", f"--max_steps={steps}", "--dry_run",
                                *arguments)
     assert (status, err) == (0, "") and [path.name for path in tmp_path.iterdir()] == ["other"]
+    assert f"micro_batch_size = {B // world}\n" in out
 
     matrices = 2 * d * d + 2 * d * kv + 3 * d * ff  # q and o, k and v, the MLP's three
     layer = matrices + (d + 2 * kv) + 2 * d  # biases of q, k and v; two norms
@@ -1340,12 +1341,13 @@ def trained(tiny, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("teacher_step, student_step, message", [
     (None, 8, "WARNING: THE TEACHER IS NEAR UNIFORM IN {}"),
     (8, 16, "WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {}"), (16, 8, None)], ids=["near uniform", "behind", "good"])
-def test_a_teacher_with_little_to_teach_is_warned_of_at_the_top_of_the_report(program, trained, teacher, teacher_step,
+def test_a_teacher_with_little_to_teach_is_warned_of_at_once_and_in_the_report(program, trained, teacher, teacher_step,
                                                                               student_step, message):
     folder = teacher if teacher_step is None else trained / f"step_{teacher_step:08d}"
     status, out, err = program(f"--teacher={folder}", f"--student={trained / f'step_{student_step:08d}'}",
                                "--max_steps=0")
     assert (status, err) == (0, "")
+    # Twice for each domain: when it is measured, and at the top of the report
     top = out.partition("first → last evaluation")[0]
-    assert out.count("THE TEACHER") == top.count("THE TEACHER") == (3 if message else 0)
-    assert message is None or all(message.format(name) in top for name in NAMES)
+    assert out.count("THE TEACHER") == top.count("THE TEACHER") == (6 if message else 0)
+    assert message is None or all(top.count(message.format(name)) == 2 for name in NAMES)

@@ -366,6 +366,14 @@ def test_the_plot_of_one_run_has_fig_1_fig_3_and_r_or_is_refused(program, metric
         assert status == 2 and f"--plot={tmp_path / name}" in stderr
 
 
+def test_a_plot_goes_to_the_last_evaluation_which_may_be_no_multiple_of_k(program, metrics, two_runs, monkeypatch):
+    plotted = []
+    monkeypatch.setattr(sample_mixture, "plot", lambda runs, path, r=None: plotted.extend(runs.values()))
+    for paths in ([metrics], two_runs):
+        assert program("--metrics", *paths, "--plot=fig.png")[0] == 0
+    assert [[line["step"] for line in lines] for lines in plotted] == 3 * [[0, 20, 30]]
+
+
 @pytest.fixture
 def two_runs(tmp_path):
     """The metrics of two finished runs, in folders of their own."""
@@ -410,6 +418,10 @@ def test_runs_that_cannot_stand_side_by_side_are_one_message(program, two_runs):
     status, _, stderr = program("--metrics", *two_runs)
     assert status == 2 and str(two_runs[1]) in stderr and "other domains" in stderr
 
+    write_lines(two_runs[1], LINES[:1])
+    status, _, stderr = program("--metrics", *two_runs)
+    assert status == 2 and str(two_runs[1]) in stderr and "no evaluation in it yet" in stderr
+
     # Columns are those of the first run.
     reversed_domains = dict(reversed(domains([6.0, 3.0]).items()))
     write_lines(two_runs[1], [*LINES[:-1], {"kind": "end", "step": 30, "domains": reversed_domains}])
@@ -420,6 +432,7 @@ def test_runs_that_cannot_stand_side_by_side_are_one_message(program, two_runs):
 @pytest.mark.parametrize("arguments, named", [
     ([], "--data_dir or --metrics"),
     (["--metrics=x", "--alpha=nan"], "--alpha=nan"),
+    (["--data_dir=x", "--alpha=0.5"], "name one --metrics"),
     (["--metrics=x", "--alph=1"], "--alph=1"),
     (["--data_dir=x", "--steps=0"], "--steps=0"),
     (["--data_dir=x", "--plot=x.png"], "--plot=x.png"),
@@ -430,12 +443,18 @@ def test_a_bad_argument_is_named(program, arguments, named):
     assert status == 2 and stdout == "" and named in stderr
 
 
+def test_the_rule_of_a_fork_is_named(program, metrics):
+    write_lines(metrics, [{**LINES[0], "rule": "average"}, *LINES[1:]])
+    status, _, stderr = program(f"--metrics={metrics}")
+    assert status == 2 and "its rule average is a fork's" in stderr
+    assert program(f"--metrics={metrics}", "--rule=ddk")[0] == 0
+
+
 LINES_OF_NO_RUN = {
     "none": [],
     "no mixture": LINES[:1],
     "no run": LINES[1:],
     "no object": [[1]],
-    "unknown rule": [{**LINES[0], "rule": "other"}, *LINES[1:]],
     "no r": [LINES[0], {**LINES[1], "r": {}}],
     "no perplexity": [LINES[0], {**LINES[1], "domains": domains([0.5, 4])}],
 }
