@@ -49,7 +49,7 @@ COMPARISONS = [
     ("(α = 0) − equal sampling", "the first interval alone", "alpha=0.0", "ddk_es", BOTH),
     *[(f"DDK − {other}", "", "ddk", arm, ("size_ratio",)) for other, arm in
       (("CPT", "cpt"), ("KD", "kd"), ("equal sampling", "ddk_es"))],
-    ("DDK − KD", "§1: “gap across domains … reduced”", "ddk", "kd", ("ratio_range",)),
+    ("DDK − KD", "one reading of §1: “gap across domains … reduced”", "ddk", "kd", ("ratio_range",)),
     ("DDK without FS − equal sampling", "Table 5: lower", "ddk_no_fs", "ddk_es", BOTH),
     ("equal sampling − KD", "", "ddk_es", "kd", BOTH),
     ("KD − CPT", "Tables 1, 2: lower", "kd", "cpt", BOTH),
