@@ -94,6 +94,8 @@ ARMS = {
 
 def key(default, help: str, minimum: float = -math.inf, maximum: float = math.inf, choices=None, may_change=False):
     """A field of Config: a key of the command line, with its bounds or the words that it takes."""
+    if isinstance(default, bool):
+        choices = ("true", "false")
     metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "may_change": may_change}
     return field(default=default, metadata=metadata)
 
@@ -706,6 +708,13 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def planned_world_size(config: Config) -> int:
+    """Processes of this run, also before they meet; of a dry run those that it plans for, by WORLD_SIZE."""
+    if not dist.is_initialized() and ("RANK" in os.environ or config.dry_run):
+        return int(os.environ.get("WORLD_SIZE", 1))
+    return world_size()
+
+
 def on_rank_0(function: Callable, *args, share: bool = True):
     """What `function(*args)` returns on rank 0, on every rank; without `share`, None on the others.
 
@@ -784,8 +793,7 @@ def resolve_auto(config: Config) -> Config:
         "parallel": parallel,
     }
     values = {name: choice for name, choice in choices.items() if getattr(config, name) == "auto"}
-    world = int(os.environ.get("WORLD_SIZE", 1)) if config.dry_run else world_size()
-    micro_batch_size = config.micro_batch_size or config.batch_size // world
+    micro_batch_size = config.micro_batch_size or config.batch_size // planned_world_size(config)
     return replace(config, device=str(device), micro_batch_size=micro_batch_size, **values)
 
 
@@ -1277,7 +1285,7 @@ def contradictions(config: Config) -> list[str]:
     arm = ARMS[config.method]
     makes_models = config.preset == "quickstart"
     launched = "RANK" in os.environ
-    world = int(os.environ.get("WORLD_SIZE", 1)) if launched or config.dry_run else 1
+    world = planned_world_size(config)
     per_pass = max(1, config.micro_batch_size)
     too_few_gpus = (launched and config.device in ("auto", "cuda") and torch.cuda.is_available()
                     and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count())
@@ -1346,7 +1354,7 @@ def model_bytes(role: str, n_parameters: int, config: Config, world: int) -> dic
 def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConfig]):
     """Print what a run would take, from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says."""
     # Bytes per device
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = planned_world_size(config)
     with torch.device("meta"):
         parameters = count_parameters({role: GPT(model_config) for role, model_config in model_configs.items()})
     for role, n in parameters.items():
@@ -1558,8 +1566,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     for name, entry in Config.__dataclass_fields__.items():
         # A boolean key alone means true. Values are converted below, so that all problems are reported together.
         alone = "true" if entry.type is bool else None
-        choices = ("true", "false") if entry.type is bool else entry.metadata["choices"]
-        metavar = "|".join(choices or ["VALUE"])
+        metavar = "|".join(entry.metadata["choices"] or ["VALUE"])
         parser.add_argument(f"--{name}", nargs="?", const=alone, default=argparse.SUPPRESS, metavar=metavar,
                             help=help_of(name))
     texts, unknown = parser.parse_known_args(argv)
@@ -1604,7 +1611,6 @@ def convert(name: str, text: str | None):
     if text is None:
         raise UserError(f"--{name}: has no value; write --{name}=VALUE, or leave it out")
     if entry.type is bool:
-        choices = ("true", "false")
         text = text.lower()
     if choices and text not in choices:
         raise UserError(f"--{name}={text}: must be one of {' '.join(choices)}")

@@ -349,22 +349,23 @@ def show_replay(args: argparse.Namespace) -> dict[str, float]:
 
 def show_runs(args: argparse.Namespace):
     """Print the last perplexities and ratios of several runs side by side: on the test windows if all have some."""
-    # The evaluations of each run, and what was measured last, by the name of its folder
+    # The evaluations of each run, by the name of its folder
     runs = {}
-    last = {}
     for path in args.metrics:
         with user_errors(f"--metrics {path}", "name the metrics.jsonl of runs on the same domains, with a teacher"):
             lines = evaluations(read_metrics(path))
             if not lines:
                 raise ValueError("no evaluation in it yet")
             name = run_name(path)
-            if name in last:
+            if name in runs:
                 name = path
-            last[name] = lines[-1]["domains"]
             runs[name] = lines
-            first_run = next(iter(last.values()))
-            if list(last[name]) != list(first_run) or np.isnan(column(last[name], "ratio")).any():
+            domains = lines[-1]["domains"]
+            first_run = next(iter(runs.values()))[-1]["domains"]
+            if list(domains) != list(first_run) or np.isnan(column(domains, "ratio")).any():
                 raise ValueError("other domains than the run before, or in another order, or no teacher")
+    # What was measured last
+    last = {name: lines[-1]["domains"] for name, lines in runs.items()}
     prefix = "test_"
     side = "test"
     for domains in last.values():

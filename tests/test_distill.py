@@ -1342,7 +1342,7 @@ def trained(tiny, tmp_path_factory) -> Path:
     (None, 8, "WARNING: THE TEACHER IS NEAR UNIFORM IN {}"),
     (8, 16, "WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {}"), (16, 8, None)], ids=["near uniform", "behind", "good"])
 def test_a_teacher_with_little_to_teach_is_warned_of_at_once_and_in_the_report(program, trained, teacher, teacher_step,
-                                                                              student_step, message):
+                                                                               student_step, message):
     folder = teacher if teacher_step is None else trained / f"step_{teacher_step:08d}"
     status, out, err = program(f"--teacher={folder}", f"--student={trained / f'step_{student_step:08d}'}",
                                "--max_steps=0")

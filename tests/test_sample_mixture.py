@@ -455,6 +455,7 @@ LINES_OF_NO_RUN = {
     "no mixture": LINES[:1],
     "no run": LINES[1:],
     "no object": [[1]],
+    "unknown rule": [{**LINES[0], "rule": "other"}, *LINES[1:]],
     "no r": [LINES[0], {**LINES[1], "r": {}}],
     "no perplexity": [LINES[0], {**LINES[1], "domains": domains([0.5, 4])}],
 }
