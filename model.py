@@ -134,9 +134,11 @@ ACTIVATIONS = {
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
-def rotary_tables(config, T, device):
-    """cos and sin of position × frequency, each (T, hd) in float32: RoFormer, in llama's layout of two halves."""
-    exponent = torch.arange(0, config.head_dim, 2, device=device) / config.head_dim
+def rotary_tables(config, positions):
+    """cos and sin of position × frequency, for positions (T,) or (B, T): each (1, T, hd) or (B, 1, T, hd) in float32.
+
+    RoFormer, in llama's layout of two halves."""
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
     frequency = config.rope_theta ** -exponent
     if config.rope_scaling is not None:
         # Llama-3's longer context: low frequencies are divided by `factor`, high ones kept, with a ramp in between
@@ -145,8 +147,8 @@ def rotary_tables(config, T, device):
         turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
         kept = ((turns - low) / (rope["high_freq_factor"] - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / rope["factor"])
-    position = torch.arange(T, device=device)
-    angle = (position[:, None] * frequency).repeat(1, 2)
+    half = positions[..., None, :, None] * frequency
+    angle = torch.cat((half, half), dim=-1)
     return angle.cos(), angle.sin()
 
 
@@ -163,7 +165,7 @@ def make_norm(config):
 
 
 class Attention(nn.Module):
-    """Causal self-attention, in which H query heads share G key-value heads."""
+    """Self-attention, causal unless there is a mask, in which H query heads share G key-value heads."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -187,7 +189,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps) if family.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(hd, eps=config.rms_norm_eps) if family.qk_norm else nn.Identity()
 
-    def forward(self, x, rotary):
+    def forward(self, x, rotary, mask=None):
         # Queries (B, T, H · hd), keys and values (B, T, G · hd)
         if self.qkv_proj is not None:
             q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
@@ -207,8 +209,8 @@ class Attention(nn.Module):
             q = rotate(q, cos, sin)
             k = rotate(k, cos, sin)
 
-        # Attend to the tokens so far, and put the heads side by side again
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
+        # Attend to the tokens so far, or to those that the mask allows, and put the heads side by side again
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -240,14 +242,16 @@ class Block(nn.Module):
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rotary):
-        x = x + self.self_attn(self.input_layernorm(x), rotary)
+    def forward(self, x, rotary, mask=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x
 
 
 class GPT(nn.Module):
-    """The whole model. With `tie_word_embeddings` it has no lm_head: the embedding's matrix is the head too."""
+    """The whole model. With `tie_word_embeddings` it has no lm_head: the embedding's matrix is the head too.
+
+    `extra` is empty. It is the place for modules that are trained along with a student and are no part of its model."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -259,6 +263,7 @@ class GPT(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(d, config.vocab_size, bias=False)
+        self.extra = nn.ModuleDict()
 
         # GPT-2's initial weights: a standard deviation of 0.02, less for what is added to the residual stream
         residual_std = 0.02 / math.sqrt(2 * config.num_hidden_layers)
@@ -287,16 +292,20 @@ class GPT(nn.Module):
         if bounded and T > config.context:
             raise UserError(f"{T} tokens, but this {config.model_type} reads at most {config.context}")
 
+        # Positions and mask: a fork that keeps the documents of a window apart makes its own here
+        positions = torch.arange(T, device=idx.device)
+        mask = None
+
         # Tokens, with learned positions added or rotary ones at hand
         x = self.embed_tokens(idx)
         rotary = None
         if config.family.learned_positions:
-            x = x + self.embed_positions.weight[:T]
+            x = x + self.embed_positions(positions)
         else:
-            rotary = rotary_tables(config, T, idx.device)
+            rotary = rotary_tables(config, positions)
 
         for layer in self.layers:
-            x = layer(x, rotary)
+            x = layer(x, rotary, mask)
         x = self.norm(x)
 
         # Logits, or what the loss makes of hidden states and head
@@ -305,9 +314,8 @@ class GPT(nn.Module):
         return F.linear(x, self.head_weight)
 
     @torch.no_grad()
-    def generate(self, idx: Tensor, max_new_tokens: int, *, temperature: float = 1.0, top_k: int | None = None,
-                 vocab_size: int | None = None, eot: int | None = None,
-                 generator: torch.Generator | None = None) -> Tensor:
+    def generate(self, idx: Tensor, max_new_tokens: int, *, temperature: float = 1.0, vocab_size: int | None = None,
+                 eot: int | None = None, generator: torch.Generator | None = None) -> Tensor:
         """Continue ids (B, T) by up to `max_new_tokens`, or until every row has drawn `eot`: (B, T + n).
 
         `temperature` 0 takes the most likely id. Ids from `vocab_size` on, the padding rows of the head, are never
@@ -317,9 +325,6 @@ class GPT(nn.Module):
             # Logits of the next token, (B, V), from as many tokens as the context holds
             window = idx[:, -self.config.context:]
             logits = self(window, loss_fn=lambda hidden, head: hidden[:, -1] @ head[:vocab_size].T).float()
-            if top_k is not None:
-                likeliest = logits.topk(min(top_k, logits.shape[-1])).values
-                logits[logits < likeliest[:, -1:]] = -math.inf
 
             # Draw one token for each row
             if temperature == 0:
@@ -343,13 +348,16 @@ class GPT(nn.Module):
         self.config = replace(self.config, num_hidden_layers=n)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> "GPT":
-        """Read a Hugging Face folder, on the CPU, with weights as `dtype` (None: the file's).
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
+                        config: GPTConfig | None = None) -> "GPT":
+        """Read a Hugging Face folder, on the CPU, with weights as `dtype` (None: the file's). The network is built from
+        `config`, which was read before, or from config.json.
 
         A missing file, or a missing, unexpected, mis-shaped, non-finite or contradictory tensor is a UserError that
         names it. Nothing is unpickled, and nothing is filled in. Memory is that of the model and of one tensor."""
         folder = Path(folder)
-        config = read_config(folder)
+        if config is None:
+            config = read_config(folder)
         # On meta there is no memory yet: every parameter is replaced by a tensor of the file
         with user_errors(folder / "config.json", "sizes of a network are expected"), torch.device("meta"):
             model = cls(config)
@@ -361,7 +369,8 @@ class GPT(nn.Module):
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None):
         """Write `config.json` and `model.safetensors` as transformers does for this family, in the weights' dtype.
 
-        `state`: whole tensors under the names of `state_dict()`, for a model that itself holds only shards."""
+        `state`: whole tensors under the names of `state_dict()`, for a model that itself holds only shards. Those of
+        `extra` are left out."""
         if state is None:
             state = self.state_dict()
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -380,9 +389,10 @@ CONFIG_KEYS = {
              "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
 }
 # Keys that would make it another network, with the values that are supported; None also where the key is absent
-SUPPORTED = {"scale_attn_weights": (None, True), "add_cross_attention": (None, False), "multi_query": (None, True),
-             "scale_attn_by_inverse_layer_idx": (None, False), "partial_rotary_factor": (None, 1.0),
-             "quantization_config": (None,)}
+SUPPORTED = {"model_type": FAMILIES, "rope_type": ("default", "llama3"), "hidden_act": (None, *ACTIVATIONS),
+             "activation_function": (None, *ACTIVATIONS), "scale_attn_weights": (None, True),
+             "scale_attn_by_inverse_layer_idx": (None, False), "add_cross_attention": (None, False),
+             "multi_query": (None, True), "partial_rotary_factor": (None, 1.0), "quantization_config": (None,)}
 
 
 def read_config(folder: Path) -> GPTConfig:
@@ -400,15 +410,18 @@ def read_config(folder: Path) -> GPTConfig:
 def config_from_file(path):
     """The GPTConfig of a config.json. UserError where it describes a network that GPT cannot be."""
     settings = json.loads(path.read_text(encoding="utf-8"))
-    model_type = settings.get("model_type")
-    check_supported(path, "model_type", model_type, FAMILIES)
-    family = FAMILIES[model_type]
-    keys = CONFIG_KEYS[family.layout]
-
-    # transformers 5 writes rope_theta inside rope_parameters, 4 beside rope_scaling; both heed the latter first
+    # transformers 5 keeps rope_theta in rope_parameters, 4 at top level. Both prefer rope_scaling to rope_parameters.
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    given = {**settings, **rope, "rope_scaling": None}
+    given = {**settings, **rope, "rope_type": rope_type, "rope_scaling": None}
+
+    # Refuse what this network cannot do
+    for key, supported in SUPPORTED.items():
+        value = given.get(key)
+        if value not in supported:
+            raise UserError(f"{path}: {key} {value!r} is not supported; expected {' or '.join(map(str, supported))}")
+    family = FAMILIES[given["model_type"]]
+    keys = CONFIG_KEYS[family.layout]
     if rope_type == "llama3":
         given["rope_scaling"] = {key: rope[key] for key in LLAMA3_ROPE}
 
@@ -425,18 +438,7 @@ def config_from_file(path):
         values.setdefault("intermediate_size", 4 * values["hidden_size"])
     if family.optional_window and not given.get("use_sliding_window", False):
         values["sliding_window"] = None
-
-    # What this network cannot do
-    check_supported(path, "rope type", rope_type, ("default", "llama3"))
-    check_supported(path, keys.get("hidden_act", "hidden_act"), values.get("hidden_act", "silu"), ACTIVATIONS)
-    for key, supported in SUPPORTED.items():
-        check_supported(path, key, given.get(key), supported)
     return GPTConfig(**values)
-
-
-def check_supported(path, key, value, supported):
-    if value not in supported:
-        raise UserError(f"{path}: {key} {value!r} is not supported; expected {' or '.join(map(str, supported))}")
 
 
 def write_config(folder, config, dtype):
@@ -452,7 +454,7 @@ def write_config(folder, config, dtype):
         if entry.name != "source" and entry.name not in family.fixed:
             settings[keys.get(entry.name, entry.name)] = getattr(config, entry.name)
 
-    # rope_theta also stands in rope_parameters, where transformers 5 reads it
+    # transformers 5 reads rope_theta from rope_parameters, and 4 from top level
     if not family.learned_positions:
         rope = {"rope_type": "default"}
         if config.rope_scaling is not None:
@@ -499,7 +501,8 @@ def maybe_transpose(name, tensor, config):
 def write_weights(folder, config, state):
     tensors = {}
     for name, tensor in state.items():
-        tensors[checkpoint_name(name, config)] = maybe_transpose(name, tensor.cpu(), config).contiguous()
+        if not name.startswith("extra."):
+            tensors[checkpoint_name(name, config)] = maybe_transpose(name, tensor.cpu(), config).contiguous()
     temporary = folder / "model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", temporary)  # safetensors lets only the owner read
@@ -511,7 +514,7 @@ def read_weights(folder, model, dtype):
     config = model.config
     own = model.state_dict()
     stored = stored_tensors(folder)
-    expected = {name: checkpoint_name(name, config) for name in own}
+    expected = {name: checkpoint_name(name, config) for name in own if not name.startswith("extra.")}
 
     # The gpt2 of the hub was saved without "transformer." before its names
     prefix = expected["embed_tokens.weight"].split(".")[0] + "."
@@ -614,16 +617,15 @@ def main():
     add("--eot", default="", help="token that ends a text, if not the tokenizer's own")
     add("--max_new_tokens", type=int, default=200, help="maximum number of new tokens")
     add("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")
-    add("--top_k", type=int, help="draw from the k most likely tokens only")
     add("--seed", type=int, default=0, help="selects the random numbers")
     add("--device", default="auto", help="cuda, mps, cpu, or auto for the first of these")
     args = parser.parse_args()
 
     # All that can be checked before the weights are read
-    for key, least in {"max_new_tokens": 1, "temperature": 0, "top_k": 1, "seed": 0}.items():
+    for key, minimum in {"max_new_tokens": 1, "temperature": 0, "seed": 0}.items():
         value = getattr(args, key)
-        if value is not None and not least <= value < math.inf:
-            parser.error(f"--{key}={value}: must be a finite number, at least {least}")
+        if not minimum <= value < math.inf:
+            parser.error(f"--{key}={value}: must be a finite number, at least {minimum}")
     if not args.prompt:
         parser.error("--prompt: must be a text to continue")
     folder = model_folder(args.model, "--model", MODEL_FILES)
@@ -639,7 +641,7 @@ def main():
     model = GPT.from_pretrained(folder).to(device)
     ids = tokenizer.encode_batch([args.prompt])[0].tolist()
     idx = model.generate(torch.tensor([ids], device=device), args.max_new_tokens, temperature=args.temperature,
-                         top_k=args.top_k, vocab_size=tokenizer.vocab_size, eot=tokenizer.eot,
+                         vocab_size=tokenizer.vocab_size, eot=tokenizer.eot,
                          generator=torch.Generator(device).manual_seed(args.seed))
     print(tokenizer.decode(idx[0].tolist()))
 

@@ -177,7 +177,7 @@ def test_perplexities_are_transformers_over_the_tokenizers_ids(run, bins, models
                               (teacher, lines[-1], "teacher_ppl"), (run / "step_00000004", lines[-1], "student_ppl")):
         model = open_in_transformers(folder)
         for name in WORDS:
-            windows = torch.from_numpy(TokenBins(bins, 24).val_windows(name, 3))
+            windows = torch.from_numpy(TokenBins(bins, 24).eval_windows(name, "val", 3))
             targets = windows[:, 1:].flatten()
             with torch.no_grad():
                 logits = model(windows).logits[:, :-1].double().flatten(0, 1)
