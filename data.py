@@ -77,7 +77,7 @@ def run_program(main: Callable):
         status = 2
         prefix = "error"
         if rank not in (None, "0"):
-            time.sleep(3)
+            time.sleep(3)  # gives torchrun time to end this process, so that the message of rank 0 stands alone
             prefix = f"rank {rank}: error"
         for line in str(error).splitlines():
             print(f"{prefix}: {line}", file=sys.stderr)
@@ -85,8 +85,8 @@ def run_program(main: Callable):
         status = 1
         traceback.print_exc()
 
-    # Out at once: exiting as usual would write to an output that is closed, threads of gloo sometimes abort a process
-    # that does, and NCCL waits for lost processes.
+    # Leave at once, without Python's own cleaning up. It would write to an output that is closed. Under torchrun it
+    # would wait for lost processes (NCCL), and sometimes it aborts (threads of gloo).
     if rank is not None or status == 128 + 13:
         with suppress(BrokenPipeError):
             sys.stdout.flush()
@@ -224,7 +224,8 @@ class TokenBins:
         return max(self.domains[name][side]["tokens"] - 1, 0) // self.block_size
 
     def _tokens(self, name: str, side: str) -> np.ndarray:
-        """A bin, mapped. Again for each batch, as in nanoGPT: pages count as this process's memory while mapped."""
+        """A bin, mapped. It is mapped anew for each batch, as in nanoGPT, so that pages read before stop counting as
+        this process's memory."""
         dtype = np.dtype(self.domains[name]["dtype"]).newbyteorder("<")
         return np.memmap(self.dir / self.domains[name][side]["file"], dtype=dtype, mode="r")
 
@@ -248,30 +249,28 @@ class TokenBins:
             windows[rows] = self._windows(self.names[domain_id], "train", window_ids[rows])
         return windows
 
-    def val_windows(self, name: str, count: int) -> np.ndarray:
-        """`count` windows, evenly spaced over the first half of a domain's validation bin, (count, B + 1) int64.
+    def eval_windows(self, name: str, side: str, n: int) -> np.ndarray:
+        """`n` windows of a domain's validation bin, (n, block_size + 1) int64: evenly spaced over its first half if
+        `side` is "val", and over its second if it is "test".
 
         The bin's documents are in the order of their hashes, so the halves hold random ones. UserError if there are
-        fewer windows."""
-        return self._windows(name, "val", self._eval_ids(name, "val", count))
+        fewer windows in that half."""
+        return self._windows(name, "val", self._eval_ids(name, side, n))
 
-    def test_windows(self, name: str, count: int) -> np.ndarray:
-        """The same over the second half, whatever is asked of the first."""
-        return self._windows(name, "val", self._eval_ids(name, "test", count))
-
-    def _eval_ids(self, name: str, side: str, count: int) -> np.ndarray:
-        n = self._count(name, "val")
-        half = n // 2
-        first, available = (0, half) if side == "val" else (half, n - half)
-        if count > available:
-            raise UserError(f"--{side}_samples={count}: domain {name} of {self.dir} has {available} windows of "
+    def _eval_ids(self, name: str, side: str, n: int) -> np.ndarray:
+        n_windows = self._count(name, "val")
+        half = n_windows // 2
+        first = 0 if side == "val" else half
+        available = half if side == "val" else n_windows - half
+        if n > available:
+            raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {available} windows of "
                             f"{self.block_size} tokens in that half of its validation bin; lower --{side}_samples or "
                             "--block_size, or make bins of more text or with a larger --val_fraction")
-        return first + np.arange(count) * available // max(count, 1)
+        return first + np.arange(n) * available // max(n, 1)
 
-    def eval_documents(self, name: str, side: str, count: int) -> int:
-        """How many documents the `count` windows of a side, val or test, touch: by the end-of-text ids before them."""
-        starts = self._eval_ids(name, side, count) * self.block_size
+    def eval_documents(self, name: str, side: str, n: int) -> int:
+        """How many documents the windows of `eval_windows` touch: by the end-of-text ids before them."""
+        starts = self._eval_ids(name, side, n) * self.block_size
         tokens = self._tokens(name, "val")
         ends = np.flatnonzero(tokens == self.tokenizer["eot"])
         touched = set()
@@ -782,8 +781,6 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
     """Read a stream of (domain, text) once, and yield (bin, document in UTF-8) as soon as a document's bin is known.
 
     A domain is added to `domains` at its first document."""
-    n_bytes = 0
-    reported = time.monotonic()
     for name, text in documents:
         if name not in domains:
             if len(domains) == MAX_DOMAINS:
@@ -793,11 +790,6 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
         raw = text.encode()
         for released in domains[name].add(raw, val_bytes):
             yield domains[name].train, released
-        # Show the progress every five seconds.
-        n_bytes += len(raw)
-        if time.monotonic() - reported > 5:
-            print(f"{n_bytes / 1e6:,.0f} MB of text", flush=True)
-            reported = time.monotonic()
 
     # The size of each domain is known now, so what it holds shrinks to its validation.
     for name, domain in domains.items():
@@ -841,10 +833,13 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         try:
             # Encode a batch over all domains at a time, and append each document to its bin.
             assigned = split_documents(documents, domains, out_dir, dtype, val_fraction, val_bytes)
+            n_bytes = 0
             while batch := list(take_batch(assigned)):
                 encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
                 for (writer, raw), ids in zip(batch, encoded, strict=True):
                     writer.append(ids, tokenizer.eot, len(raw))
+                    n_bytes += len(raw)
+                print(f"{n_bytes / 1e6:,.0f} MB of text", flush=True)
 
             # Every bin is complete, and gets its name. meta.json comes last: a folder that has it is complete.
             entries = {}
@@ -881,17 +876,17 @@ def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], mad
 
 # ------------ The quickstart's text -----------------------------------------------------------------------------------
 
-def without_licence(text: str) -> list[str]:
-    """Source code as one document, without the comments at its start if they are about its licence."""
+def without_licence(text: str) -> str:
+    """Source code without the comments at its start, if they are about its licence."""
     head = re.match(r"(\s*(#[^\n]*\n|//[^\n]*\n|/\*.*?\*/))+", text, re.DOTALL)
     if head and re.search("copyright|licen[cs]e", head[0], re.IGNORECASE):
-        text = text[head.end():]
-    return [text]
+        return text[head.end():]
+    return text
 
 
 def definitions(text: str) -> list[str]:
     """Python source as a document per class or function, about: cut where two lines are blank."""
-    return without_licence(text)[0].split("\n\n\n")
+    return text.split("\n\n\n")
 
 
 def docstrings(text: str) -> list[str]:
@@ -909,7 +904,7 @@ def docstrings(text: str) -> list[str]:
 QUICKSTART = {
     "python": {"module": "argparse", "suffix": ".py", "extract": definitions, "longest": 20_000,
                "left_out": r"(^|/)(site-packages|tests?|idlelib|encodings|pydoc_data)/"},
-    "cpp": {"module": "torch", "suffix": ".h", "extract": without_licence, "longest": 6_000,
+    "cpp": {"module": "torch", "suffix": ".h", "extract": lambda text: [text], "longest": 6_000,
             "left_out": r"^(?!include/)|ATen/(ops|[^/]*$)|google/|sleef"},
     "math": {"module": "sympy", "suffix": ".py", "extract": docstrings, "longest": 4_000,
              "left_out": r"tests/|parsing/"},
@@ -929,7 +924,7 @@ def _quickstart_texts(name: str) -> Iterator[str]:
     for path in sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest()):
         if not re.search(source["left_out"], path):
             text = (folder / path).read_bytes().decode("utf-8-sig", errors="replace")
-            yield from source["extract"](text)
+            yield from source["extract"](without_licence(text))
 
 
 def quickstart_documents(n_bytes: dict[str, int]) -> Iterator[tuple[str, str]]:
@@ -950,7 +945,7 @@ def quickstart_documents(n_bytes: dict[str, int]) -> Iterator[tuple[str, str]]:
 
 # ------------ The program ---------------------------------------------------------------------------------------------
 
-def parse_arguments() -> argparse.Namespace:
+def main():
     parser = argparse.ArgumentParser(description="Text to per-domain token bins.", allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
@@ -968,11 +963,6 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_intermixed_args()
     if not arguments.verify and not (arguments.out_dir and arguments.sources):
         parser.error("requires --out_dir=DIR and NAME=GLOB for each domain, or --verify=DIR")
-    return arguments
-
-
-def main():
-    arguments = parse_arguments()
     if arguments.verify:
         verify(arguments.verify)
         return

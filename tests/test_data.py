@@ -442,7 +442,7 @@ def test_nanogpts_bins_open_once_they_are_described(tmp_path, made):
     theirs = TokenBins(tmp_path, 16)
     ours = TokenBins(made, 16, ["code"])
     assert theirs.n_windows == {"web": ours.n_windows["code"]}
-    assert (theirs.val_windows("web", 3) == ours.val_windows("code", 3)).all()
+    assert (theirs.eval_windows("web", "val", 3) == ours.eval_windows("code", "val", 3)).all()
     assert theirs.tokenizer["fingerprint"] == ours.tokenizer["fingerprint"]
     verify(tmp_path)
 
@@ -821,7 +821,8 @@ def test_the_tokenizers_files_are_copied_beside_the_bins_and_verified(tmp_path, 
     for name in meta["tokenizer"]["files"]:
         assert (tmp_path / "bins" / name).read_bytes() == (source / name).read_bytes()
     tokenizer = saved_tokenizer(tmp_path / "bins", meta["tokenizer"])
-    assert tokenizer.decode(TokenBins(tmp_path / "bins", 8).val_windows("code", 1)[0].tolist()).startswith("Article")
+    window = TokenBins(tmp_path / "bins", 8).eval_windows("code", "val", 1)[0]
+    assert tokenizer.decode(window.tolist()).startswith("Article")
     verify(tmp_path / "bins")
     save_bpe(tmp_path / "bins", changed(bpe_settings, "normalizer"))
     assert "the tokenizer tokenizer is not the one" in refused(verify, tmp_path / "bins")
@@ -923,12 +924,14 @@ def test_validation_and_test_windows_are_evenly_spaced_each_over_its_own_half(ma
     assert W > 20 and W % 2 == 1  # the second half is the larger one
     every = np.array([tokens[i * 16:i * 16 + 17] for i in range(W)])
     for n in (1, 2, 7, h):
-        np.testing.assert_array_equal(bins.val_windows("code", n), every[[(i * h) // n for i in range(n)]])
-        np.testing.assert_array_equal(bins.test_windows("code", n), every[[h + (i * (W - h)) // n for i in range(n)]])
-    np.testing.assert_array_equal(bins.test_windows("code", W - h), every[h:])
-    for read, side, available in ((bins.val_windows, "val", h), (bins.test_windows, "test", W - h)):
-        message = refused(read, "code", available + 1)
-        assert f"--{side}_samples={available + 1}: domain code of {made} has {available} windows of 16 tokens" in message
+        val_ids = [(i * h) // n for i in range(n)]
+        test_ids = [h + (i * (W - h)) // n for i in range(n)]
+        np.testing.assert_array_equal(bins.eval_windows("code", "val", n), every[val_ids])
+        np.testing.assert_array_equal(bins.eval_windows("code", "test", n), every[test_ids])
+    np.testing.assert_array_equal(bins.eval_windows("code", "test", W - h), every[h:])
+    for side, available in (("val", h), ("test", W - h)):
+        message = refused(bins.eval_windows, "code", side, available + 1)
+        assert f"--{side}_samples={available + 1}: domain code of {made} has {available} windows of" in message
         assert f"lower --{side}_samples or --block_size" in message and "--val_fraction" in message
 
 
@@ -968,7 +971,7 @@ def test_bins_far_larger_than_memory_are_mapped_and_no_mapping_stays(tmp_path):
     windows = bins.train_windows(np.zeros(3, int), np.array([0, last // 2, last]))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert windows.shape == (3, 1025) and peak < 1e6 and bins.val_windows("web", 2).shape == (2, 1025)
+    assert windows.shape == (3, 1025) and peak < 1e6 and bins.eval_windows("web", "val", 2).shape == (2, 1025)
     maps = Path("/proc/self/maps")
     assert not maps.exists() or str(tmp_path) not in maps.read_text()
 
@@ -987,8 +990,8 @@ def test_an_id_beyond_the_vocabulary_is_refused(copied, side, i):
     tokens[i] = 257
     path.write_bytes(tokens.tobytes())
     bins = TokenBins(copied, 16)
-    read = partial(bins.val_windows, "code", 1) if side == "val" else partial(bins.train_windows, one(0), one(0))
-    message = refused(read)
+    arguments = (bins.eval_windows, "code", "val", 1) if side == "val" else (bins.train_windows, one(0), one(0))
+    message = refused(*arguments)
     assert path.name in message and "id 257" in message and "257 ids" in message
 
 
