@@ -13,7 +13,6 @@ side, in a table and in the paper's Fig. 1 and Fig. 3:
 import argparse
 import hashlib
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +83,7 @@ def checked_weights(name: str, weights, N: int) -> np.ndarray:
 # checkpoint.
 # The training loop and `--metrics` both call it through RULES: a new rule is one function and one line of the table.
 # Write a rule's own coefficients into it as constants: another argument would change every rule and both calls.
+# Between evaluations, the loop of distill.py may also set `sampler.probs` at every step.
 
 
 def natural_rule(state, student_ppl, teacher_ppl, natural, alpha):
@@ -100,11 +100,9 @@ def ddk_rule(state, student_ppl, teacher_ppl, natural, alpha):
     """Alg. 1: r_0 by Eq. 1, r_{t+1} by Eq. 2. The first K steps draw from the data as it is, not by r_0."""
     if state is None:
         factor = discrepancy_factor(student_ppl, teacher_ppl)
-        r = natural
-    else:
-        factor = smooth_update(state["factor"], student_ppl, teacher_ppl, alpha)
-        r = factor
-    return r, {"factor": factor.tolist()}
+        return natural, {"factor": factor.tolist()}
+    r = smooth_update(state["factor"], student_ppl, teacher_ppl, alpha)
+    return r, {"factor": r.tolist()}
 
 
 def ddk_no_fs_rule(state, student_ppl, teacher_ppl, natural, alpha):
@@ -123,7 +121,7 @@ RULES = {
 
 # ------------ Drawing batches -----------------------------------------------------------------------------------------
 
-# The second word of each hash says what it is for, so that no two uses share random numbers.
+# A tag for each purpose. It is part of what is hashed, so that no two purposes share random numbers.
 WALK = 1  # the order of a domain's windows in an epoch
 START = 2  # the random start of a batch's systematic sampling
 PLACES = 3  # the places of the domains in a batch
@@ -157,7 +155,9 @@ class MixtureSampler:
     @property
     def probs(self) -> np.ndarray:
         """Probability of each domain, (N,) float64, read-only. Set it as a whole: N weights, or name → weight."""
-        return self._probs
+        probs = self._weights / self._weights.sum()
+        probs.setflags(write=False)
+        return probs
 
     @probs.setter
     def probs(self, weights: dict[str, float] | np.ndarray):
@@ -165,9 +165,7 @@ class MixtureSampler:
             if set(weights) != set(self.names):
                 raise ValueError(f"probs name {sorted(weights)}, but the domains are {sorted(self.names)}")
             weights = [weights[name] for name in self.names]
-        weights = checked_weights("probs", weights, len(self.names))
-        self._probs = weights / weights.sum()
-        self._probs.setflags(write=False)
+        self._weights = checked_weights("probs", weights, len(self.names))
 
     @property
     def epochs(self) -> np.ndarray:
@@ -180,11 +178,11 @@ class MixtureSampler:
 
         # Systematic sampling: B evenly spaced points with one random start, over the domains laid end to end. Every
         # domain gets B · probs windows to within one at every step, not only on average.
-        top_bits = int(random_hash(self.seed, START, self.step)[0] >> np.uint64(32))
+        top_bits = int(random_hash(self.seed, START, self.step)[0]) >> 32
         start = top_bits / 2**32  # in [0, 1), exact
         edges = np.append(0, np.cumsum(self.probs))
         edges /= edges[-1]  # the last edge is exactly 1, and so is the one before if the last probability is 0
-        points_below = np.ceil(B * edges - start)  # of start, start + 1, … : how many lie below B · edge
+        points_below = np.ceil(B * edges - start)  # how many of the points lie below each edge
         counts = np.diff(points_below).astype(np.int64)
 
         # Shuffle the places of the batch among the domains.
@@ -211,16 +209,14 @@ class MixtureSampler:
         return keyed_permutation(positions % n, n, keys).astype(np.int64)
 
     def state_dict(self) -> dict:
-        """Everything besides the constructor's arguments that the next batches depend on: a few numbers, JSON-able."""
-        return {"step": self.step, "probs": dict(zip(self.names, self.probs.tolist())),
+        """Everything besides the constructor's arguments that the next batches depend on: a few numbers, JSON-able.
+        `probs` are the weights as they were set."""
+        return {"step": self.step, "probs": dict(zip(self.names, self._weights.tolist())),
                 "drawn": dict(zip(self.names, self.drawn.tolist()))}
 
     def load_state_dict(self, state: dict):
         """Continue from `state`. Raises ValueError if it is of other domains."""
-        self.probs = state["probs"]  # checks the names and the weights
-        # Restore the very bits, which normalizing a second time could change.
-        self._probs = np.array([state["probs"][name] for name in self.names])
-        self._probs.setflags(write=False)
+        self.probs = state["probs"]
         self.step = state["step"]
         self.drawn = np.array([state["drawn"][name] for name in self.names], dtype=np.int64)
 
@@ -232,16 +228,16 @@ def random_hash(*words) -> np.ndarray:
     for word in words:
         if isinstance(word, int):
             word %= 2**64
-        word = np.atleast_1d(np.asarray(word, dtype=np.uint64))
-        state = mix_bits((state ^ word) + np.uint64(0x9E3779B97F4A7C15))
+        word = np.asarray(word, dtype=np.uint64)
+        state = mix_bits((state ^ word) + 0x9E3779B97F4A7C15)
     return state
 
 
 def mix_bits(x: np.ndarray) -> np.ndarray:
     """The finalizer of splitmix64: a bijection of 64 bits in which every input bit affects every output bit."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
 
 
 def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -249,32 +245,30 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.n
 
     The arguments are arrays of integers that broadcast. Nothing is stored, so a domain of 1e9 windows costs no more
     than one of ten. A Feistel network permutes the cells of a grid of at least n cells: each round shifts one
-    coordinate by a hash of the other. That can be undone, so the whole is a bijection. A result of n or more (fewer
-    than one in √n) is permuted again until it is below n."""
+    coordinate by a hash of the other. That can be undone, so the whole is a bijection."""
     index, n, key = np.broadcast_arrays(index, n, key)
     index = index.astype(np.uint64)
     n = n.astype(np.uint64)
     key = key.astype(np.uint64)
 
     # The grid: about √n rows, and as many columns as it takes to hold n cells
-    grid_rows = np.ceil(np.sqrt(n.astype(np.float64))).astype(np.uint64)
-    grid_columns = (n + grid_rows - np.uint64(1)) // grid_rows
+    rows = np.ceil(np.sqrt(n)).astype(np.uint64)
+    columns = (n + rows - 1) // rows
 
-    # Permute all cells, and then again those that lie outside 0 … n−1.
-    pending = np.arange(index.size)
-    while pending.size:
-        rows = grid_rows[pending]
-        columns = grid_columns[pending]
-        keys = key[pending]
-        left = index[pending] // columns
-        right = index[pending] % columns
-        for turn in range(8):  # an even number of turns, so that left and right end up where they began
-            shifted = (left + random_hash(keys, turn, right) % rows) % rows
-            left, right = right, shifted
-            rows, columns = columns, rows
-        index[pending] = left * columns + right
-        pending = pending[index[pending] >= n[pending]]
-    return index
+    # Permute its cells. The number of turns is even, so that left and right end up where they began.
+    left = index // columns
+    right = index % columns
+    for turn in range(8):
+        shifted = (left + random_hash(key, turn, right) % rows) % rows
+        left, right = right, shifted
+        rows, columns = columns, rows
+    permuted = left * columns + right
+
+    # A cell outside 0 … n−1 is permuted again. That is rare: fewer than 1/√n of the cells lie outside.
+    outside = permuted >= n
+    if outside.any():
+        permuted[outside] = keyed_permutation(permuted[outside], n[outside], key[outside])
+    return permuted
 
 
 # ------------ The program: replay, plot, show -------------------------------------------------------------------------
@@ -302,21 +296,21 @@ def replay(mixture_lines: list[dict], rule: str, natural: dict[str, float], alph
     return replayed
 
 
-def run_name(path: str) -> str:
-    """The folder of a metrics.jsonl."""
-    return Path(path).absolute().parent.name
+def read_run(path: str) -> tuple[str, list[dict]]:
+    """A run's name, which is its folder's, and its evaluations: the lines of metrics.jsonl that have `domains`."""
+    lines = [line for line in read_metrics(path) if line["kind"] in ("mixture", "end")]
+    return Path(path).absolute().parent.name, lines
 
 
-def evaluations(metrics: list[dict]) -> list[dict]:
-    """The lines of a metrics.jsonl that have `domains`. The end is a line of its own, at the step of the last one if
-    that is a multiple of K."""
-    return [line for line in metrics if line["kind"] in ("mixture", "end")]
+def print_row(label: str, cells: list[str]):
+    """A row of a table: a label, and cells of one width."""
+    print(f"{label:24}" + "".join(f" {cell:>15}" for cell in cells))
 
 
 def show_replay(args: argparse.Namespace) -> dict[str, float]:
     """Print r as the rule and α make it from the perplexities that a run logged. Returns the last r."""
     # Replay with what the run used, unless the command line says otherwise
-    [path] = args.metrics
+    path = args.metrics[0]
     with user_errors(f"--metrics={path}", "name the metrics.jsonl of a run with a teacher"):
         metrics = read_metrics(path)
         run = next((line for line in metrics if line["kind"] == "run"), None)
@@ -326,9 +320,7 @@ def show_replay(args: argparse.Namespace) -> dict[str, float]:
         rule = args.rule or run["rule"]
         if rule not in RULES:
             raise ValueError(f"its rule {rule} is a fork's; replay it there, or name one with --rule")
-        alpha = args.alpha
-        if alpha is None:
-            alpha = run["config"]["alpha"]
+        alpha = run["config"]["alpha"] if args.alpha is None else args.alpha
         replayed = replay(mixture_lines, rule, run["natural"], alpha)
 
         # How far the replay is from what the run drew by
@@ -338,56 +330,45 @@ def show_replay(args: argparse.Namespace) -> dict[str, float]:
                 largest = max(largest, abs(line["r"][name] - r[name]))
 
     print(f"r by the rule {rule}, α = {alpha}")
-    print(f"{'step':>8}  " + "".join(f"{name[:12]:>13}" for name in run["natural"]))
+    print_row("step", [name[:15] for name in run["natural"]])
     for line, r in zip(mixture_lines, replayed):
-        print(f"{line['step']:8}  " + "".join(f"{share:13.4f}" for share in r.values()))
+        print_row(str(line["step"]), [f"{share:.4f}" for share in r.values()])
     print(f"largest difference from the run's own r: {largest:.1e}\n")
     if args.plot:
-        plot({run_name(path): evaluations(metrics)}, args.plot, replayed)
+        plot([read_run(path)], args.plot, replayed)
     return replayed[-1]
 
 
 def show_runs(args: argparse.Namespace):
     """Print the last perplexities and ratios of several runs side by side: on the test windows if all have some."""
-    # The evaluations of each run, by the name of its folder
-    runs = {}
+    runs = []
+    prefix = "test_"
     for path in args.metrics:
         with user_errors(f"--metrics {path}", "name the metrics.jsonl of runs on the same domains, with a teacher"):
-            lines = evaluations(read_metrics(path))
+            name, lines = read_run(path)
             if not lines:
                 raise ValueError("no evaluation in it yet")
-            name = run_name(path)
-            if name in runs:
-                name = path
-            runs[name] = lines
+            runs.append((name, lines))
             domains = lines[-1]["domains"]
-            first_run = next(iter(runs.values()))[-1]["domains"]
+            first_run = runs[0][1][-1]["domains"]
             if list(domains) != list(first_run) or np.isnan(column(domains, "ratio")).any():
                 raise ValueError("other domains than the run before, or in another order, or no teacher")
-    # What was measured last
-    last = {name: lines[-1]["domains"] for name, lines in runs.items()}
-    prefix = "test_"
-    side = "test"
-    for domains in last.values():
-        if "test_ratio" not in next(iter(domains.values())):
-            prefix = ""
-            side = "validation"
+            if "test_ratio" not in next(iter(domains.values())):
+                prefix = ""
 
     # The table: a row per run
-    width = 2 + max(map(len, ["teacher", *last]))
+    side = "test" if prefix else "validation"
     print(f"perplexity (ratio to the teacher's) on the {side} windows:\n")
-    header = "".join(f"{name[:16]:>18}" for name in first_run)
-    print(f"{'':{width}}{header}{'worst ratio':>14}{'mean ratio':>12}")
-    for name, domains in last.items():
-        row = f"{name:{width}}"
+    names = [name[:15] for name in first_run]
+    print_row("", [*names, "worst ratio", "mean ratio"])
+    for name, lines in runs:
+        domains = lines[-1]["domains"]
         ratios = column(domains, prefix + "ratio")
+        cells = []
         for ppl, ratio in zip(column(domains, prefix + "student_ppl"), ratios):
-            row += f"{ppl:9.2f} ({ratio:6.2f})"
-        print(f"{row}{ratios.max():14.3f}{ratios.mean():12.3f}")
-    row = f"{'teacher':{width}}"
-    for ppl in column(first_run, prefix + "teacher_ppl"):
-        row += f"{ppl:9.2f}{'':9}"
-    print(row)
+            cells.append(f"{ppl:.2f} ({ratio:.2f})")
+        print_row(name, [*cells, f"{ratios.max():.3f}", f"{ratios.mean():.3f}"])
+    print_row("teacher", [f"{ppl:.2f}" for ppl in column(first_run, prefix + "teacher_ppl")])
     if args.plot:
         plot(runs, args.plot)
 
@@ -397,49 +378,46 @@ def column(domains: dict[str, dict], key: str) -> np.ndarray:
     return np.array([domain[key] for domain in domains.values()], dtype=np.float64)
 
 
-def plot(runs: dict[str, list[dict]], path: str, r: list[dict[str, float]] | None = None):
-    """The paper's Fig. 1, perplexity per domain of the student before, of each run, and of the teacher; its Fig. 3, the
-    ratio over tokens, for each run; and r, a panel of ours, if it is given. All on the validation windows.
+def total_tokens(lines: list[dict]) -> list[float]:
+    """Tokens that a run had seen at each of its evaluations."""
+    return [column(line["domains"], "tokens").sum() for line in lines]
 
-    runs: name → mixture lines, on the same domains."""
+
+def plot(runs: list[tuple[str, list[dict]]], path: str, r: list[dict[str, float]] | None = None):
+    """The paper's Fig. 1 and Fig. 3, on the validation windows, and r if it is given. `runs` as read_run gives them."""
     matplotlib_figure = import_optional("matplotlib.figure", f"--plot={path}")
-    n_panels = 1 + len(runs)
-    if r is not None:
-        n_panels += 1
-    n_rows = math.ceil(n_panels / 3)
+    n_rows = 1 + len(runs) // 3
     figure = matplotlib_figure.Figure(figsize=(12, 3.2 * n_rows), layout="constrained")
-    panels = figure.subplots(n_rows, 3, squeeze=False).flatten()
-    for panel in panels[n_panels:]:
-        panel.set_visible(False)
 
-    # Fig. 1: bars side by side in each domain
-    first = next(iter(runs.values()))[0]["domains"]
-    bars = {"student before": column(first, "student_ppl")}
-    for run, lines in runs.items():
-        bars[run] = column(lines[-1]["domains"], "student_ppl")
-    bars["teacher"] = column(first, "teacher_ppl")
+    # Fig. 1: bars side by side in each domain, for the student before, each run and the teacher
+    first = runs[0][1][0]["domains"]
+    bars = [("student before", column(first, "student_ppl"))]
+    for name, lines in runs:
+        bars.append((name, column(lines[-1]["domains"], "student_ppl")))
+    bars.append(("teacher", column(first, "teacher_ppl")))
+    panel = figure.add_subplot(n_rows, 3, 1, title="perplexity, last evaluation")
     left = np.arange(len(first))
     width = 0.8 / len(bars)
-    for i, (label, heights) in enumerate(bars.items()):
-        panels[0].bar(left + i * width, heights, width, align="edge", label=label)
-    panels[0].set(title="perplexity, last evaluation", xticks=left + 0.4, xticklabels=list(first))
+    for i, (name, heights) in enumerate(bars):
+        panel.bar(left + i * width, heights, width, align="edge", label=name)
+    panel.set_xticks(left + 0.4, list(first))
+    panel.margins(y=0.3)  # room for the legend
 
-    # Fig. 3, and r, which holds until the next evaluation
-    for panel, (run, lines) in zip(panels[1:], runs.items()):
-        tokens = [column(line["domains"], "tokens").sum() for line in lines]
-        ratios = np.array([column(line["domains"], "ratio") for line in lines])
-        for i, name in enumerate(first):
-            panel.plot(tokens, ratios[:, i], label=name)
-        panel.set(xlabel="tokens", title=f"{run}: perplexity, student / teacher")
-        panel.sharey(panels[1])
+    # Fig. 3: the ratio of each domain over tokens, a panel per run
+    panel = None
+    for i, (name, lines) in enumerate(runs):
+        panel = figure.add_subplot(n_rows, 3, i + 2, sharey=panel, xlabel="tokens",
+                                   title=f"{name}: perplexity, student / teacher")
+        ratios = [column(line["domains"], "ratio") for line in lines]
+        panel.plot(total_tokens(lines), ratios, label=list(first))
+
+    # r, which holds until the next evaluation
     if r is not None:
-        for name in first:
-            panels[2].step(tokens[:len(r)], [shares[name] for shares in r], where="post", label=name)
-        panels[2].set(xlabel="tokens", title="r")
-    panels[0].margins(y=0.3)  # room for the legend
-    for panel in panels[1:n_panels]:
-        panel.locator_params(axis="x", nbins=4)
-    for panel in panels[:2]:
+        panel = figure.add_subplot(n_rows, 3, 3, xlabel="tokens", title="r")
+        shares = [[probs[name] for name in first] for probs in r]
+        panel.step(total_tokens(runs[0][1])[:len(r)], shares, where="post", label=list(first))
+
+    for panel in figure.axes:
         panel.legend(fontsize="small", ncols=2)
     with user_errors(f"--plot={path}", "name a .png in a folder that exists"):
         figure.savefig(path, dpi=120)
@@ -461,12 +439,12 @@ def show_draws(args: argparse.Namespace, r: dict[str, float] | None):
 
     # The table: wanted and drawn share, tokens, epochs
     print(f"{args.steps} steps of {args.batch_size} windows of {args.block_size} tokens:\n")
-    print(f"{'domain':16}{'windows':>12}{'wanted':>9}{'drawn':>9}{'tokens':>14}{'epochs':>9}")
+    print_row("domain", ["windows", "wanted", "drawn", "tokens", "epochs"])
     drawn_shares = sampler.drawn / sampler.drawn.sum()
     for i, name in enumerate(bins.names):
         tokens = sampler.drawn[i] * args.block_size
-        print(f"{name:16}{sampler.n_windows[i]:12,}{sampler.probs[i]:9.2%}{drawn_shares[i]:9.2%}{tokens:14,}"
-              f"{sampler.epochs[i]:9.3f}")
+        print_row(name, [f"{sampler.n_windows[i]:,}", f"{sampler.probs[i]:.2%}", f"{drawn_shares[i]:.2%}",
+                         f"{tokens:,}", f"{sampler.epochs[i]:.3f}"])
 
     # The next window of each domain
     domain_ids = np.arange(len(bins.names))
@@ -479,17 +457,18 @@ def show_draws(args: argparse.Namespace, r: dict[str, float] | None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_dir", default="", help="bins: show what --steps batches draw from them, by the "
-                        "last r of one --metrics or else in natural proportions, and a window of each domain as text")
-    parser.add_argument("--metrics", nargs="+", default=[], help="metrics.jsonl of a run: replay r from the "
-                        "perplexities in it; of several runs: put them side by side")
-    parser.add_argument("--rule", choices=list(RULES), help="replay by this rule (default: the run's)")
-    parser.add_argument("--alpha", type=float, help="replay with this α, from 0 to 1 (default: the run's)")
-    parser.add_argument("--plot", default="", help="plot what --metrics shows to this .png")
-    parser.add_argument("--block_size", type=int, default=256, help="tokens per window (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=64, help="windows per step (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=100, help="steps to draw (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
+    add = parser.add_argument
+    add("--data_dir", default="", help="bins: show what --steps batches draw from them, by the last r of one --metrics "
+        "or else in natural proportions, and a window of each domain as text")
+    add("--metrics", nargs="+", default=[], help="metrics.jsonl of a run: replay r from the perplexities in it; of "
+        "several runs: put them side by side")
+    add("--rule", choices=list(RULES), help="replay by this rule (default: the run's)")
+    add("--alpha", type=float, help="replay with this α, from 0 to 1 (default: the run's)")
+    add("--plot", default="", help="plot what --metrics shows to this .png")
+    add("--block_size", type=int, default=256, help="tokens per window (default: %(default)s)")
+    add("--batch_size", type=int, default=64, help="windows per step (default: %(default)s)")
+    add("--steps", type=int, default=100, help="steps to draw (default: %(default)s)")
+    add("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
     args = parser.parse_args()
     if not args.data_dir and not args.metrics:
         parser.error("name --data_dir or --metrics")
@@ -500,7 +479,6 @@ def main():
     for key in ("block_size", "batch_size", "steps"):
         if getattr(args, key) < 1:
             parser.error(f"--{key}={getattr(args, key)} must be 1 or more")
-
     if len(args.metrics) != 1 and (args.rule or args.alpha is not None):
         parser.error("--rule and --alpha replay one run: name one --metrics")
 

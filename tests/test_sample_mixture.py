@@ -368,10 +368,10 @@ def test_the_plot_of_one_run_has_fig_1_fig_3_and_r_or_is_refused(program, metric
 
 def test_a_plot_goes_to_the_last_evaluation_which_may_be_no_multiple_of_k(program, metrics, two_runs, monkeypatch):
     plotted = []
-    monkeypatch.setattr(sample_mixture, "plot", lambda runs, path, r=None: plotted.extend(runs.values()))
+    monkeypatch.setattr(sample_mixture, "plot", lambda runs, path, r=None: plotted.extend(runs))
     for paths in ([metrics], two_runs):
         assert program("--metrics", *paths, "--plot=fig.png")[0] == 0
-    assert [[line["step"] for line in lines] for lines in plotted] == 3 * [[0, 20, 30]]
+    assert [[line["step"] for line in lines] for _, lines in plotted] == 3 * [[0, 20, 30]]
 
 
 @pytest.fixture
@@ -390,9 +390,10 @@ def test_runs_side_by_side_have_a_row_each_of_what_was_measured_last(program, tw
     status, stdout, _ = program("--metrics", *two_runs)
     rows = {line.split()[0]: line.split()[1:] for line in stdout.splitlines() if line}
     assert status == 0 and "on the validation windows" in stdout
-    assert " ".join(rows["one"]) == "5.00 ( 1.25) 4.00 ( 1.00) 1.250 1.125"
-    assert " ".join(rows["other"]) == "6.00 ( 1.50) 3.00 ( 0.75) 1.500 1.125"
+    assert " ".join(rows["one"]) == "5.00 (1.25) 4.00 (1.00) 1.250 1.125"
+    assert " ".join(rows["other"]) == "6.00 (1.50) 3.00 (0.75) 1.500 1.125"
     assert rows["teacher"] == ["4.00", "4.00"]
+    assert program("--metrics", *two_runs, two_runs[0])[1].count("\none ") == 2  # a row each, whatever their names
 
     # On the test windows where all runs have some
     for path in two_runs:
