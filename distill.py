@@ -13,8 +13,8 @@ calls and does not define stands in the second part, below the double line: what
 """
 
 import argparse
-import difflib
 import functools
+import inspect
 import json
 import math
 import os
@@ -28,10 +28,11 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -39,19 +40,21 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (LOCK, MODEL_FILES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError, build_bins, digest,
-                  file_sha256, fsync, import_optional, is_tiktoken, load_tokenizer, locked, model_folder,
-                  model_tokenizer, quickstart_documents, run_program, save_tokenizer, user_errors, write_text)
+from data import (LOCK, MODEL_FILES, QUICKSTART_BYTES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError,
+                  build_bins, digest, file_sha256, fsync, import_optional, is_tiktoken, load_tokenizer, locked,
+                  model_folder, model_tokenizer, print_table, quickstart_documents, run_program, save_tokenizer,
+                  user_errors, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
-from sample_mixture import RULES, MixtureSampler, checked_weights, read_metrics
+from sample_mixture import RULES, MixtureSampler, parse_mixture, read_metrics
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
@@ -92,78 +95,65 @@ ARMS = {
 }
 
 
-def key(default, help: str, minimum: float = -math.inf, maximum: float = math.inf, choices=None, may_change=False):
-    """A field of Config: a key of the command line, with its bounds or the words that it takes."""
-    if isinstance(default, bool):
-        choices = ("true", "false")
-    metadata = {"help": help, "minimum": minimum, "maximum": maximum, "choices": choices, "may_change": may_change}
-    return field(default=default, metadata=metadata)
-
-
-def free_key(default, help: str, **limits):
-    """A key that may change when a run is resumed. Of teacher, student and data_dir the content is compared instead."""
-    return key(default, help, may_change=True, **limits)
-
-
 @dataclass
 class Config:
-    """The keys of `python distill.py`. Where the paper gives a value, it is the default."""
+    """The keys of the command line. The comment behind a key is its --help. Defaults are the paper's, if it has any."""
     # What a run is made of
-    preset: str = free_key("", "set of defaults (default: quickstart; required if teacher or student names a "
-                               "model)",
-                           choices=PRESETS)
-    teacher: str = free_key("", "folder of the teacher in Hugging Face's format, or its name on the Hub: OWNER/MODEL")
-    student: str = free_key("", "the student's folder or name; or scratch:LxD, L new layers, D wide; or layers:N, N "
-                                "evenly spaced layers of the teacher")
-    data_dir: str = free_key("", "folder of the bins, made by data.py (default: data/PRESET)")
-    out_dir: str = free_key("", "folder of the run (default: out/PRESET-METHOD-SEED; name one where another "
-                                "key differs)")
-    domains: str = key("", "name,name,… of the bins' domains (default: all)")
+    preset: Literal[("", *PRESETS)] = ""  # set of defaults; quickstart unless teacher or student names a model
+    teacher: str = ""  # folder of the teacher in Hugging Face's format, or its name on the Hub: OWNER/MODEL
+    student: str = ""  # the same; or scratch:LxD, L new layers, D wide; or layers:N, N evenly spaced of the teacher's
+    data_dir: str = ""  # folder of the bins, made by data.py; left out: data/PRESET
+    out_dir: str = ""  # folder of the run; left out: out/PRESET-METHOD-SEED, so name one where another key differs
+    domains: str = ""  # name,name,… of the bins' domains; left out: all
 
     # The method
-    method: str = key("ddk", "; ".join(f"{name}: {arm.help}" for name, arm in ARMS.items()), choices=ARMS)
-    gamma: float = key(0.2, "γ, weight of the divergence from the teacher", minimum=0)
-    temperature: float = key(1.0, "T, divides the logits of both models in the divergence", minimum=1e-3)
-    alpha: float = key(0.5, "α, how much of r follows the discrepancies; the rest is uniform", minimum=0, maximum=1)
-    interval: int = key(1000, "K, steps between two updates of r", minimum=1)
-    val_samples: int = key(500, "validation windows per domain, by which r is updated", minimum=1)
-    test_samples: int = key(0, "test windows per domain, of other text, never used for r; 0: none", minimum=0)
-    mixture: str = key("", "name=weight,… in place of the natural proportions")
-    stop_ratio: float = key(0.0, "end when the largest perplexity ratio is at or below this; 0: never", minimum=0)
+    method: Literal[tuple(ARMS)] = "ddk"  # the arm, see above
+    gamma: float = 0.2  # γ, weight of the divergence from the teacher
+    temperature: float = 1.0  # T, divides the logits of both models in the divergence
+    alpha: float = 0.5  # α, how much of r follows the discrepancies; the rest is uniform
+    interval: int = 1000  # K, steps between two updates of r
+    val_samples: int = 500  # validation windows per domain, by which r is updated
+    test_samples: int = 0  # test windows per domain, of other text, never used for r; 0: none
+    mixture: str = ""  # name=weight,… in place of the natural proportions
+    stop_ratio: float = 0.0  # end when the largest perplexity ratio is at or below this; 0: never
 
     # Optimization
-    block_size: int = key(2048, "tokens per window", minimum=1)
-    batch_size: int = key(256, "windows per step, over all ranks and micro-batches", minimum=1)
-    max_steps: int = key(30_000, "training steps; 0 only evaluates", minimum=0)
-    lr: float = key(3e-5, "learning rate after warm-up", minimum=0)
-    min_lr: float = key(3e-6, "learning rate at the last step", minimum=0)
-    warmup_steps: int = key(1000, "steps of linear warm-up", minimum=0)
-    weight_decay: float = key(0.1, "weight decay, on matrices only", minimum=0)
-    grad_clip: float = key(1.0, "maximum gradient norm; 0: no clipping", minimum=0)
-    seed: int = key(0, "order of the data, and initial weights of a scratch student", minimum=0, maximum=2**63 - 1)
+    block_size: int = 2048  # tokens per window
+    batch_size: int = 256  # windows per step, over all ranks and micro-batches
+    max_steps: int = 30_000  # training steps; 0: evaluate the student, save it, and end
+    lr: float = 3e-5  # learning rate after warm-up
+    min_lr: float = 3e-6  # learning rate at the last step
+    warmup_steps: int = 1000  # steps of linear warm-up
+    weight_decay: float = 0.1  # weight decay, on matrices only
+    grad_clip: float = 1.0  # maximum gradient norm; 0: no clipping
+    seed: int = 0  # order of the data, and initial weights of a scratch student
 
     # How it is computed
-    micro_batch_size: int = free_key(0, "windows per forward pass; 0: all of a rank's windows", minimum=0)
-    dtype: str = key("auto", "dtype of the matrix products; auto: bfloat16 on cuda, else float32",
-                     choices=("auto", "float32", "bfloat16"))
-    compile: str = free_key("auto", "torch.compile of the models' blocks; auto: on cuda. The loss is compiled wherever "
-                                    "that pays", choices=("auto", "true", "false"))
-    device: str = free_key("auto", "auto: cuda, then mps, then cpu")
-    parallel: str = free_key("auto", "under torchrun; auto: fsdp (FSDP2) on GPUs, ddp on CPUs",
-                             choices=("auto", "none", "ddp", "fsdp"))
-    shard_teacher: bool = free_key(True, "with fsdp, shard the teacher too; false: whole on every device")
-    checkpoint_activations: bool = free_key(False, "recompute activations in the backward pass, to save memory")
-    timeout: float = free_key(30, "minutes that a rank waits for the others", minimum=0.1)
+    micro_batch_size: int = 0  # windows per forward pass; 0: all of a rank's windows
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on cuda, else float32
+    compile: Literal["auto", "true", "false"] = "auto"  # the blocks; auto: on cuda. A large loss is compiled anyway
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these that there is
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # under torchrun; auto: fsdp (FSDP2) on GPUs, ddp on CPUs
+    shard_teacher: bool = True  # with fsdp, shard the teacher too; false: whole on every device
+    checkpoint_activations: bool = False  # recompute activations in the backward pass, to save memory
+    timeout: float = 30  # minutes that a rank waits for the others
 
     # What is kept and shown
-    save_every: int = free_key(1000, "steps between two checkpoints; 0: the last step only", minimum=0)
-    keep: int = free_key(2, "newest checkpoints to keep; 0: all", minimum=0)
-    resume: str = free_key("auto", "auto: continue the run in out_dir, if there is one; never: move it aside and "
-                                   "start again", choices=("auto", "never"))
-    log_every: int = free_key(10, "steps between two lines of progress", minimum=1)
-    wandb: bool = free_key(False, "log to Weights & Biases too")
-    dry_run: bool = free_key(False, "check everything, print what the run would take, and stop")
-    pretrain_steps: int = free_key(1200, "quickstart: steps of its teacher; the student base gets a quarter", minimum=4)
+    save_every: int = 1000  # steps between two checkpoints; 0: the last step only
+    keep: int = 2  # newest checkpoints to keep; 0: all
+    log_every: int = 10  # steps between two lines of progress
+    wandb: bool = False  # log to Weights & Biases too
+    dry_run: bool = False  # check everything, print what the run would take, and stop
+    pretrain_steps: int = 1200  # quickstart: steps of its teacher; the student base gets a quarter
+
+
+# The smallest value of a key that is a number, where it is not 0
+MINIMUM = {"temperature": 1e-3, "interval": 1, "val_samples": 1, "block_size": 1, "batch_size": 1, "timeout": 0.1,
+           "log_every": 1, "pretrain_steps": 4}
+# The keys that may change when a run is resumed. Of teacher, student and data_dir the content is compared instead.
+MAY_CHANGE = {"preset", "teacher", "student", "data_dir", "out_dir", "micro_batch_size", "compile", "device",
+              "parallel", "shard_teacher", "checkpoint_activations", "timeout", "save_every", "keep", "log_every",
+              "wandb", "dry_run", "pretrain_steps"}
 
 
 # ------------ Eq. 3 ---------------------------------------------------------------------------------------------------
@@ -177,9 +167,12 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
     ignored. CE is over all V_S rows, which keeps padded ids unlikely. KL is over the first `vocab_size` ids (default:
     the smaller number of rows), the others left out of both softmaxes; there is no T² factor. direction "forward" puts
     the teacher first, "reverse" the student, as in MiniLLM. (The paper prints the student first, and means the teacher:
-    see the README's details.) gamma: a number, or one per token (…). The sums, weighted by `token_weights` (…) if
-    given, are divided by `num_tokens` (default: the number of targets that count). ce and kl are detached; kl is
-    without γ. Given a teacher, raises ValueError on another direction, or if vocab_size exceeds a head's rows."""
+    see the README's details.) gamma: a number, or one per token (…).
+
+    loss: CE + γ · KL summed over tokens, weighted by `token_weights` (…) if given, and divided by `num_tokens`
+    (default: the number of targets that count). ce and kl: one value per token, (…), detached, without weights and γ, 0
+    where the target is ignored. Given a teacher, raises ValueError on another direction, or if vocab_size exceeds a
+    head's rows."""
     counted = targets != -100
     weights = counted if token_weights is None else counted * token_weights
     if num_tokens is None:
@@ -190,26 +183,27 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
     z_S = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
     log_s = F.log_softmax(z_S, dim=-1)
     ids = torch.arange(z_S.shape[-1], device=targets.device)
-    ce_per_token = -torch.where(ids == targets.unsqueeze(-1), log_s, 0).sum(dim=-1)
-    ce = (weights * ce_per_token).sum() / num_tokens
+    ce = -torch.where(ids == targets.unsqueeze(-1), log_s, 0).sum(dim=-1)
+    ce_loss = (weights * ce).sum() / num_tokens
     if teacher_logits is None:
-        return ce, ce.detach(), torch.zeros_like(ce)
+        return ce_loss, ce.detach(), torch.zeros_like(ce)
 
-    # The divergence between p (teacher) and q (student), over the tokenizer's ids. Rows that only one head has are cut
-    # off. Those that both have beyond the ids are masked, which torch.compile fuses with the softmax, unlike a slice.
+    # The divergence between p (teacher) and q (student), over the tokenizer's ids. Two heads may be padded to different
+    # sizes. The rows that only the larger one has are sliced off. Padding rows that both have are masked, which
+    # torch.compile fuses with the softmax, unlike a slice.
     z_T = teacher_logits.detach().to(z_S.dtype)
-    rows = min(z_S.shape[-1], z_T.shape[-1])
+    shared_rows = min(z_S.shape[-1], z_T.shape[-1])
     if vocab_size is None:
-        vocab_size = rows
-    if vocab_size > rows:
-        raise ValueError(f"vocab_size {vocab_size} is more than the {rows} rows of a head")
+        vocab_size = shared_rows
+    if vocab_size > shared_rows:
+        raise ValueError(f"vocab_size {vocab_size} is more than the {shared_rows} rows of a head")
 
     def log_probabilities(logits):
-        logits = logits[..., :rows]
-        if temperature != 1:  # a division by 1 is not free: torch.compile makes more passes over quotients
+        logits = logits[..., :shared_rows]
+        if temperature != 1:  # at T = 1 torch.compile makes fewer passes over the logits without a division
             logits = logits / temperature
-        if vocab_size < rows:
-            logits = torch.where(ids[:rows] < vocab_size, logits, -1e30)
+        if vocab_size < shared_rows:
+            logits = torch.where(ids[:shared_rows] < vocab_size, logits, -1e30)
         return F.log_softmax(logits, dim=-1)
 
     log_p = log_probabilities(z_T)
@@ -218,57 +212,40 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
     else:
         log_q = log_probabilities(z_S)
     if direction == "forward":
-        kl_per_token = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
+        kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
     elif direction == "reverse":
-        kl_per_token = (log_q.exp() * (log_q - log_p)).sum(dim=-1)
+        kl = (log_q.exp() * (log_q - log_p)).sum(dim=-1)
     else:
-        raise ValueError(f"direction {direction!r} must be forward or reverse")
-    kl_per_token = weights * kl_per_token
-    kl = kl_per_token.sum() / num_tokens
+        raise ValueError(f"unknown direction {direction!r}")
+    kl = torch.where(counted, kl, 0)
 
-    loss = ce + (gamma * kl_per_token).sum() / num_tokens
+    loss = ce_loss + (gamma * (weights * kl)).sum() / num_tokens
     return loss, ce.detach(), kl.detach()
-
-
-# ------------ One process among several -------------------------------------------------------------------------------
-
-def rank_slice(config: Config) -> slice:
-    """This rank's windows of the batch, which all ranks draw alike."""
-    share = config.batch_size // world_size()
-    return slice(rank() * share, (rank() + 1) * share)
-
-
-def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
-    """The ranks' `values` summed, or reduced by `op`, on every rank."""
-    if dist.is_initialized():
-        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
-        dist.all_reduce(values, op)
-    return values
 
 
 # ------------ ℓ_S and ℓ_T, and what is measured per domain ------------------------------------------------------------
 
 @torch.no_grad()
-def perplexities(model: GPT, windows: dict[str, torch.Tensor], vocab_size: int, micro_batch_size: int,
-                 precision=nullcontext()) -> dict[str, float]:
+def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_size: int,
+                 config: Config) -> dict[str, float | None]:
     """The paper's ℓ, name → exp of the mean next-token cross-entropy over a domain's windows (n, block_size + 1).
 
-    Over the tokenizer's ids alone (`vocab_size`), for teacher and student alike, with `micro_batch_size` windows per
-    forward pass. All ranks call it and get the same result. Draws no random number. Raises UserError if a loss is not
-    finite."""
+    It is over the tokenizer's ids alone (`vocab_size`), for teacher and student alike. All ranks call it and get the
+    same result. Where there is no model, each is None. Draws no random number. UserError if a loss is not finite."""
+    if model is None:
+        return dict.fromkeys(windows)
     ppl = {}
     for name, domain_windows in windows.items():
         ce_sum = torch.zeros((), dtype=torch.float64)
-        for inputs, targets in evaluation_batches(domain_windows, micro_batch_size, model.head_weight.device):
+        for inputs, targets in evaluation_batches(domain_windows, config.micro_batch_size, model.head_weight.device):
 
-            def cross_entropy_sum(hidden, head):
-                # Divided by 1: the sum, not the mean
-                _, ce, _ = distillation_loss(hidden, head[:vocab_size], None, None, targets, num_tokens=1)
+            def cross_entropy(hidden, head):
+                _, ce, _ = distillation_loss(hidden, head[:vocab_size], None, None, targets)
                 return ce
 
-            with precision:
-                ce = model(inputs, loss_fn=cross_entropy_sum)
-            ce_sum += ce.cpu().double()
+            with autocast(config):
+                ce = model(inputs, loss_fn=cross_entropy)
+            ce_sum += ce.cpu().double().sum()
 
         # Sums over counts, so that it does not matter how the windows were split
         mean_ce = over_ranks(ce_sum).item() / domain_windows[:, 1:].numel()
@@ -285,14 +262,14 @@ def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampl
     domains = {}
     for i, name in enumerate(sampler.names):
         domains[name] = {
-            **with_ratio(student_ppl[name], teacher_ppl[name]),
+            **ppl_and_ratio(student_ppl[name], teacher_ppl[name]),
             "tokens": int(sampler.drawn[i]) * block_size,
             "epochs": float(sampler.epochs[i]),
         }
     return domains
 
 
-def with_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") -> dict[str, float | None]:
+def ppl_and_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") -> dict[str, float | None]:
     """The perplexities of a domain, and ℓ_S / ℓ_T, which is None where there is no teacher."""
     ratio = None
     if teacher_ppl is not None:
@@ -300,7 +277,7 @@ def with_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") 
     return {f"{prefix}student_ppl": student_ppl, f"{prefix}teacher_ppl": teacher_ppl, f"{prefix}ratio": ratio}
 
 
-# ------------ State, learning rate, optimizer -------------------------------------------------------------------------
+# ------------ State, data, learning rate, optimizer -------------------------------------------------------------------
 
 @dataclass
 class TrainState:
@@ -312,6 +289,14 @@ class TrainState:
     rule_state: dict | None = None  # of the mixture rule, such as r_t
     sampler: dict | None = None  # MixtureSampler.state_dict()
     domains: dict | None = None  # measured_domains of the last evaluation
+
+
+def make_sampler(config: Config, bins: TokenBins) -> MixtureSampler:
+    """The sampler of training windows, in the proportions of the data as it is, or --mixture's in their place."""
+    sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
+    if config.mixture:
+        sampler.probs = parse_mixture(config.mixture)
+    return sampler
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -331,12 +316,9 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     sets the learning rate of every group."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    betas = [0.9, 0.95]  # no tuple: it would come back from a checkpoint as a list
-    groups = [
-        {"params": matrices, "betas": betas, "weight_decay": config.weight_decay},
-        {"params": vectors, "betas": betas, "weight_decay": 0.0},
-    ]
-    return [torch.optim.AdamW(groups, lr=config.lr, fused=True)]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    betas = [0.9, 0.95]  # a checkpoint gives a tuple back as a list, so that a resumed run's file would differ
+    return [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)]
 
 
 # ------------ One training step ---------------------------------------------------------------------------------------
@@ -348,9 +330,10 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
     student: in its DistributedDataParallel wrapper if it has one. windows: this rank's, (n, block_size + 1) int64.
     Raises UserError, on all ranks and before the update, if the loss or the gradient is not finite."""
     arm = ARMS[config.method]
+    num_tokens = config.batch_size * config.block_size
 
     # Forward and backward passes, one micro-batch at a time
-    totals = torch.zeros(3, device=windows.device)  # loss, ce and kl of this rank
+    sums = {}  # name → this rank's share of a number that is logged
     teacher_hidden = None
     teacher_head = None
     for start in range(0, len(windows), config.micro_batch_size):
@@ -365,38 +348,48 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
 
         # Eq. 3, as a share of the whole batch: the losses of all micro-batches and ranks are sums over their tokens,
         # divided by the tokens of the batch. So they, and their gradients, add up to Eq. 3's mean.
-        def loss_fn(hidden, head):
-            return distillation_loss(
-                hidden, head, teacher_hidden, teacher_head, targets, gamma=config.gamma,
-                temperature=config.temperature, direction=arm.divergence, vocab_size=vocab_size,
-                num_tokens=config.batch_size * config.block_size)
+        equation = dict(gamma=config.gamma, temperature=config.temperature, direction=arm.divergence,
+                        vocab_size=vocab_size, num_tokens=num_tokens)
+        terms = {}  # name → value, detached, of a term besides Eq. 3: what stands here is logged
 
-        if config.parallel == "ddp":  # which reduces gradients over ranks in the last pass only; FSDP does in each
+        def loss_fn(hidden, head):
+            loss, ce, kl = distillation_loss(hidden, head, teacher_hidden, teacher_head, targets, **equation)
+            # A term besides Eq. 3 is added to the loss here: its sum over the tokens, divided by num_tokens.
+            return loss, ce, kl
+
+        if config.parallel == "ddp":  # DDP reduces gradients over ranks in the last pass alone; FSDP2 does in each
             student.require_backward_grad_sync = rows.stop >= len(windows)
         with autocast(config):
             loss, ce, kl = student(inputs, loss_fn=loss_fn)
         # Gradients of the ranks have to be added up, but DDP and FSDP average them.
         (loss * world_size()).backward()
-        totals += torch.stack((loss, ce, kl)).detach()
-    if hasattr(teacher, "reset_iter_state"):
-        teacher.reset_iter_state()  # FSDP2 keeps a record of each forward pass that no backward pass follows
+        logged = {"loss": loss.detach(), "ce": ce.sum() / num_tokens, "kl": kl.sum() / num_tokens, **terms}
+        for name, value in logged.items():
+            sums[name] = sums.get(name, 0) + value
+    if isinstance(teacher, FSDPModule):
+        teacher.reset_iter_state()  # it lists its forward passes until a backward pass, which no teacher has
 
     # Clip the gradient, and stop where training has gone wrong: all ranks, or none, since they know the same numbers.
-    grad_norm = clip_gradient(student, config)
-    loss, ce, kl = over_ranks(totals).tolist()
-    if not math.isfinite(loss + grad_norm):
-        raise UserError(f"step {step}: loss {loss}, gradient norm {grad_norm}. The update was not made, and nothing is "
-                        f"saved. Lower --lr={config.lr}, with --resume=never, or check the data: python data.py "
-                        f"--verify={config.data_dir}")
+    max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
+    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), max_norm)
+    if isinstance(grad_norm, DTensor):
+        grad_norm = grad_norm.full_tensor()  # over all shards
+    totals = over_ranks(torch.stack(list(sums.values()))).tolist()
+    step_log = dict(zip(sums, totals))
+    step_log["lr"] = learning_rate(step, config)
+    step_log["grad_norm"] = grad_norm.item()
+    if not math.isfinite(step_log["loss"] + step_log["grad_norm"]):
+        raise UserError(f"step {step}: loss {step_log['loss']}, gradient norm {step_log['grad_norm']}. The update was "
+                        f"not made, and nothing is saved. Lower --lr={config.lr}, with another --out_dir, or check the "
+                        f"data: python data.py --verify={config.data_dir}")
 
     # One step of each optimizer, with this step's learning rate
-    lr = learning_rate(step, config)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = step_log["lr"]
         optimizer.step()
         optimizer.zero_grad()
-    return {"loss": loss, "ce": ce, "kl": kl, "lr": lr, "grad_norm": grad_norm}
+    return step_log
 
 
 # ------------ Alg. 1 --------------------------------------------------------------------------------------------------
@@ -404,28 +397,25 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
 def train(config: Config) -> Path:
     """Alg. 1, or the arm that `method` names. Returns the folder of the last checkpoint.
 
-    At iteration s of the loop, s updates are done. It evaluates if s is a multiple of K or the last step, and in the
-    former case updates r; saves if due; and makes one update unless s is the last: there is one iteration more than
-    updates."""
-    config = resolve_auto(config)  # of one that is resolved, it changes nothing
+    The loop runs max_steps + 1 times, so that the student is evaluated before the first update and after the last one.
+    Each time it evaluates and updates r, if due; saves, if due; and makes one update, unless it was the last."""
+    config = resolve_auto(config)  # again, for who calls train directly: it changes nothing that is resolved
     arm = ARMS[config.method]
 
     with RunFolder(Path(config.out_dir)) as run:
         # Rank 0 checks everything that is cheap, and shares what it found. Then it finds the checkpoint to continue
         # from: `resumed` is its folder, or None.
         bins, model_configs = on_rank_0(preflight, config)
-        state, resumed = on_rank_0(run.open, config, bins)
+        state, resumed = on_rank_0(run.lock_and_find_checkpoint, config, bins)
         if state.finished:
             print(f"{config.out_dir}: this run is finished (step {state.step})")
             return resumed
 
         # The data: fixed windows for validation and test, and the sampler of training windows
-        val_windows = fixed_windows(bins, bins.val_windows, config.val_samples)
-        test_windows = fixed_windows(bins, bins.test_windows, config.test_samples)
-        sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
-        if config.mixture:
-            sampler.probs = parse_mixture(config.mixture)
-        natural = sampler.probs  # the proportions of the data as it is, or --mixture's in their place
+        val_windows = fixed_windows(bins, "val", config.val_samples)
+        test_windows = fixed_windows(bins, "test", config.test_samples)
+        sampler = make_sampler(config, bins)
+        natural = sampler.probs
 
         # The teacher (None if there is none) and the student, on this rank's device, whole or sharded
         models = load_models(config, model_configs, resumed)
@@ -434,18 +424,14 @@ def train(config: Config) -> Path:
         optimizers = make_optimizers(student, config)
 
         # measure(model, windows) is ℓ, name → perplexity, in the same way for both models.
-        measure = functools.partial(perplexities, vocab_size=bins.vocab_size, micro_batch_size=config.micro_batch_size,
-                                    precision=autocast(config))
+        measure = functools.partial(perplexities, vocab_size=bins.vocab_size, config=config)
 
         # Continue from the checkpoint, or start: ℓ_T is measured once in a run.
         if resumed is not None:
             load_checkpoint(resumed, state, sampler, student, optimizers)
         else:
-            state.teacher_ppl = dict.fromkeys(bins.names)
-            state.test_teacher_ppl = dict.fromkeys(bins.names)
-            if teacher is not None:
-                state.teacher_ppl = measure(teacher, val_windows)
-                state.test_teacher_ppl = measure(teacher, test_windows)
+            state.teacher_ppl = measure(teacher, val_windows)
+            state.test_teacher_ppl = measure(teacher, test_windows)
             run.log("run", 0, config=asdict(config), command=sys.argv, rule=arm.rule,
                     natural=dict(zip(bins.names, natural.tolist())), versions=environment(),
                     parameters=count_parameters(models))
@@ -458,12 +444,13 @@ def train(config: Config) -> Path:
         if config.parallel == "ddp":
             wrapped_student = DistributedDataParallel(student, gradient_as_bucket_view=True)
 
-        # The loop. From here on a signal waits for the end of a step or an evaluation.
+        # The loop. From here on a signal only sets a flag, which the step "Save" reads.
         run.catch_signals()
         first_step = state.step
         step_times = deque(maxlen=50)  # of the latest steps, in seconds
         while True:
-            # Every K steps: measure ℓ_S, update r, log. At the end: measure. A resumed run did so before it was saved.
+            # Every K steps: measure ℓ_S, update r, log. At the end: measure. A resumed run did so here before its
+            # checkpoint was written.
             t, steps_since_update = divmod(state.step, config.interval)
             last = state.step >= config.max_steps
             just_resumed = resumed is not None and state.step == first_step
@@ -476,31 +463,36 @@ def train(config: Config) -> Path:
                     sampler.probs = r
                     # What the next K steps draw by: for ddk at t = 0 the natural proportions, not the r_0 of its state.
                     run.log("mixture", state.step, t=t, r=dict(zip(bins.names, r.tolist())), domains=state.domains)
-                if state.step == 0:
-                    print_first_table(state.domains, bins, config)
-                if worst_ratio(state.domains) <= config.stop_ratio:  # §3.4's threshold; no ratio is below 0
+                print_evaluation(state, sampler, bins, config)
+                worst = worst_ratio(state.domains)
+                if worst <= config.stop_ratio:  # §3.4's threshold; 0, the default, is never reached
+                    print(f"--stop_ratio={config.stop_ratio}: the largest ratio is {worst:.3f}, so the run ends here")
                     last = True
 
-            # After the last step: measure on the test windows too, which r never follows.
+            # After the last step: measure on the test windows too, which never influence r.
             if last:
                 for name, test_ppl in measure(student, test_windows).items():
-                    tested = with_ratio(test_ppl, state.test_teacher_ppl[name], prefix="test_")
+                    tested = ppl_and_ratio(test_ppl, state.test_teacher_ppl[name], prefix="test_")
                     state.domains[name].update(tested)
                 run.log("end", state.step, domains=state.domains)
 
-            # Save: every save_every steps, at the end, and when a signal asks for it.
-            signal_number = run.signal_on_any_rank()
+            # Save: every save_every steps, at the end, and when a signal that any rank has received asks for it.
+            folder = run.out_dir / f"step_{state.step:08d}"
+            signal_number = int(over_ranks(torch.tensor(run.received_signal), dist.ReduceOp.MAX))
             save_due = config.save_every > 0 and state.step > 0 and state.step % config.save_every == 0
             if (last or save_due or signal_number) and not just_resumed:
                 state.finished = last
                 state.sampler = sampler.state_dict()
-                save_checkpoint(run.folder_of(state.step), state, student, optimizers, bins, config.keep)
+                save_checkpoint(folder, state, student, optimizers, bins, config.keep)
             if signal_number:
-                stop_by_signal(signal_number, run.folder_of(state.step))
+                print(f"{config.out_dir}: stopped by {signal.Signals(signal_number).name}, saved as {folder.name}; "
+                      "the same command continues from there")
+                sys.exit(128 + signal_number)
             if last:
-                return run.folder_of(state.step)
+                return folder
 
-            # Draw the next batch by r. Each rank reads its share of the windows.
+            # Draw the next batch by r. All ranks draw the same, and know the ids of the whole batch; each reads its
+            # share of the windows. A rule that moves at every step sets sampler.probs here, which is saved and resumed.
             started = time.perf_counter()
             domain_ids, window_ids = sampler.next_batch()
             mine = rank_slice(config)
@@ -513,9 +505,7 @@ def train(config: Config) -> Path:
 
             # Log
             step_times.append(time.perf_counter() - started)
-            step_log |= speed(step_times, state.step, config)
-            run.log("train", state.step, **step_log)
-            print_progress(state.step, step_log, config)
+            log_step(run, state.step, step_log, step_times, config)
 
 
 # ======================================================================================================================
@@ -531,12 +521,13 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     """Eq. 3 from hidden states (…, d) and heads (V, d), without ever holding (tokens, V) logits → (loss, ce, kl).
 
     Logits are made for `chunk_size` tokens at a time, and `dense_distillation_loss` is differentiated on each chunk, so
-    that the forward pass makes the gradients too. The other keywords are those of `dense_distillation_loss`; a tensor
-    among them that is not a single number has a value per token, and goes with the targets. loss.backward() gives the
-    gradients of student_hidden and student_head, once. teacher_hidden and teacher_head may both be None. The default
-    chunk has 2²⁸ logits on CUDA; elsewhere 2²⁶, and at most 512 tokens."""
-    # What may change between steps is a tensor: torch.compile would recompile for each new value of a Python number. A
-    # new coefficient that does is one more name here.
+    that the forward pass makes the gradients too. The other keywords and the results are those of
+    `dense_distillation_loss`. A tensor among the keywords is a single number, or has a value or a row for each target:
+    it may have more dimensions than the targets, or be expanded to theirs. loss.backward() gives the gradients of
+    student_hidden and student_head, once. teacher_hidden and teacher_head may both be None. The default chunk has 2²⁸
+    logits on CUDA; elsewhere 2²⁶, and at most 512 tokens."""
+    # torch.compile compiles again for each new Python number. So what changes during training is a tensor: a
+    # coefficient of a fork that does is added to this tuple.
     hidden = student_hidden.flatten(0, -2)
     if equation.get("num_tokens") is None:
         equation["num_tokens"] = (targets != -100).sum().clamp(min=1)
@@ -545,28 +536,32 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
             loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
             equation[name] = hidden.new_full((), equation[name], dtype=loss_dtype)
 
-    # Whatever has a row or a value for each token
+    # What has a row or a value for each token goes with the tokens into the chunks.
     assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
     per_token = {"targets": targets.flatten()}
     if teacher_hidden is not None:
         per_token["teacher_hidden"] = teacher_hidden.flatten(0, -2)
     for name, value in list(equation.items()):
         if torch.is_tensor(value) and value.dim() > 0:
-            per_token[name] = equation.pop(name).expand_as(targets).flatten()
+            row_shape = value.shape[targets.dim():]
+            rows = equation.pop(name).expand(*targets.shape, *row_shape)
+            per_token[name] = rows.flatten(0, targets.dim() - 1)
 
-    # Chunks of one shape, for the same reason: a power of two, and the last one is filled up with ignored targets.
+    # All chunks have one shape, so that torch.compile compiles once: the last one is filled up with ignored targets.
+    n_tokens = len(hidden)
     if chunk_size is None:
         chunk_size = default_chunk_size(len(student_head), hidden.is_cuda)
-    chunk_size = max(1, min(chunk_size, len(hidden)))
-    n_missing = -len(hidden) % chunk_size
+    chunk_size = max(1, min(chunk_size, n_tokens))
+    n_missing = -n_tokens % chunk_size
     hidden = add_rows(hidden, n_missing)
     for name, value in per_token.items():
         per_token[name] = add_rows(value, n_missing, fill=-100 if name == "targets" else 0)
 
-    if not torch.is_grad_enabled():  # which an autograd.Function cannot see
-        hidden = hidden.detach()
-        student_head = student_head.detach()
-    return ChunkedLoss.apply(hidden, student_head, teacher_head, per_token, chunk_size, equation)
+    # torch.no_grad is not seen inside an autograd.Function.
+    wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or student_head.requires_grad)
+    loss, ce, kl = ChunkedLoss.apply(hidden, student_head, teacher_head, per_token, chunk_size, equation,
+                                     wants_gradient)
+    return loss, ce[:n_tokens].view_as(targets), kl[:n_tokens].view_as(targets)
 
 
 def default_chunk_size(rows: int, on_cuda: bool) -> int:
@@ -586,9 +581,8 @@ class ChunkedLoss(torch.autograd.Function):
     """The chunks of distillation_loss. The forward pass makes the gradients as well, while the logits are there."""
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher_head, per_token, chunk_size, equation):
+    def forward(ctx, hidden, head, teacher_head, per_token, chunk_size, equation, wants_gradient):
         # The gradient of the head is a sum over chunks: at least float32, whatever the head is.
-        wants_gradient = any(ctx.needs_input_grad)
         if wants_gradient:
             grad_hidden = torch.zeros_like(hidden)
             grad_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
@@ -613,14 +607,18 @@ class ChunkedLoss(torch.autograd.Function):
         eq3 = eq3_of_chunk
         if hidden.is_cuda or len(hidden) * len(head) > 2**24:
             eq3 = compile_eq3()
-        totals = hidden.new_zeros(3, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
+        loss = hidden.new_zeros((), dtype=loss_dtype)
+        ce = hidden.new_empty(len(hidden), dtype=loss_dtype)
+        kl = torch.empty_like(ce)
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             torch.mm(hidden[chunk], head.T, out=student_logits)
             if teacher_hidden is not None:
                 torch.mm(teacher_hidden[chunk], teacher_head.T, out=teacher_logits)
             values = {name: value[chunk] for name, value in per_token.items()}
-            totals = totals + eq3(student_logits, teacher_logits, values, equation, wants_gradient)
+            chunk_loss, ce[chunk], kl[chunk] = eq3(student_logits, teacher_logits, values, equation, wants_gradient)
+            loss = loss + chunk_loss
             if wants_gradient:
                 grad_logits = student_logits  # eq3 has written it over them
                 grad_hidden[chunk] = grad_logits @ head
@@ -628,7 +626,6 @@ class ChunkedLoss(torch.autograd.Function):
 
         if wants_gradient:
             ctx.save_for_backward(grad_hidden, grad_head)
-        loss, ce, kl = (total.clone() for total in totals)  # FSDP2 warns of outputs that are views
         ctx.mark_non_differentiable(ce, kl)
         return loss, ce, kl
 
@@ -636,13 +633,13 @@ class ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_loss, grad_ce, grad_kl):
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None
+        return grad_hidden.mul_(grad_loss), grad_head.mul_(grad_loss), None, None, None, None, None
 
 
 def aligned_empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """(rows, columns) with room for a multiple of 64 columns, which the matrix products of GPUs require to be fast.
 
-    The columns behind are 0: bfloat16 products on CPUs with AMX read them, and what happens to stand there may be NaN,
+    The padding columns are 0: bfloat16 products on CPUs with AMX read them, and what happens to stand there may be NaN,
     which times 0 is NaN."""
     padded = like.new_empty(rows, math.ceil(columns / 64) * 64)
     padded[:, columns:] = 0
@@ -650,21 +647,21 @@ def aligned_empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
-    """total += a @ b. Of a float32 total and bfloat16 factors CUDA adds the product up in float32; other devices, and
-    torch before 2.13, round it to bfloat16 first."""
+    """total += a @ b. On CUDA a float32 total takes bfloat16 products without rounding. On other devices each product
+    is rounded to bfloat16 first."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif total.is_cuda and torch.__version__ >= (2, 13):
+    elif total.is_cuda:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
 
 
 def eq3_of_chunk(student_logits, teacher_logits, per_token: dict, equation: dict, wants_gradient: bool):
-    """Eq. 3 of one chunk → (3,): loss, ce, kl. The gradient with respect to student_logits is written over them."""
+    """Eq. 3 of one chunk → loss, ce, kl. The gradient with respect to student_logits is written over them."""
     def loss_and_parts(logits):
         loss, ce, kl = dense_distillation_loss(logits, teacher_logits, **per_token, **equation)
-        return loss, torch.stack((loss, ce, kl))
+        return loss, (loss, ce, kl)
 
     if wants_gradient:
         gradient, parts = torch.func.grad(loss_and_parts, has_aux=True)(student_logits)
@@ -708,8 +705,22 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank_slice(config: Config) -> slice:
+    """This rank's windows of the batch, which all ranks draw alike."""
+    share = config.batch_size // world_size()
+    return slice(rank() * share, (rank() + 1) * share)
+
+
+def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The ranks' `values` summed, or reduced by `op`, on every rank."""
+    if dist.is_initialized():
+        values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(values, op)
+    return values
+
+
 def planned_world_size(config: Config) -> int:
-    """Processes of this run, also before they meet; of a dry run those that it plans for, by WORLD_SIZE."""
+    """The number of processes: before init_process_group, and in a dry run, from WORLD_SIZE; then from torch."""
     if not dist.is_initialized() and ("RANK" in os.environ or config.dry_run):
         return int(os.environ.get("WORLD_SIZE", 1))
     return world_size()
@@ -750,7 +761,8 @@ def process_group(config: Config):
         backend = "nccl"
         device_id = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device_id)
-    dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout), device_id=device_id)
+    with user_errors("RANK is set", "start with torchrun --nproc_per_node=N distill.py, or unset RANK"):
+        dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout), device_id=device_id)
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
         try:
             yield
@@ -780,18 +792,16 @@ def evaluation_batches(windows: torch.Tensor, micro_batch_size: int, device) -> 
 # ------------ Models on devices ---------------------------------------------------------------------------------------
 
 def resolve_auto(config: Config) -> Config:
-    """`config` with what this machine and these processes make of each `auto`, and of micro_batch_size=0."""
+    """`config` with each `auto`, and micro_batch_size=0, replaced by what this machine and these processes give."""
     device = resolve_device(config.device)
     on_cuda = device.type == "cuda"
     parallel = "none"
     if dist.is_initialized():
         device = device.type  # without a number: each process has taken its own
         parallel = "fsdp" if on_cuda else "ddp"
-    choices = {
-        "dtype": "bfloat16" if on_cuda else "float32",
-        "compile": "true" if on_cuda else "false",
-        "parallel": parallel,
-    }
+    choices = {"dtype": "float32", "compile": "false", "parallel": parallel}
+    if on_cuda:
+        choices.update(dtype="bfloat16", compile="true")
     values = {name: choice for name, choice in choices.items() if getattr(config, name) == "auto"}
     micro_batch_size = config.micro_batch_size or config.batch_size // planned_world_size(config)
     return replace(config, device=str(device), micro_batch_size=micro_batch_size, **values)
@@ -814,6 +824,9 @@ def models_of(config: Config) -> dict[str, str]:
 
 def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Path | None) -> dict[str, GPT]:
     """The models that the run still needs, role → model, on every rank; the student from `resumed` if it continues."""
+    if config.compile == "true":
+        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # the blocks of all models are one piece of code
+        torch._dynamo.config.optimize_ddp = False  # which would cut blocks at DDP's buckets
     models = {}
     for role, source in models_of(config).items():
         dtype = getattr(torch, config.dtype)
@@ -823,42 +836,45 @@ def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Pa
         elif resumed is not None and not ARMS[config.method].trains_with_teacher:
             continue  # it has been measured
 
-        # Rank 0 reads the model. Other ranks get one on the meta device, for `spread` to fill.
+        # Rank 0 reads the model. Other ranks get one on the meta device, for `place` to fill.
         print(f"reading the {role}: {source}", flush=True)
-        model = on_rank_0(read_model, role, source, config, model_configs[role], dtype, share=False)
+        model = on_rank_0(read_model, role, source, config, model_configs, dtype, share=False)
         if model is None:
             with torch.device("meta"):
                 model = GPT(model_configs[role]).to(dtype)
         model.requires_grad_(role == "student")
         models[role] = model
 
-    if config.compile == "true":
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # the blocks of all models are one piece of code
-        torch._dynamo.config.optimize_ddp = False  # which would cut blocks at DDP's buckets
+    # A module that is trained with the student, and is no part of its model, is made here, on every rank:
+    # models["student"].extra["name"] = … It is saved beside the model, and read again.
+    extra = models["student"].extra
+    if extra and resumed is not None:
+        on_rank_0(read_saved, resumed / "extra.safetensors", lambda path: extra.load_state_dict(load_file(path)),
+                  share=False)
     for role, model in models.items():
-        spread(model, config, shard=config.parallel == "fsdp" and (role == "student" or config.shard_teacher))
+        place(model, config, shard=config.parallel == "fsdp" and (role == "student" or config.shard_teacher))
     return models
 
 
-def read_model(role: str, source: str, config: Config, model_config: GPTConfig, dtype: torch.dtype) -> GPT:
+def read_model(role: str, source: str, config: Config, model_configs: dict[str, GPTConfig], dtype: torch.dtype) -> GPT:
     """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
     kind, _, size = source.partition(":")
     if kind == "scratch":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return GPT(model_config)
+            return GPT(model_configs[role])
     if kind == "layers":
-        model = GPT.from_pretrained(model_folder(config.teacher, "--teacher", MODEL_FILES))
+        teacher_folder = model_folder(config.teacher, "--teacher", MODEL_FILES)
+        model = GPT.from_pretrained(teacher_folder, config=model_configs["teacher"])
         model.keep_layers(int(size))
         return model.to(dtype)
-    return GPT.from_pretrained(model_folder(source, f"--{role}", MODEL_FILES), dtype)
+    return GPT.from_pretrained(model_folder(source, f"--{role}", MODEL_FILES), dtype, model_configs[role])
 
 
-def spread(model: GPT, config: Config, shard: bool):
-    """Put the model that rank 0 read on every rank's device: whole, or sharded over all ranks.
-
-    FSDP2 gathers one block at a time, in the dtype of the products, and reduces gradients in float32. Without
-    `cast_forward_inputs` the rotary tables stay float32."""
+def place(model: GPT, config: Config, shard: bool):
+    """Compile the model's blocks and recompute their activations, if asked for, and put the model that rank 0 read on
+    every rank's device: whole, or sharded. FSDP2 gathers one block at a time, in the dtype of the products, and reduces
+    gradients in float32. Without `cast_forward_inputs` the rotary tables stay float32."""
     # Each block by itself and in place, so that the names of the weights stay as they are
     for layer in model.layers:
         if config.checkpoint_activations:
@@ -869,49 +885,31 @@ def spread(model: GPT, config: Config, shard: bool):
         model.to(config.device)
         return
 
-    # Whole on every device: each tensor from rank 0
-    if not shard:
-        if rank() == 0:
-            model.to(config.device)
-        else:
-            model.to_empty(device=config.device)
-        for tensor in model.state_dict().values():
-            dist.broadcast(tensor, src=0)
-        return
-
-    # Shard what has no memory yet, so that no rank ever holds more than its share
+    # Give up the model's memory, so that no rank ever holds more than its share. Rank 0 keeps the weights aside.
     whole_state = model.state_dict() if rank() == 0 else {}
     model.to("meta")
-    mesh = init_device_mesh(torch.device(config.device).type, (world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
-                                  cast_forward_inputs=False)
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    if shard:
+        mesh = init_device_mesh(torch.device(config.device).type, (world_size(),))
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        model.to_empty(device=config.device)
 
-    # Rank 0 hands the weights out
-    model.to_empty(device=config.device)
+    # Rank 0 hands the weights out, one tensor at a time. Where there is no memory yet, they are assigned.
     set_model_state_dict(model, whole_state, options=whole_tensors())
 
 
 def recomputed(forward: Callable) -> Callable:
-    """`forward`, whose activations are computed again in the backward pass. torch.compile skips a partial."""
+    """`forward`, recomputed in the backward pass: a closure, since torch.compile does not trace functools.partial."""
     def checkpointed(*inputs):
         return checkpoint(forward, *inputs, use_reentrant=False)
     return checkpointed
 
 
-def clip_gradient(student: nn.Module, config: Config) -> float:
-    """Scale the gradient down to a norm of grad_clip, if it is larger. Returns its norm before, over all shards."""
-    max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
-    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), max_norm)
-    if isinstance(grad_norm, DTensor):
-        grad_norm = grad_norm.full_tensor()
-    return grad_norm.item()
-
-
 def whole_tensors(cpu_offload: bool = False) -> StateDictOptions:
-    """A checkpoint holds whole tensors, which rank 0 reads and writes: any number of ranks can continue from it."""
+    """State dicts have whole tensors, which rank 0 reads and writes, so that any number of ranks can continue."""
     return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload, broadcast_from_rank0=dist.is_initialized())
 
 
@@ -920,7 +918,8 @@ def whole_tensors(cpu_offload: bool = False) -> StateDictOptions:
 class RunFolder(ExitStack):
     """A run's out_dir: its lock, config.json, metrics.jsonl, checkpoints, and the signals that ask for one.
 
-    Every rank has one, but only rank 0 reads and writes. Leaving its context closes what it has opened."""
+    Every rank has one, but only rank 0 reads and writes. It is an ExitStack, so that all that it has opened is closed
+    when the run ends, however it ends."""
 
     def __init__(self, out_dir: Path):
         super().__init__()
@@ -929,8 +928,9 @@ class RunFolder(ExitStack):
         self.wandb = None
         self.received_signal = 0
 
-    def open(self, config: Config, bins: TokenBins) -> tuple[TrainState, Path | None]:
-        """Lock the folder, and find the checkpoint to continue from → the training state, its folder (None: start)."""
+    def lock_and_find_checkpoint(self, config: Config, bins: TokenBins) -> tuple[TrainState, Path | None]:
+        """Lock the folder, refuse another experiment, drop what was logged after the checkpoint to continue from →
+        the training state, and that checkpoint's folder (None: start)."""
         record = {"config": asdict(config), "content": experiment_content(config, bins)}
 
         # Take the folder for this process alone, if it is a run's.
@@ -939,9 +939,6 @@ class RunFolder(ExitStack):
             files = set(os.listdir(self.out_dir)) - {LOCK}
         if files and "metrics.jsonl" not in files:
             raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; name another one")
-        if config.resume == "never" and files:
-            with locked(self.out_dir):
-                os.replace(self.out_dir, free_name(self.out_dir))
         self.enter_context(locked(self.out_dir))
 
         # Refuse to continue another experiment.
@@ -969,7 +966,8 @@ class RunFolder(ExitStack):
         return state, resumed
 
     def open_wandb(self, config: Config):
-        """Log to Weights & Biases. A resumed run, on another machine too, continues its curves, by the id in a file."""
+        """Log to Weights & Biases. A resumed run, on another machine too, continues its curves, by the id in a file.
+        The step is a value that is logged, since wandb's own cannot go back to a checkpoint's."""
         id_path = self.out_dir / "wandb_id"
         if not id_path.exists():
             write_text(id_path, uuid.uuid4().hex)
@@ -977,6 +975,8 @@ class RunFolder(ExitStack):
             self.wandb = import_optional("wandb", "--wandb").init(
                 project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", dir=config.out_dir,
                 config=asdict(config))
+            self.wandb.define_metric("step")
+            self.wandb.define_metric("*", step_metric="step")
         self.callback(self.wandb.finish)
 
     def log(self, kind: str, step: int, **values):
@@ -984,7 +984,7 @@ class RunFolder(ExitStack):
         if self.metrics is not None:
             print(json.dumps({"kind": kind, "step": step, **values}), file=self.metrics, flush=True)
         if self.wandb is not None and kind != "run":
-            self.wandb.log({kind: values}, step=step)
+            self.wandb.log({"step": step, kind: values})
 
     def catch_signals(self):
         """From here on SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C wait for the loop to save. A second Ctrl-C exits at once."""
@@ -998,30 +998,13 @@ class RunFolder(ExitStack):
             raise KeyboardInterrupt
         self.received_signal = number
 
-    def signal_on_any_rank(self) -> int:
-        """The number of a signal that any rank has received, on every rank; 0 if none."""
-        return int(over_ranks(torch.tensor(self.received_signal), dist.ReduceOp.MAX))
-
-    def folder_of(self, step: int) -> Path:
-        return self.out_dir / f"step_{step:08d}"
-
-
-def free_name(path: Path) -> Path:
-    """`path`, or with .1, .2, … appended: the first that does not exist."""
-    n = 0
-    free = path
-    while free.exists():
-        n += 1
-        free = path.with_name(f"{path.name}.{n}")
-    return free
-
 
 def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
     """What identifies the bins and models of an experiment, wherever they lie: key → hash of the content."""
     content = {"data_dir": bins.content(), "teacher": ""}  # "": a run without a teacher
     for role, source in models_of(config).items():
         content[role] = source
-        if not is_made(source):
+        if not is_recipe(source):
             print(f"hashing the {role}: {source}", flush=True)
             folder = model_folder(source, f"--{role}", MODEL_FILES)
             files = [folder / "config.json", *weight_files(folder)]
@@ -1032,30 +1015,30 @@ def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
 def check_same_experiment(out_dir: Path, record: dict):
     """Raises UserError if `out_dir` holds a run of another experiment than `record`, naming each key that differs.
 
-    A key that is newer than that run had its default then, and a content that it did not record is not compared."""
+    Where a key says what something is made of, its content is compared, and otherwise its value. What that run did not
+    record, since the key is newer, counts as the key's default, and a content as the same."""
     path = out_dir / "config.json"
     with user_errors(path, "not as a run writes it; name another --out_dir"):
         saved = json.loads(path.read_text(encoding="utf-8"))
         before = {**asdict(Config()), **saved["config"]}
         content_before = {**record["content"], **saved["content"]}
-    problems = []
-    for entry in fields(Config):
-        name = entry.name
-        other_value = before[name] != record["config"][name] and not entry.metadata["may_change"]
-        other_content = content_before.get(name) != record["content"].get(name)
-        if other_value or other_content:
-            what = "content" if other_content else "value"
-            problems.append(f"--{name}={record['config'][name]}: another {what} than the run in {out_dir} has with "
-                            f"{name}={before[name]}")
-    if problems:
-        problems.append(f"--out_dir={out_dir}: keep the values of its run, name another folder, or move the run aside "
-                        "with --resume=never. To train a finished student longer, name its folder as --student")
-        raise UserError("\n".join(problems))
+    now = record["config"]
+    changed = [name for name in now if name not in MAY_CHANGE and now[name] != before[name]]
+    changed += [name for name, content in record["content"].items() if content != content_before[name]]
+    if "domains" in changed and "data_dir" in changed:
+        changed.remove("data_dir")  # other domains are another content of the same folder
+    if changed:
+        differences = [f"--{name}={now[name]}: the run in {out_dir} has another {name}, {before[name]}"
+                       for name in changed]
+        differences.append(f"--out_dir={out_dir}: keep the keys of its run, name another folder, or delete this one. "
+                           "To train a finished student further, name its folder as --student")
+        raise UserError("\n".join(differences))
 
 
 def environment() -> dict:
-    """Versions that a result may depend on, and the git revision of this file if it has one."""
-    status, revision = subprocess.getstatusoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+    """Versions that a result may depend on, and this file's git revision, with -dirty if the files have changed."""
+    describe = f"git -C '{Path(__file__).parent}' describe --always --abbrev=40 --exclude='*' --dirty"
+    status, revision = subprocess.getstatusoutput(describe)
     return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
             "git": revision if status == 0 else None}
 
@@ -1064,23 +1047,16 @@ def count_parameters(models: dict[str, GPT]) -> dict[str, int]:
     return {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
 
 
-def stop_by_signal(number: int, folder: Path):
-    """End the program after a save that a signal asked for."""
-    print(f"{folder.parent}: stopped by {signal.Signals(number).name}, saved as {folder.name}; "
-          "the same command continues from there")
-    sys.exit(128 + number)
-
-
 # ------------ Checkpoints ---------------------------------------------------------------------------------------------
 # step_00000400/ is a model's folder in Hugging Face's format with the tokenizer, optimizer.pt, train_state.json, and
-# manifest.json, which holds the sha256 of all others. It is written under another name, synced to disk, and renamed: it
-# is whole, or not there.
+# manifest.json, which holds the sha256 of all others. extra.safetensors is there if student.extra has modules. The
+# folder is written under another name, synced to disk, and renamed: it is whole, or not there.
 
 
 def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: list, bins: TokenBins, keep: int):
     """Write the checkpoint of this step, then delete all but the newest `keep`. All ranks call it, rank 0 writes, and
     none leaves before it is whole."""
-    # Gather whole tensors. An optimizer that has made no update yet has no state, and would make one up if asked.
+    # Gather whole tensors. Before the first update an optimizer has no state: asked for it, torch would initialise one.
     options = whole_tensors(cpu_offload=True)
     weights = get_model_state_dict(student, options=options)
     optimizer_state = None
@@ -1095,6 +1071,9 @@ def write_checkpoint(folder: Path, state: TrainState, student: GPT, weights: dic
     temporary = folder.with_name(folder.name + ".tmp")
     try:
         student.save_pretrained(temporary, weights)
+        extra = {name.removeprefix("extra."): weights[name] for name in weights if name.startswith("extra.")}
+        if extra:
+            save_file(extra, temporary / "extra.safetensors")
         save_tokenizer(temporary, bins)
         torch.save(optimizer_state, temporary / "optimizer.pt")
         write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
@@ -1130,10 +1109,11 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
         wrong = damaged_files(folder)
         if not wrong:
             return folder
-        aside = free_name(folder.with_name(f"corrupt_{folder.name}"))
+        aside = folder.with_name(f"corrupt_{folder.name}")
+        while aside.exists():  # from an earlier time
+            aside = aside.with_name(f"{aside.name}.1")
         os.replace(folder, aside)
-        print(f"WARNING: {folder}: {', '.join(wrong)} missing or changed; renamed {aside.name}; the checkpoint before "
-              "it is used, if there is one")
+        print(f"WARNING: {folder}: {', '.join(wrong)} missing or changed; renamed {aside.name}")
     return None
 
 
@@ -1147,116 +1127,85 @@ def damaged_files(folder: Path) -> list[str]:
         return ["manifest.json"]
 
 
-NOT_AS_SAVED = "not as a run saves it; delete this step's folder, and the checkpoint before it is used"
+def read_saved(path: Path, read: Callable):
+    """What `read(path)` gives of a file in a checkpoint."""
+    with user_errors(path, "not as a run saves it; delete this step's folder, and the checkpoint before it is used"):
+        return read(path)
 
 
 def read_state(folder: Path) -> TrainState:
     """The training state of a checkpoint."""
-    path = folder / "train_state.json"
-    with user_errors(path, NOT_AS_SAVED):
-        return TrainState(**json.loads(path.read_text(encoding="utf-8")))
+    return read_saved(folder / "train_state.json", lambda path: TrainState(**json.loads(path.read_text("utf-8"))))
 
 
 def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, student: GPT, optimizers: list):
     """Restore the sampler and the optimizers. Rank 0 reads; only tensors are unpickled."""
-    with user_errors(folder / "train_state.json", NOT_AS_SAVED):
-        sampler.load_state_dict(state.sampler)
-    optimizer_state = on_rank_0(read_optimizer_state, folder, share=False)
+    read_saved(folder / "train_state.json", lambda path: sampler.load_state_dict(state.sampler))
+    read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    optimizer_state = on_rank_0(read_saved, folder / "optimizer.pt", read, share=False)
     if state.step > 0:
         set_optimizer_state_dict(student, optimizers, optimizer_state or {}, options=whole_tensors())
 
 
-def read_optimizer_state(folder: Path) -> dict:
-    with user_errors(folder / "optimizer.pt", NOT_AS_SAVED):
-        return torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-
-
 # ------------ Checks before anything slow -----------------------------------------------------------------------------
 
-# What is checked of a model before its weights are downloaded
-DESCRIBING_FILES = ("config.json", TOKENIZER_META, *TOKENIZER_FILES)
-
-
 def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
-    """The bins and the models' configurations, checked before a weight is read. UserError with all problems."""
-    bins = open_bins(config)
-    problems = []
-
+    """The bins and the models' configurations, checked before a weight is read. Raises UserError."""
     # The bins against the keys
-    attempt(problems, fixed_windows, bins, bins.val_windows, config.val_samples)
-    attempt(problems, fixed_windows, bins, bins.test_windows, config.test_samples)
+    bins = open_bins(config)
+    fixed_windows(bins, "val", config.val_samples)
+    fixed_windows(bins, "test", config.test_samples)
     mixture = parse_mixture(config.mixture)
     if mixture and set(mixture) != set(bins.names):
-        problems.append(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}")
+        unknown = " ".join(name for name in mixture if name not in bins.names)
+        missing = " ".join(name for name in bins.names if name not in mixture)
+        raise UserError(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}; "
+                        f"unknown: {unknown or '–'}, missing: {missing or '–'}")
 
     # The models against the bins
     model_configs = {}
     for role, source in models_of(config).items():
-        model_config = attempt(problems, checked_model_config, role, source, bins, model_configs.get("teacher"))
-        if model_config is not None:
-            model_configs[role] = model_config
+        model_configs[role] = checked_model_config(role, source, bins, model_configs.get("teacher"))
     if config.dry_run:
         print_cost(config, bins, model_configs)
-    if problems:
-        raise UserError("\n".join(problems))
     return bins, model_configs
-
-
-def attempt(problems: list[str], function: Callable, *args):
-    """What `function(*args)` returns. If it raises UserError, None, and the message is added to `problems`."""
-    try:
-        return function(*args)
-    except UserError as error:
-        problems.append(str(error))
-        return None
 
 
 def open_bins(config: Config) -> TokenBins:
     return TokenBins(config.data_dir, config.block_size, config.domains.split(",") if config.domains else None)
 
 
-def fixed_windows(bins: TokenBins, read: Callable, count: int) -> dict[str, torch.Tensor]:
-    """What `read`, bins.val_windows or bins.test_windows, gives for each domain; {} if count is 0."""
+def fixed_windows(bins: TokenBins, side: str, count: int) -> dict[str, torch.Tensor]:
+    """`count` windows of a side, val or test, for each domain; {} if count is 0."""
     if count == 0:
         return {}
-    return {name: torch.from_numpy(read(name, count)) for name in bins.names}
+    return {name: torch.from_numpy(bins.eval_windows(name, side, count)) for name in bins.names}
 
 
-def parse_mixture(text: str) -> dict[str, float]:
-    """`name=weight,…` as a dict; {} if empty. Raises UserError."""
-    if not text:
-        return {}
-    try:
-        pairs = [part.split("=") for part in text.strip().split(",")]
-        weights = {name: float(weight) for name, weight in pairs}
-        checked_weights("weights", list(weights.values()), len(pairs))
-    except ValueError:
-        raise UserError(f"--mixture={text}: write name=weight,… with weights ≥ 0, not all 0") from None
-    return weights
+def is_recipe(source: str) -> bool:
+    """Whether a student is a recipe, scratch:LxD or layers:N, and neither a folder nor a name on the Hub.
 
-
-def is_made(source: str) -> bool:
-    """Whether a student is made anew, or of the teacher's layers: not a folder, and no name on the Hub.
-
-    Another kind of student is added here, and in `contradictions`, `checked_model_config` and `read_model`."""
+    Another recipe is added here, and in `contradictions`, `checked_model_config` and `read_model`."""
     return source.partition(":")[0] in ("scratch", "layers")
 
 
 def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
     """The GPTConfig of the model that `source` names. UserError unless it can read the bins' windows, and has the
     tokenizer of the bins."""
-    # A student that is made: for the bins, or of the teacher, which is checked itself
+    # A recipe: it fits the bins, or takes layers of the teacher, which is checked itself
     kind, _, size = source.partition(":")
     if kind == "scratch":
         layers, width = size.split("x")
         return GPTConfig.scratch(int(layers), int(width), bins.vocab_size, bins.block_size)
     if kind == "layers":
-        if teacher is None or int(size) > teacher.num_hidden_layers:
-            raise UserError(f"--student={source}: the teacher cannot be read, or has fewer layers")
+        if teacher is None:
+            raise UserError(f"--student={source}: are layers of the teacher; name one with --teacher")
+        if int(size) > teacher.num_hidden_layers:
+            raise UserError(f"--student={source}: the teacher has only {teacher.num_hidden_layers} layers")
         return replace(teacher, num_hidden_layers=int(size))
 
-    # A folder, or a name on the Hub
-    folder = model_folder(source, f"--{role}", DESCRIBING_FILES)
+    # A folder, or a name on the Hub, of whose files these are checked before the weights are downloaded
+    folder = model_folder(source, f"--{role}", ("config.json", TOKENIZER_META, *TOKENIZER_FILES))
     ours = bins.tokenizer
     try:
         model_config = read_config(folder)
@@ -1283,27 +1232,35 @@ def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTCo
 def contradictions(config: Config) -> list[str]:
     """What is wrong with a configuration that can be told without opening a file."""
     arm = ARMS[config.method]
-    makes_models = config.preset == "quickstart"
+    needs_models = config.preset != "quickstart"
     launched = "RANK" in os.environ
     world = planned_world_size(config)
     per_pass = max(1, config.micro_batch_size)
     too_few_gpus = (launched and config.device in ("auto", "cuda") and torch.cuda.is_available()
                     and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count())
+    recipe = r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*"
+
+    # Numbers out of their range; NaN is in none
+    problems = []
+    for entry in fields(Config):
+        value = getattr(config, entry.name)
+        minimum = MINIMUM.get(entry.name, 0)
+        if entry.type in (int, float) and not minimum <= value < 2**63:
+            problems.append(f"--{entry.name}={value}: must be a number from {minimum} to 2^63 - 1")
 
     checks = [  # (whether it is wrong, the message)
-        (not config.preset, f"--preset: name one, since it sets what a step is: {describe_presets()}"),
-        (is_made(config.student) and not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*",
-                                                      config.student),
+        (config.alpha > 1, f"--alpha={config.alpha}: must be a number from 0 to 1"),
+        (not config.preset, "--preset: name one, since it sets what a step is; paper has the paper's values"),
+        (is_recipe(config.student) and not re.fullmatch(recipe, config.student),
          f"--student={config.student}: write scratch:LxD with D even, as in scratch:4x128, or layers:N"),
-        (is_made(config.teacher), f"--teacher={config.teacher}: name the folder of a trained model"),
-        (not config.student and not makes_models, "--student: name its folder, scratch:LxD or layers:N"),
-        (arm.trains_with_teacher and not config.teacher and not makes_models,
+        (is_recipe(config.teacher), f"--teacher={config.teacher}: name the folder of a trained model"),
+        (needs_models and not config.student, "--student: name its folder, scratch:LxD or layers:N"),
+        (needs_models and arm.trains_with_teacher and not config.teacher,
          f"--teacher: --method={config.method} requires one; name its folder"),
         (config.mixture and arm.rule == "equal",
          f"--mixture={config.mixture}: --method={config.method} draws all domains alike"),
         (0 < config.max_steps <= config.warmup_steps,
-         f"--warmup_steps={config.warmup_steps}: the whole run would be warm-up, since --max_steps={config.max_steps}; "
-         "a tenth of the steps is common"),
+         f"--warmup_steps={config.warmup_steps}: must be below --max_steps={config.max_steps}, a tenth of it perhaps"),
         (config.batch_size % (per_pass * world) != 0,
          f"--batch_size={config.batch_size}: must be a multiple of micro_batch_size={per_pass} × {world} processes"),
         (config.parallel == "none" and world > 1,
@@ -1312,22 +1269,7 @@ def contradictions(config: Config) -> list[str]:
          f"--parallel={config.parallel}: start with torchrun --nproc_per_node=N distill.py"),
         (too_few_gpus, f"--device={config.device}: more processes than GPUs here; start fewer, or --device=cpu"),
     ]
-    problems = [message for is_wrong, message in checks if is_wrong]
-    attempt(problems, parse_mixture, config.mixture)
-    attempt(problems, resolve_device, config.device)
-    if config.wandb:
-        attempt(problems, import_optional, "wandb", "--wandb")
-    return problems
-
-
-def describe_presets() -> str:
-    """What a step of the presets is, for the message that asks for one."""
-    described = []
-    for name in ("quickstart", "paper"):
-        preset = Config(**PRESETS[name])
-        described.append(f"{name} ({preset.batch_size} windows × {preset.block_size} tokens a step, "
-                         f"{preset.max_steps:,} steps, lr {preset.lr:g})")
-    return " or ".join(described)
+    return problems + [message for is_wrong, message in checks if is_wrong]
 
 
 # ------------ What a run takes ----------------------------------------------------------------------------------------
@@ -1359,41 +1301,37 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
         parameters = count_parameters({role: GPT(model_config) for role, model_config in model_configs.items()})
     for role, n in parameters.items():
         parts = model_bytes(role, n, config, world)
-        described = ", ".join(f"{part} {n_bytes / 2**30:.2f} GiB" for part, n_bytes in parts.items())
+        described = ", ".join(f"{part} {format_bytes(n_bytes)}" for part, n_bytes in parts.items())
         print(f"{role}: {n:,} parameters; on each of {world} devices {described}")
     print("on top come gathered weights, the loss's chunk of logits, and activations, which grow with micro_batch_size")
 
-    # A step
-    if "student" in parameters:
-        print(f"a step: {config.batch_size * config.block_size:,} tokens, {step_flops(parameters, config):.2e} FLOPs; "
-              f"{config.max_steps:,} steps")
-
-    # Epochs of each domain, if it were drawn in natural proportions, and if all were drawn alike
-    drawn = config.max_steps * config.batch_size
-    natural_epochs = drawn / sum(bins.n_windows.values())
-    for name, n in bins.n_windows.items():
-        print(f"{name}: {n * config.block_size:,} tokens; {natural_epochs:.2f} epochs in natural proportions, "
-              f"{drawn / len(bins.names) / n:.2f} if all domains are drawn alike")
+    # Tokens and operations
+    tokens = config.batch_size * config.block_size
+    print(f"a step: {tokens:,} tokens, {step_flops(parameters, config):.2e} FLOPs")
+    print(f"{config.max_steps:,} steps: {tokens * config.max_steps:,} tokens, of "
+          f"{sum(bins.n_windows.values()) * config.block_size:,} in the bins")
 
 
-def speed(step_times: deque, step: int, config: Config) -> dict[str, float]:
-    """Tokens so far, tokens per second of the last step, and seconds that the rest will take at the latest pace, all
-    without evaluations and saves."""
-    tokens_per_step = config.batch_size * config.block_size
-    time_per_step = sum(step_times) / len(step_times)
-    return {"tokens": step * tokens_per_step, "tokens_per_s": tokens_per_step / step_times[-1],
-            "eta_s": time_per_step * (config.max_steps - step)}
+def format_bytes(n_bytes: float) -> str:
+    if n_bytes < 2**30:
+        return f"{n_bytes / 2**20:.2f} MiB"
+    return f"{n_bytes / 2**30:.2f} GiB"
 
 
-def print_progress(step: int, step_log: dict, config: Config):
-    """Print a line after the first step and the last, and every log_every; on GPUs with the peak of memory."""
+def log_step(run: RunFolder, step: int, step_log: dict, step_times: deque, config: Config):
+    """Log a step: its speed too, and what the rest takes at the latest pace, both without evaluations and saves. Print
+    a line after the first step and the last, and every log_every; on GPUs with the peak of memory."""
+    tokens = config.batch_size * config.block_size
+    tokens_per_s = tokens / step_times[-1]
+    eta_s = sum(step_times) / len(step_times) * (config.max_steps - step)
+    run.log("train", step, **step_log, tokens=step * tokens, tokens_per_s=tokens_per_s, eta_s=eta_s)
     if step not in (1, config.max_steps) and step % config.log_every != 0:
         return
-    text = (f"step {step}/{config.max_steps}  loss {step_log['loss']:.3f}  ce {step_log['ce']:.3f}  "
-            f"kl {step_log['kl']:.3f}  lr {step_log['lr']:.1e}  {step_log['tokens_per_s']:,.0f} tokens/s")
+    text = "  ".join(f"{name} {value:.4g}" for name, value in step_log.items())
     if config.device.startswith("cuda"):
         text += f"  {torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB"
-    print(f"{text}  ETA {timedelta(seconds=int(step_log['eta_s']))}", flush=True)
+    print(f"step {step}/{config.max_steps}  {text}  {tokens_per_s:,.0f} tokens/s  "
+          f"ETA {timedelta(seconds=int(eta_s))}", flush=True)
 
 
 # ------------ Report --------------------------------------------------------------------------------------------------
@@ -1404,63 +1342,85 @@ def worst_ratio(domains: dict[str, dict]) -> float:
     return math.inf if None in ratios else max(ratios)
 
 
-def print_teacher_warnings(domains: dict[str, dict], vocab_size: int):
-    """Warn, from the first evaluation, about a teacher that has little to teach."""
-    for name, domain in domains.items():
-        if domain["teacher_ppl"] is None:
-            continue
-        if domain["teacher_ppl"] > vocab_size / 2:
-            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): HARDLY TRAINED, "
-                  "LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
-        elif domain["ratio"] < 1:
-            print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
-                  f"{1 / domain['ratio']:.2f}")
+def table_rows(domains: dict[str, dict], r, bins: TokenBins, config: Config) -> dict[str, dict]:
+    """The numbers of each domain for a table: also its part of r, (N,), and the documents of its validation windows."""
+    rows = {}
+    for (name, domain), share in zip(domains.items(), r, strict=True):
+        rows[name] = {**domain, "r": float(share), "documents": bins.eval_documents(name, "val", config.val_samples)}
+    return rows
+
+
+def print_evaluation(state: TrainState, sampler: MixtureSampler, bins: TokenBins, config: Config):
+    """Print a line after an evaluation: the largest ratio, its domain, and r, what the next steps draw by. Before
+    training, first a table of the domains, and warnings."""
+    if state.step == 0:
+        rows = table_rows(state.domains, sampler.probs, bins, config)
+        print_domains(rows, rows)
+        for warning in first_warnings(rows, bins, config):
+            print(warning)
+    text = f"evaluated at step {state.step}: "
+    if config.teacher:
+        worst = max(state.domains, key=lambda name: state.domains[name]["ratio"])
+        text += f"largest ratio {state.domains[worst]['ratio']:.3f} ({worst}), "
+    shares = "  ".join(f"{name} {share:.3f}" for name, share in zip(bins.names, sampler.probs))
+    print(f"{text}r = {shares}", flush=True)
+
+
+def first_warnings(rows: dict[str, dict], bins: TokenBins, config: Config) -> list[str]:
+    """Warnings after the first evaluation: of a teacher that has little to teach, and of few documents."""
+    found = []
+    for name, row in rows.items():
+        teacher_ppl = row["teacher_ppl"]
+        if teacher_ppl is not None and teacher_ppl > bins.vocab_size / 2:
+            found.append(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({teacher_ppl:.0f}): HARDLY TRAINED, LOADED "
+                         "WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
+        elif teacher_ppl is not None and row["ratio"] < 1:
+            found.append(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
+                         f"{1 / row['ratio']:.2f}")
+        if row["documents"] < 20:
+            advice = "give the domain more text, or documents that are shorter"
+            if config.val_samples < 20:
+                advice = "raise --val_samples"
+            found.append(f"WARNING: few documents in the {config.val_samples} validation windows of {name}: "
+                         f"{row['documents']}. r follows what these are like; {advice}")
+    return found
 
 
 def report(config: Config, folder: Path):
     """Print what a run did in each domain, from its first evaluation to its last, and what to try next."""
     state = read_state(folder)
-    metrics = read_metrics(folder.parent / "metrics.jsonl")
-    first = next((line["domains"] for line in metrics if line["kind"] == "mixture"), state.domains)
-    print_teacher_warnings(first, open_bins(config).vocab_size)
+    bins = open_bins(config)
+    last = table_rows(state.domains, state.sampler["probs"].values(), bins, config)
+    first = last
+    mixture_lines = [line for line in read_metrics(folder.parent / "metrics.jsonl") if line["kind"] == "mixture"]
+    if mixture_lines:
+        first = table_rows(mixture_lines[0]["domains"], mixture_lines[0]["r"].values(), bins, config)
     print(f"{config.method}, seed {config.seed}, step {state.step}: first → last evaluation\n")
-    print_table(first, state.domains)
+    print_domains(first, last)
     if config.teacher:
-        print(f"worst ratio: {worst_ratio(first):.2f} → {worst_ratio(state.domains):.2f}")
+        print(f"worst ratio: {worst_ratio(first):.2f} → {worst_ratio(last):.2f}")
     if config.test_samples > 0:
-        print("\nOn the test windows, which r never followed:\n")
-        print_table(state.domains, state.domains, tested=True)
+        print("\nOn the test windows, which never influenced r:\n")
+        print_domains(last, last, tested=True)
+    n_warnings = len(first_warnings(first, bins, config))
+    if n_warnings > 0:
+        print(f"warnings after the first evaluation: {n_warnings}")
     print(f"The student is in {folder}. Text by it:  python model.py --model={folder} --prompt='def main('")
 
 
-def print_first_table(domains: dict[str, dict], bins: TokenBins, config: Config):
-    """Print the first evaluation, with the number of documents that each domain's validation windows are of, and
-    warnings."""
-    documents = {name: bins.eval_documents(name, "val", config.val_samples) for name in domains}
-    with_documents = {name: {**domain, "documents": documents[name]} for name, domain in domains.items()}
-    print_table(with_documents, with_documents)
-    print_teacher_warnings(domains, bins.vocab_size)
-    for name, n in documents.items():
-        if n < 20:
-            print(f"WARNING: the validation windows of {name} are of {n} documents only, and r follows what these are "
-                  "like; give the domain more text, or documents that are shorter")
-
-
-def print_table(first_domains: dict[str, dict], domains: dict[str, dict], tested: bool = False):
-    """One row per domain, one column per number of measured_domains, as first → last where it has changed; with
-    `tested`, those on the test windows instead."""
-    first_row = next(iter(domains.values()))
-    columns = [column for column in first_row if column.startswith("test_") == tested]
-    print(f"{'':14}" + "".join(f"{column:>20}" for column in columns))
-    for name, domain in domains.items():
-        row = f"{name:14}"
+def print_domains(first_rows: dict[str, dict], rows: dict[str, dict], tested: bool = False):
+    """A row per domain, a column per number, as first → last where it has changed; with `tested`, those on the test
+    windows instead."""
+    columns = [column for column in next(iter(rows.values())) if column.startswith("test_") == tested]
+    lines = [["", *columns]]
+    for name, row in rows.items():
+        line = [name]
         for column in columns:
-            cell = format_number(domain[column])
-            first = format_number(first_domains[name][column])
-            if first != cell:
-                cell = f"{first} → {cell}"
-            row += f"{cell:>20}"
-        print(row, flush=True)
+            cell = format_number(row[column])
+            first = format_number(first_rows[name][column])
+            line.append(cell if cell == first else f"{first} → {cell}")
+        lines.append(line)
+    print_table(lines)
 
 
 def format_number(value: float | None) -> str:
@@ -1471,12 +1431,13 @@ def format_number(value: float | None) -> str:
 
 # ------------ Quickstart ----------------------------------------------------------------------------------------------
 
-# Unequal domains, as in a real corpus: most of the text is Python.
-QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 800_000, "math": 800_000, "prose": 600_000}
+# The keys of the runs that make the quickstart's models: without a teacher, evaluated at the start and the end
+PRETRAINING = dict(preset="quickstart", method="cpt", interval=10**9, test_samples=0, dtype="float32", keep=1,
+                   log_every=50)
 
 
 def quickstart_models(pretrain_steps: int) -> dict[str, dict]:
-    """The keys of the two runs that make the quickstart's models.
+    """What else these runs are given, role → keys.
 
     The teacher learns all domains alike, the student base hardly any C++: small models are strong in some domains and
     weak in others."""
@@ -1489,56 +1450,55 @@ def quickstart_models(pretrain_steps: int) -> dict[str, dict]:
     return {"teacher": teacher, "student": student}
 
 
-def pretraining(keys: dict, **given) -> Config:
-    """The Config of a run of `train` that makes a model: without a teacher, evaluated at the start and the end."""
-    defaults = dict(preset="quickstart", method="cpt", interval=10**9, test_samples=0, dtype="float32", keep=1,
-                    log_every=50)
-    return resolve_config({**defaults, **keys, **given})
-
-
 def quickstart(config: Config) -> Config:
     """Make what the quickstart lacks, in `data_dir`: bins, teacher, student base, from which every arm and seed starts.
     Returns `config` with its models."""
     # The bins, and the models that were made before
     on_rank_0(make_quickstart_bins, config)
-    runs = {}  # role → Config of the run that makes the model
+    to_make = {}  # role → Config of the run that makes the model
     for role, keys in quickstart_models(config.pretrain_steps).items():
         if getattr(config, role):
             continue
-        run = pretraining(keys, data_dir=config.data_dir, out_dir=f"{config.data_dir}/{role}", resume=config.resume,
-                          device=config.device, compile=config.compile, timeout=config.timeout)
+        run = resolve_config({**PRETRAINING, **keys, "data_dir": config.data_dir, "device": config.device,
+                              "out_dir": f"{config.data_dir}/{role}", "compile": config.compile,
+                              "timeout": config.timeout, "dry_run": config.dry_run})
         folder = on_rank_0(finished_run, Path(run.out_dir))
-        if folder is None:
-            runs[role] = run
-        else:
+        if folder is not None:
             print(f"The {role} was made before, with the --pretrain_steps of that time: {folder}")
             config = replace(config, **{role: str(folder)})
+        else:
+            on_rank_0(check_pretraining, role, run, config)
+            to_make[role] = run
 
-    # All checks, before minutes of training
-    on_rank_0(check_quickstart, config, runs)
-    if config.dry_run:
-        return config
-
-    for role, run in runs.items():
-        print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}", flush=True)
-        config = replace(config, **{role: str(train(run))})
-    print(f"\nWith --preset=quickstart these can be named:  --teacher={config.teacher}  --student={config.student}\n",
-          flush=True)
+    # All checks of the main run, before minutes of training
+    on_rank_0(preflight, replace(config, **{role: run.student for role, run in to_make.items()}))
+    for role, run in to_make.items():
+        print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}. The run that makes it calls "
+              "it the student.", flush=True)
+        if config.dry_run:
+            on_rank_0(preflight, resolve_auto(run))
+        else:
+            config = replace(config, **{role: str(train(run))})
     return config
 
 
-def check_quickstart(config: Config, runs: dict[str, Config]):
-    """Raises UserError if the main run, or one of `runs`, which make its models, would fail."""
-    problems = []
-    for role, run in runs.items():
-        domains = open_bins(run).names
-        if set(domains) != set(QUICKSTART_BYTES):
-            raise UserError(f"--data_dir={config.data_dir}: has the domains {' '.join(domains)}, and the quickstart "
-                            "makes models for its own text only; name a --teacher and a --student, or a --preset")
-        problems += [f"to make the {role}: {problem}" for problem in contradictions(run)]
-    if problems:
-        raise UserError("\n".join(problems))
-    preflight(replace(config, **{role: run.student for role, run in runs.items()}))
+def check_pretraining(role: str, run: Config, config: Config):
+    """Raises UserError if `run` could not make the quickstart's model, or not one for the main run."""
+    bins = open_bins(run)
+    if set(bins.names) != set(QUICKSTART_BYTES):
+        raise UserError(f"--data_dir={config.data_dir}: has the domains {' '.join(bins.names)}, and the quickstart "
+                        "makes models for its own text only; name a --teacher and a --student, or a --preset")
+    world = planned_world_size(config)
+    if run.batch_size % world != 0:
+        raise UserError(f"--nproc_per_node={world}: the quickstart makes its {role} with {run.batch_size} windows per "
+                        "step, which that many processes cannot share; start 1, 2, 4 or 8")
+    context = checked_model_config("student", run.student, bins, None).context
+    if config.block_size > context:
+        raise UserError(f"--block_size={config.block_size}: the quickstart's {role} reads at most {context} tokens")
+    saved = Path(run.out_dir) / "config.json"
+    if saved.is_file() and json.loads(saved.read_text(encoding="utf-8"))["config"]["max_steps"] != run.max_steps:
+        raise UserError(f"--pretrain_steps={config.pretrain_steps}: {run.out_dir} has a {role} that is half made, with "
+                        "another number of steps; give that number, or delete the folder")
 
 
 def finished_run(out_dir: Path) -> Path | None:
@@ -1558,76 +1518,49 @@ def make_quickstart_bins(config: Config):
 
 # ------------ Command line --------------------------------------------------------------------------------------------
 
+class Parser(argparse.ArgumentParser):
+    """argparse, whose mistakes are UserErrors: rank 0 alone prints its sentence, without the usage."""
+
+    def error(self, message: str):
+        if message.startswith("unrecognized arguments"):
+            message += "; write --key=value, --help lists the keys"
+        raise UserError(message)
+
+
+def true_or_false(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+    return text.lower() == "true"
+
+
 def parse_config(argv: list[str] | None = None) -> Config:
-    """The Config of a command line. Of a key given twice the last counts. Raises UserError with everything that is
-    wrong with it."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, entry in Config.__dataclass_fields__.items():
-        # A boolean key alone means true. Values are converted below, so that all problems are reported together.
-        alone = "true" if entry.type is bool else None
-        metavar = "|".join(entry.metadata["choices"] or ["VALUE"])
-        parser.add_argument(f"--{name}", nargs="?", const=alone, default=argparse.SUPPRESS, metavar=metavar,
-                            help=help_of(name))
-    texts, unknown = parser.parse_known_args(argv)
+    """The Config of a command line. Of a key given twice the last counts. Raises UserError with the first mistake."""
+    # A key for each field of Config, whose help is the comment behind it
+    arms = "\n".join(f"    {name:10} {arm.help}" for name, arm in ARMS.items())
+    parser = Parser(description=f"{__doc__}\nThe arms, for --method:\n\n{arms}", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    helps = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
+    for entry in fields(Config):
+        kind = {"type": entry.type}
+        if get_args(entry.type):
+            kind = {"choices": get_args(entry.type)}  # the words of a Literal
+        elif entry.type is bool:
+            kind = {"type": true_or_false, "nargs": "?", "const": True}  # the key alone means true
+        default = f"default: {entry.default}"
+        if entry.name in PRESETS["quickstart"]:
+            default += f"; quickstart: {PRESETS['quickstart'][entry.name]}"
+        text = helps[entry.name] if entry.default == "" else f"{helps[entry.name]} ({default})"
+        parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, help=text, **kind)
 
-    # Convert the values, and look for words that are no keys.
-    problems = []
-    given = {}
-    for name, text in vars(texts).items():
-        value = attempt(problems, convert, name, text)
-        if value is not None:
-            given[name] = value
-    for word in unknown:
-        name = word.lstrip("-").partition("=")[0]
-        similar = difflib.get_close_matches(name, Config.__dataclass_fields__, n=1)
-        advice = f"did you mean --{similar[0]}?" if similar else "write --key=value; --help lists the keys"
-        problems.append(f"{word}: unknown key; {advice}")
-
-    # Then what contradicts what
-    config = resolve_config(given)
-    problems += contradictions(config)
-    if problems:
-        raise UserError("\n".join(problems))
+    # What can be told without opening a file
+    config = resolve_config(vars(parser.parse_args(argv)))
+    for problem in contradictions(config):
+        raise UserError(problem)
+    parse_mixture(config.mixture)
+    resolve_device(config.device)
+    if config.wandb:
+        import_optional("wandb", "--wandb")
     return config
-
-
-def help_of(name: str) -> str:
-    """The meaning of a key, with its default and, where it differs, the quickstart's."""
-    entry = Config.__dataclass_fields__[name]
-    text = entry.metadata["help"]
-    if entry.default != "":
-        text += f" (default: {entry.default}"
-        if name in PRESETS["quickstart"]:
-            text += f"; quickstart: {PRESETS['quickstart'][name]}"
-        text += ")"
-    return text
-
-
-def convert(name: str, text: str | None):
-    """The value of a key from its text (None: it was given without). Raises UserError."""
-    entry = Config.__dataclass_fields__[name]
-    choices = entry.metadata["choices"]
-    if text is None:
-        raise UserError(f"--{name}: has no value; write --{name}=VALUE, or leave it out")
-    if entry.type is bool:
-        text = text.lower()
-    if choices and text not in choices:
-        raise UserError(f"--{name}={text}: must be one of {' '.join(choices)}")
-    if entry.type is bool:
-        return text == "true"
-    if entry.type is str:
-        return text
-    minimum = entry.metadata["minimum"]
-    maximum = entry.metadata["maximum"]
-    kind = "a whole number" if entry.type is int else "a number"
-    try:
-        value = entry.type(text)
-        if not minimum <= value <= maximum or not math.isfinite(value):
-            raise ValueError
-    except ValueError:
-        raise UserError(f"--{name}={text}: must be {kind} from {minimum} to {maximum}") from None
-    return value
 
 
 def resolve_config(given: dict) -> Config:
@@ -1635,7 +1568,7 @@ def resolve_config(given: dict) -> Config:
     preset = given.get("preset", "")
     if not preset:
         student = given.get("student", "")
-        names_a_model = given.get("teacher") or (student and not is_made(student))
+        names_a_model = given.get("teacher") or (student and not is_recipe(student))
         if not names_a_model:
             preset = "quickstart"
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
@@ -1655,9 +1588,9 @@ def main():
         print(flush=True)
         if config.preset == "quickstart":
             config = quickstart(config)
+        elif config.dry_run:
+            on_rank_0(preflight, config)
         if config.dry_run:
-            if config.preset != "quickstart":
-                on_rank_0(preflight, config)
             return
         folder = train(config)
         on_rank_0(report, config, folder)

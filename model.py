@@ -514,7 +514,7 @@ def read_weights(folder, model, dtype):
     config = model.config
     own = model.state_dict()
     stored = stored_tensors(folder)
-    expected = {name: checkpoint_name(name, config) for name in own if not name.startswith("extra.")}
+    expected = {name: checkpoint_name(name, config) for name in own}
 
     # The gpt2 of the hub was saved without "transformer." before its names
     prefix = expected["embed_tokens.weight"].split(".")[0] + "."

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import TokenBins, import_optional, run_program, saved_tokenizer, user_errors
+from data import TokenBins, UserError, import_optional, print_table, run_program, saved_tokenizer, user_errors
 
 # ------------ Eq. 1 and Eq. 2 -----------------------------------------------------------------------------------------
 
@@ -72,6 +72,19 @@ def checked_weights(name: str, weights, N: int) -> np.ndarray:
     weights = np.array(weights, dtype=np.float64)
     if weights.shape != (N,) or not (np.isfinite(weights) & (weights >= 0)).all() or not weights.any():
         raise ValueError(f"{name} {weights.tolist()} must be {N} finite weights ≥ 0, not all 0")
+    return weights
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """`name=weight,…` as a dict; {} if empty. Raises UserError."""
+    if not text:
+        return {}
+    try:
+        pairs = [part.split("=") for part in text.strip().split(",")]
+        weights = {name: float(weight) for name, weight in pairs}
+        checked_weights("weights", list(weights.values()), len(pairs))
+    except ValueError:
+        raise UserError(f"--mixture={text}: write name=weight,… with weights ≥ 0, not all 0") from None
     return weights
 
 
@@ -302,11 +315,6 @@ def read_run(path: str) -> tuple[str, list[dict]]:
     return Path(path).absolute().parent.name, lines
 
 
-def print_row(label: str, cells: list[str]):
-    """A row of a table: a label, and cells of one width."""
-    print(f"{label:24}" + "".join(f" {cell:>15}" for cell in cells))
-
-
 def show_replay(args: argparse.Namespace) -> dict[str, float]:
     """Print r as the rule and α make it from the perplexities that a run logged. Returns the last r."""
     # Replay with what the run used, unless the command line says otherwise
@@ -330,9 +338,10 @@ def show_replay(args: argparse.Namespace) -> dict[str, float]:
                 largest = max(largest, abs(line["r"][name] - r[name]))
 
     print(f"r by the rule {rule}, α = {alpha}")
-    print_row("step", [name[:15] for name in run["natural"]])
+    rows = [["step", *run["natural"]]]
     for line, r in zip(mixture_lines, replayed):
-        print_row(str(line["step"]), [f"{share:.4f}" for share in r.values()])
+        rows.append([str(line["step"])] + [f"{share:.4f}" for share in r.values()])
+    print_table(rows)
     print(f"largest difference from the run's own r: {largest:.1e}\n")
     if args.plot:
         plot([read_run(path)], args.plot, replayed)
@@ -359,16 +368,15 @@ def show_runs(args: argparse.Namespace):
     # The table: a row per run
     side = "test" if prefix else "validation"
     print(f"perplexity (ratio to the teacher's) on the {side} windows:\n")
-    names = [name[:15] for name in first_run]
-    print_row("", [*names, "worst ratio", "mean ratio"])
+    rows = [["", *first_run, "worst ratio", "mean ratio"]]
     for name, lines in runs:
         domains = lines[-1]["domains"]
         ratios = column(domains, prefix + "ratio")
-        cells = []
-        for ppl, ratio in zip(column(domains, prefix + "student_ppl"), ratios):
-            cells.append(f"{ppl:.2f} ({ratio:.2f})")
-        print_row(name, [*cells, f"{ratios.max():.3f}", f"{ratios.mean():.3f}"])
-    print_row("teacher", [f"{ppl:.2f}" for ppl in column(first_run, prefix + "teacher_ppl")])
+        ppl = column(domains, prefix + "student_ppl")
+        cells = [f"{one:.2f} ({ratio:.2f})" for one, ratio in zip(ppl, ratios)]
+        rows.append([name, *cells, f"{ratios.max():.3f}", f"{ratios.mean():.3f}"])
+    teacher = [f"{ppl:.2f}" for ppl in column(first_run, prefix + "teacher_ppl")]
+    print_table([*rows, ["teacher", *teacher, "", ""]])
     if args.plot:
         plot(runs, args.plot)
 
@@ -439,12 +447,13 @@ def show_draws(args: argparse.Namespace, r: dict[str, float] | None):
 
     # The table: wanted and drawn share, tokens, epochs
     print(f"{args.steps} steps of {args.batch_size} windows of {args.block_size} tokens:\n")
-    print_row("domain", ["windows", "wanted", "drawn", "tokens", "epochs"])
+    rows = [["domain", "windows", "wanted", "drawn", "tokens", "epochs"]]
     drawn_shares = sampler.drawn / sampler.drawn.sum()
     for i, name in enumerate(bins.names):
         tokens = sampler.drawn[i] * args.block_size
-        print_row(name, [f"{sampler.n_windows[i]:,}", f"{sampler.probs[i]:.2%}", f"{drawn_shares[i]:.2%}",
-                         f"{tokens:,}", f"{sampler.epochs[i]:.3f}"])
+        rows.append([name, f"{sampler.n_windows[i]:,}", f"{sampler.probs[i]:.2%}", f"{drawn_shares[i]:.2%}",
+                     f"{tokens:,}", f"{sampler.epochs[i]:.3f}"])
+    print_table(rows)
 
     # The next window of each domain
     domain_ids = np.arange(len(bins.names))
