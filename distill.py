@@ -316,9 +316,10 @@ def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
     sets the learning rate of every group."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     betas = [0.9, 0.95]  # a checkpoint gives a tuple back as a list, so that a resumed run's file would differ
-    return [torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay, "betas": betas},
+              {"params": vectors, "weight_decay": 0.0, "betas": betas}]
+    return [torch.optim.AdamW(groups, lr=config.lr, fused=True)]
 
 
 # ------------ One training step ---------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ paper's proportions: 10 domains × 500 windows every 1000 steps of 256 windows, 
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -23,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from data import TokenBins, build_bins, load_tokenizer, run_program
-from distill import distillation_loss, make_optimizers, perplexities, resolve_config
+from distill import distillation_loss, make_optimizers, perplexities, resolve_auto, resolve_config
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
 
@@ -71,7 +72,7 @@ def main():
 
     # The quickstart's step: the teacher's forward pass, Eq. 3, the student's forward and backward pass, AdamW
     torch.manual_seed(0)
-    config = resolve_config({})
+    config = resolve_auto(resolve_config({"device": "cpu"}))
     B = config.batch_size
     teacher = GPT(GPTConfig.scratch(4, 128, VOCAB, config.block_size))
     student = GPT(GPTConfig.scratch(2, 96, VOCAB, config.block_size))
@@ -90,8 +91,9 @@ def main():
         optimizer.zero_grad()
 
     step_s = median_seconds(step, args.repeats)
-    student_s = median_seconds(lambda: perplexities(student, {"": windows}, VOCAB, B), args.repeats)
-    teacher_s = median_seconds(lambda: perplexities(teacher, {"": windows}, VOCAB, B), args.repeats)
+    measure = functools.partial(perplexities, windows={"": windows}, vocab_size=VOCAB, config=config)
+    student_s = median_seconds(lambda: measure(student), args.repeats)
+    teacher_s = median_seconds(lambda: measure(teacher), args.repeats)
     print(f"{date.today()}, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}\n\n"
           f"A step of {B} × {config.block_size} tokens: {1e3 * step_s:.1f} ms\n\n"
           "| drawing and reading a batch | ms | of the step |\n|---|---|---|")

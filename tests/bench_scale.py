@@ -17,6 +17,7 @@ The same run checks that the bytes of weights, gradients and optimizer which `--
 """
 
 import argparse
+import inspect
 import os
 import sys
 import weakref
@@ -183,15 +184,16 @@ class Tracker(TorchDispatchMode):
 
 def replace_what_needs_values(tracker: Tracker, mesh):
     """Replace what reads files or values, neither of which exist here, and tell the tracker what the program does."""
-    def read_model(role, source, config, model_config, dtype):
+    def read_model(role, source, config, model_configs, dtype, *args, **kwargs):
         torch.set_default_dtype(dtype)
-        model = GPT(model_config)
+        model = GPT(model_configs[role])
         torch.set_default_dtype(torch.float32)
         return model
 
-    def eq3(student_logits, teacher_logits, per_token, equation, wants_gradient):
+    def eq3(student_logits, *args, **kwargs):
         torch.empty_like(student_logits, dtype=torch.float32)
-        return student_logits.new_zeros(3, dtype=torch.float32)
+        ce, kl = student_logits.new_zeros(2, len(student_logits), dtype=torch.float32)
+        return ce.sum(), ce, kl
 
     def loss_in_cudas_chunks(hidden, head, *args, **equation):
         chunk_size = default_chunk_size(len(head), on_cuda=True)
@@ -201,9 +203,8 @@ def replace_what_needs_values(tracker: Tracker, mesh):
     distill.compile_eq3 = lambda: eq3
     distill.read_model = read_model
     distill.on_rank_0 = lambda function, *args, share=True: function(*args)
-    distill.init_device_mesh = lambda *args: mesh
+    distill.init_device_mesh = lambda *args, **kwargs: mesh
     distill.set_model_state_dict = lambda *args, **options: None
-    dist.broadcast = lambda *args, **options: None
     GPT.to = GPT.to_empty = lambda model, *args, **options: model  # fake tensors are on their device from the start
     torch.Tensor.backward = tracker.wrap(BACKWARD, "backward pass")
     FakeTensor.item = lambda tensor: 1.0
@@ -248,13 +249,18 @@ def simulate(preset: str, micro_batch_size: int, args: argparse.Namespace, mesh)
         optimizer.register_step_pre_hook(lambda *_: held.update(tracker.by_kind()))
         optimizer.step = tracker.wrap(optimizer.step, "optimizer")
 
+        # What the step of a fork takes besides: something for each window of the batch
+        known = {"step", "student", "teacher", "optimizers", "windows", "vocab_size", "config"}
+        names_of_added = inspect.signature(training_step).parameters.keys() - known
+        added = {name: torch.zeros(config.batch_size, dtype=torch.long) for name in names_of_added}
+
         # One micro-batch, after which AdamW has its moments, and then a whole step
         windows = torch.zeros(config.batch_size // args.world, config.block_size + 1, dtype=torch.long)
         for windows_of_step in (windows[:config.micro_batch_size], windows):
             tracker.start_step()
             with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
                 training_step(0, models["student"], models["teacher"], [optimizer], windows_of_step,
-                              vocab_size=vocab_size, config=config)
+                              vocab_size=vocab_size, config=config, **added)
             n_flops = counter.get_total_flops()
 
     # What the dry run prints, beside what was held

@@ -27,6 +27,7 @@ import os
 import platform
 import re
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -43,8 +44,8 @@ import torch
 
 import distill
 from data import TokenBins, Tokenizer, build_bins
-from distill import (count_parameters, dense_distillation_loss, distillation_loss, make_optimizers, resolve_auto,
-                     resolve_config, spread, step_flops, train)
+from distill import (count_parameters, dense_distillation_loss, distillation_loss, make_optimizers, place, resolve_auto,
+                     resolve_config, step_flops, train)
 from model import GPT, GPTConfig, checkpoint_name, write_config
 from sample_mixture import MixtureSampler
 
@@ -111,7 +112,7 @@ def run_config(args: argparse.Namespace):
     folder = Path(args.folder)
     return resolve_config(dict(
         preset="paper", method="kd", teacher=str(folder / "teacher"), student=str(folder / "student"),
-        data_dir=str(folder / "bins"), out_dir=str(folder / "run"), resume="never", block_size=args.block_size,
+        data_dir=str(folder / "bins"), out_dir=str(folder / "run"), block_size=args.block_size,
         batch_size=args.batch_size, val_samples=1, interval=10**6, max_steps=args.steps, warmup_steps=1, lr=1e-4,
         min_lr=1e-4, save_every=0, device=args.device, dtype=args.dtype))
 
@@ -152,7 +153,7 @@ def parts(args: argparse.Namespace) -> dict:
     teacher = random_model(args, "teacher")
     student = random_model(args, "student")
     for model in (teacher, student):
-        spread(model, config, shard=False)  # compiles its blocks, if ours are
+        place(model, config, shard=False)  # compiles its blocks, if ours are
     optimizer, = make_optimizers(student, config)
     seconds = {"teacher": [], "student forward": [], "loss": [], "student backward": [], "optimizer": []}
     losses = []
@@ -187,6 +188,7 @@ def ours(args: argparse.Namespace) -> dict:
     distill.read_model = lambda role, *_: random_model(args, role)
     distill.weight_files = lambda folder: []  # to be hashed
     distill.save_checkpoint = lambda *_: None
+    shutil.rmtree(Path(args.folder) / "run", ignore_errors=True)  # of the round before
     train(run_config(args))
     lines = [json.loads(line) for line in open(Path(args.folder) / "run" / "metrics.jsonl")]
     steps = [line for line in lines if line["kind"] == "train"]

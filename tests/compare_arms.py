@@ -21,7 +21,7 @@ import platform
 import statistics
 import sys
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 # The four files are imported from --code, so it has to be known before the other arguments are read.
@@ -55,11 +55,22 @@ OWN_ARMS = ARMS.keys() - FORKS.keys()  # which the project's own code has
 for method in distill.ARMS:  # and what a fork has besides; doremi_proxy is a stage of cpt_doremi
     if method not in (*ARMS, "doremi_proxy"):
         ARMS[method] = {"method": method}
-ABLATIONS = {}  # name → the key that differs from DDK's
-for name in (*ABLATED, "alpha=0.0"):
-    key, _, value = name.partition("=")
-    ABLATIONS[name] = {key: distill.convert(key, value)}
 OWN_KEYS = ("method", "seed", "teacher", "student", "out_dir")  # of distill.py, which each run has its own of
+
+
+def own_keys(text: str, given: dict) -> dict:
+    """key=value,… of distill.py's keys, each of its type, checked beside those that are `given`. Raises UserError."""
+    texts = {}
+    for pair in text.split(",") if text else []:
+        name, _, value = pair.partition("=")
+        if name not in distill.Config.__dataclass_fields__ or name in OWN_KEYS:
+            raise UserError(f"--keys={text}: {name} is no key of distill.py, or each run's own")
+        texts[name] = value
+    config = distill.parse_config([f"--{name}={value}" for name, value in {**given, **texts}.items()])
+    return {name: getattr(config, name) for name in texts}
+
+
+ABLATIONS = {name: own_keys(name, {}) for name in (*ABLATED, "alpha=0.0")}  # name → the key that differs from DDK's
 
 
 @dataclass
@@ -133,9 +144,8 @@ def train_bpe(setting: Setting, folder: Path):
 
 def run(config: distill.Config) -> Path:
     """`train`, and what the arm does at its end; what it prints goes to `out_dir`.log."""
-    problems = distill.contradictions(config)
-    if problems:
-        raise UserError("\n".join(problems))
+    for problem in distill.contradictions(config):
+        raise UserError(problem)
     Path(config.out_dir).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{config.out_dir}.log", "a", encoding="utf-8") as log, redirect_stdout(log):
         folder = distill.train(config)
@@ -160,8 +170,7 @@ def run_arm(name: str, keys: dict) -> Path:
 def experiment(setting: Setting, common: dict, name: str, steps: int) -> dict:
     """All that a run of an arm follows from, but for its seed, to be kept with what it gave."""
     config = asdict(distill.resolve_config({**common, "preset": "quickstart", **(ARMS | ABLATIONS)[name]}))
-    keys = {entry.name: config[entry.name] for entry in fields(distill.Config)
-            if not entry.metadata["may_change"] and entry.name not in OWN_KEYS}
+    keys = {name: value for name, value in config.items() if name not in (*OWN_KEYS, *distill.MAY_CHANGE)}
     return {"setting": asdict(setting), "steps": steps, "keys": keys}
 
 
@@ -229,17 +238,6 @@ def chosen_arms(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def own_keys(text: str) -> dict:
-    """key=value,… of distill.py's keys, each of its type. Raises UserError."""
-    keys = {}
-    for pair in text.split(",") if text else []:
-        name, _, value = pair.partition("=")
-        if name not in distill.Config.__dataclass_fields__ or name in OWN_KEYS:
-            raise UserError(f"--keys={text}: {name} is no key of distill.py, or each run's own")
-        keys[name] = distill.convert(name, value)
-    return keys
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, parents=[CODE_PARSER],
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -256,7 +254,7 @@ def main():
     setting = SETTINGS[args.setting]
     arms = chosen_arms(args.arms)
     origin = setting.origin or args.setting
-    common = {"data_dir": f"data/{origin}", **setting.keys, **own_keys(args.keys)}
+    common = {"data_dir": f"data/{origin}", **setting.keys, **own_keys(args.keys, setting.keys)}
     out_dir = Path(args.out_dir or f"out/compare-{args.setting}")
     teacher_dir = Path(args.out_dir or f"out/compare-{origin}") / "teacher"
     if (setting.teacher is None) != os.path.isdir(args.teacher):
@@ -281,7 +279,8 @@ def main():
 
     # Bins and the teacher, once
     def pretrained(keys: dict, seed: int, folder: Path) -> Path:
-        config = distill.pretraining({**common, "test_samples": 0, **keys}, seed=seed, out_dir=str(folder))
+        config = distill.resolve_config({**distill.PRETRAINING, **common, "test_samples": 0, **keys, "seed": seed,
+                                         "out_dir": str(folder)})
         if args.steps:
             config.max_steps = args.steps
             config.warmup_steps = 0

@@ -32,26 +32,28 @@ PRECISIONS = {  # name → dtype of the inputs, and tolerance: a share of the la
 }
 
 
-def eq3(student_logits, teacher_logits, targets, token_weights, *, gamma, temperature, direction, vocab_size,
+def eq3(student_logits, teacher_logits, targets, token_weights, gamma, *, temperature, direction, vocab_size,
         num_tokens):
-    """Eq. 3 as the paper prints it, in loops over Python numbers → [loss, ce, kl]."""
+    """Eq. 3 as the paper prints it, in loops over Python numbers → loss, and ce and kl of each token."""
     def softmax(logits):
         exponentials = [math.exp(z / temperature) for z in logits[:vocab_size]]
         return [e / sum(exponentials) for e in exponentials]
 
-    ce = 0.0
-    kl = 0.0
-    tokens = zip(student_logits.tolist(), teacher_logits.tolist(), targets.tolist(), token_weights.tolist())
-    for z_S, z_T, target, weight in tokens:
+    loss = 0.0
+    ce = [0.0] * len(targets)
+    kl = [0.0] * len(targets)
+    tokens = zip(*(values.tolist() for values in (student_logits, teacher_logits, targets, token_weights, gamma)))
+    for i, (z_S, z_T, target, weight, coefficient) in enumerate(tokens):
         if target == IGNORED:
             continue
-        ce += weight * (math.log(sum(math.exp(z) for z in z_S)) - z_S[target]) / num_tokens
+        ce[i] = math.log(sum(math.exp(z) for z in z_S)) - z_S[target]
         first = softmax(z_T)
         second = softmax(z_S)
         if direction == "reverse":
             first, second = second, first
-        kl += weight * sum(p * math.log(p / q) for p, q in zip(first, second)) / num_tokens
-    return [ce + gamma * kl, ce, kl]
+        kl[i] = sum(p * math.log(p / q) for p, q in zip(first, second))
+        loss += weight * (ce[i] + coefficient * kl[i]) / num_tokens
+    return loss, ce, kl
 
 
 def example(rows=(13, 13), shape=(2, 5), ignored="some", dtype=torch.float64):
@@ -87,8 +89,9 @@ BOTH = pytest.mark.parametrize("loss_fn", [on_logits, distillation_loss], ids=["
 def with_gradients(loss_fn, inputs, autocast=False, **keywords):
     """[loss, ce, kl, and the gradients of student_hidden and student_head]."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        losses = loss_fn(*inputs, **keywords)
-    return [loss.detach() for loss in losses] + list(torch.autograd.grad(losses[0], inputs[:2]))
+        loss, ce, kl = loss_fn(*inputs, **keywords)
+    assert ce.shape == kl.shape == inputs[4].shape and not ce.requires_grad and not kl.requires_grad
+    return [loss.detach(), ce, kl, *torch.autograd.grad(loss, inputs[:2])]
 
 
 def assert_equal(results, expected, tolerance):
@@ -112,18 +115,18 @@ def assert_is_dense(inputs, precision="float64", **keywords):
 
 
 @pytest.mark.parametrize("equation, kl", [
-    ({}, 0.0654060180),  # (3/4 ln 3/2 + 1/4 ln 1/2 + 0) / 2
-    (dict(direction="reverse"), 0.0719205181),  # (1/2 ln 2/3 + 1/2 ln 2 + 0) / 2
+    ({}, 0.1308120359),  # 3/4 ln 3/2 + 1/4 ln 1/2
+    (dict(direction="reverse"), 0.1438410362),  # 1/2 ln 2/3 + 1/2 ln 2
 ])
 def test_two_tokens_by_hand_with_the_papers_values_as_defaults(equation, kl):
     student = torch.tensor([[1 / 2, 1 / 2], [3 / 4, 1 / 4]], dtype=torch.float64).log()
     teacher = torch.tensor([[3 / 4, 1 / 4], [3 / 4, 1 / 4]], dtype=torch.float64).log()
     targets = torch.tensor([0, 1])
     identity = torch.eye(2, dtype=torch.float64)
-    ce = 1.0397207708  # (ln 2 + ln 4) / 2
-    for losses in (dense_distillation_loss(student, teacher, targets, **equation),
-                   distillation_loss(student, identity, teacher, identity, targets, **equation)):
-        assert [loss.item() for loss in losses] == pytest.approx([ce + 0.2 * kl, ce, kl], abs=1e-10)
+    for loss, *per_token in (dense_distillation_loss(student, teacher, targets, **equation),
+                             distillation_loss(student, identity, teacher, identity, targets, **equation)):
+        assert loss.item() == pytest.approx((math.log(2) + math.log(4) + 0.2 * kl) / 2, abs=1e-10)
+        assert torch.cat(per_token).tolist() == pytest.approx([math.log(2), math.log(4), kl, 0], abs=1e-10)
 
 
 @BOTH
@@ -131,34 +134,24 @@ def test_two_tokens_by_hand_with_the_papers_values_as_defaults(equation, kl):
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("weighted", [False, True])
-def test_both_losses_are_eq_3(loss_fn, temperature, direction, heads, weighted):
+def test_both_losses_are_eq_3_and_ce_and_kl_of_each_token_are_without_weights_and_gamma(
+        loss_fn, temperature, direction, heads, weighted):
     rows, vocab_size = HEADS[heads]
     inputs = example(rows)
-    logits = [F.linear(inputs[0], inputs[1]).flatten(0, 1), F.linear(inputs[2], inputs[3]).flatten(0, 1)]
-    keywords = dict(gamma=0.3, temperature=temperature, direction=direction)
+    logits = [F.linear(inputs[0], inputs[1]), F.linear(inputs[2], inputs[3])]
+    weights, gamma, num_tokens = torch.ones(2, 5), torch.full((2, 5), 0.3, dtype=torch.float64), 7
+    keywords = dict(gamma=0.3)
     if weighted:
-        weights = weights_like(inputs[4])
-        expected = eq3(*logits, inputs[4].flatten(), weights.flatten(), vocab_size=13, num_tokens=6.5, **keywords)
-        keywords.update(token_weights=weights, num_tokens=6.5)
-    else:
-        expected = eq3(*logits, inputs[4].flatten(), torch.ones(10), vocab_size=13, num_tokens=7, **keywords)
-    losses = loss_fn(*inputs, vocab_size=vocab_size, **keywords)
-    assert [loss.item() for loss in losses] == pytest.approx(expected, rel=1e-12)
-
-
-@BOTH
-def test_gamma_per_token_weighs_the_divergence_alone_and_the_kl_that_is_returned_is_without_it(loss_fn):
-    inputs = example()
-    gamma = torch.linspace(0, 1, 10, dtype=torch.float64).view(2, 5)
-    loss, ce, kl = loss_fn(*inputs, gamma=gamma)
-    _, ce_alone, kl_alone = loss_fn(*inputs)
-    assert (ce, kl) == (ce_alone, kl_alone)
-    _, _, weighted_kl = loss_fn(*inputs, token_weights=gamma, num_tokens=7)
-    assert loss.item() == pytest.approx((ce + weighted_kl).item())
-
-    # One value for each window will do.
-    losses = [loss_fn(*inputs, gamma=weights)[0].item() for weights in (gamma[:, :1], gamma[:, :1].expand(2, 5))]
-    assert losses[0] == pytest.approx(losses[1])
+        weights, gamma, num_tokens = weights_like(inputs[4]), 1 - weights_like(inputs[4]) / 2, 6.5
+        keywords = dict(gamma=gamma, token_weights=weights, num_tokens=num_tokens)
+    equation = dict(temperature=temperature, direction=direction)
+    per_token = [tensor.flatten(0, 1) for tensor in (*logits, inputs[4], weights, gamma)]
+    expected = eq3(*per_token, vocab_size=13, num_tokens=num_tokens, **equation)
+    losses = loss_fn(*inputs, vocab_size=vocab_size, **equation, **keywords)
+    for ours, exact in zip(losses, expected):
+        assert ours.flatten().tolist() == pytest.approx(exact if isinstance(exact, list) else [exact], rel=1e-12)
+    for values in losses[1:]:
+        assert values.shape == (2, 5) and not values.requires_grad and (values[inputs[4] == IGNORED] == 0).all()
 
 
 @pytest.mark.parametrize("equation", [{}, dict(direction="reverse", temperature=2.0, vocab_size=8)])
@@ -173,13 +166,14 @@ def test_the_gradient_of_the_equation_is_its_finite_difference(equation):
 @BOTH
 def test_without_a_teacher_or_at_gamma_0_it_is_cross_entropy_and_a_teachers_kl_is_returned(loss_fn):
     inputs = example()
-    logits = F.linear(*inputs[:2]).flatten(0, 1)
-    cross_entropy = F.cross_entropy(logits, inputs[4].flatten(), ignore_index=IGNORED)
-    expected = [cross_entropy, cross_entropy, *torch.autograd.grad(cross_entropy, inputs[:2])]
-    for teacher, keywords, kl in ([None, None], {}, 0), (inputs[2:4], dict(gamma=0.0), loss_fn(*inputs)[2].item()):
+    _, _, kl = loss_fn(*inputs)
+    ce = F.cross_entropy(F.linear(*inputs[:2]).transpose(1, 2), inputs[4], ignore_index=IGNORED, reduction="none")
+    cross_entropy = ce.sum() / 7
+    gradients = torch.autograd.grad(cross_entropy, inputs[:2])
+    ce, cross_entropy = ce.detach(), cross_entropy.detach()
+    for teacher, keywords, kl in ([None, None], {}, torch.zeros_like(ce)), (inputs[2:4], dict(gamma=0.0), kl):
         results = with_gradients(loss_fn, [*inputs[:2], *teacher, inputs[4]], **keywords)
-        assert results.pop(2).item() == pytest.approx(kl)
-        assert_equal(results, expected, 1e-12)
+        assert_equal(results, [cross_entropy, ce, kl, *gradients], 1e-12)
 
 
 def test_in_bfloat16_a_sure_prediction_has_a_gradient_still():
@@ -207,11 +201,11 @@ def test_logits_of_1000_and_rows_beyond_the_tokenizers_ids_have_the_gradients_of
     second = F.log_softmax(exact[:, :50] / temperature, dim=-1)
     if direction == "reverse":
         first, second = second, first
-    exact_kl = F.kl_div(second, first, reduction="batchmean", log_target=True)
-    exact_loss = F.cross_entropy(exact, targets) + 0.5 * exact_kl
+    exact_kl = F.kl_div(second, first, reduction="none", log_target=True).sum(dim=-1)
+    exact_loss = F.cross_entropy(exact, targets) + 0.5 * exact_kl.mean()
     exact_gradient, = torch.autograd.grad(exact_loss, exact)
-    assert [loss.item(), kl.item()] == pytest.approx([exact_loss.item(), exact_kl.item()], rel=1e-5)
-    assert_equal([gradient.double()], [exact_gradient], 1e-5)
+    results = [tensor.detach().double() for tensor in (loss, kl, gradient)]
+    assert_equal(results, [exact_loss.detach(), exact_kl.detach(), exact_gradient], 1e-5)
 
 
 @BOTH
@@ -251,18 +245,30 @@ def test_tokens_come_in_any_shape_and_count_as_in_the_dense_loss(shape, ignored,
     assert_is_dense(inputs, precision, num_tokens=num_tokens, chunk_size=4, token_weights=weights, gamma=1 + weights)
 
 
-def test_whatever_has_the_targets_shape_goes_with_the_tokens_without_a_name_in_distillation_loss(monkeypatch):
-    """Here a value per token that Eq. 3 does not have: a share of the cross-entropy that is left out."""
-    dense = dense_distillation_loss
+@pytest.mark.parametrize("shape", [(2, 5), (5,), (2, 1), (1,), (), (2, 5, 13), (2, 1, 13)], ids=str)
+def test_a_value_or_a_row_for_each_target_goes_with_the_tokens_without_a_name_in_distillation_loss(monkeypatch, shape):
+    """Here a factor of the student's logits, which Eq. 3 does not have: a row of them has one for each id."""
+    def with_factor(student_logits, teacher_logits, targets, *, factor, **equation):
+        if 0 < factor.dim() <= targets.dim():  # a value for each target
+            factor = factor.expand_as(targets).unsqueeze(-1)
+        return dense_distillation_loss(factor * student_logits, teacher_logits, targets, **equation)
 
-    def with_dropped(student_logits, teacher_logits, targets, *, dropped, **equation):
-        return dense(student_logits, teacher_logits, targets, token_weights=1 - dropped, **equation)
-
-    monkeypatch.setattr(distill, "dense_distillation_loss", with_dropped)
     inputs = example()
-    dropped = weights_like(inputs[4]) / 4
-    results = with_gradients(distillation_loss, inputs, chunk_size=3, dropped=dropped)
-    assert_equal(results, with_gradients(on_logits, inputs, token_weights=1 - dropped), 1e-10)
+    factor = torch.linspace(1, 2, math.prod(shape), dtype=torch.float64).view(shape)
+    expected = with_gradients(
+        lambda hidden, head, *rest: with_factor(F.linear(hidden, head), F.linear(*rest[:2]), rest[2], factor=factor),
+        inputs)
+    monkeypatch.setattr(distill, "dense_distillation_loss", with_factor)
+    assert_equal(with_gradients(distillation_loss, inputs, chunk_size=3, factor=factor), expected, 1e-10)
+
+
+@pytest.mark.parametrize("shape", [(10,), (3, 5), (5, 2), (10, 13), (2, 4, 13), (5, 2, 13)], ids=str)
+def test_a_tensor_of_another_shape_than_the_targets_is_refused(shape):
+    with pytest.raises(RuntimeError, match="expand"):
+        distillation_loss(*example(), token_weights=torch.ones(shape))
+    student_hidden, *rest, targets = example()
+    with pytest.raises(AssertionError):
+        distillation_loss(student_hidden, *rest, torch.zeros(shape, dtype=torch.long))
 
 
 def test_tensors_need_not_be_contiguous_and_are_left_as_they_are():
@@ -348,12 +354,12 @@ def test_it_never_holds_the_logits_of_all_tokens(direction, shape, rows, chunk_s
 
 def test_it_keeps_its_gradients_alone_for_the_backward_pass():
     def kept(loss_fn, **keywords):
-        """Bytes that are allocated after the loss and were not before."""
+        """Bytes that are allocated after the loss and were not before, but for ce and kl of each token."""
         inputs = example((200, 210), shape=(64,))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             losses = loss_fn(*inputs, **keywords)
         assert losses[0].requires_grad
-        return sum(event.self_cpu_memory_usage for event in profile.key_averages())
+        return sum(event.self_cpu_memory_usage for event in profile.key_averages()) - 2 * 8 * 64
 
     gradients = 8 * 64 * 4 + 8 * 200 * 4
     assert gradients <= kept(distillation_loss, chunk_size=8) < gradients + 1000
@@ -452,9 +458,14 @@ def val_windows() -> dict[str, torch.Tensor]:
     return {name: torch.randint(9, (7, 13), generator=generator) for name in ("code", "prose")}
 
 
+def measure(gpt: GPT, micro_batch_size: int = 3) -> dict[str, float]:
+    config = Config(device="cpu", dtype="float32", micro_batch_size=micro_batch_size)
+    return perplexities(gpt, val_windows(), vocab_size=9, config=config)
+
+
 def test_perplexity_is_exp_of_the_mean_cross_entropy_over_the_tokenizers_ids():
     gpt = small_gpt()
-    measured = perplexities(gpt, val_windows(), 9, 3)
+    measured = measure(gpt)
     assert list(measured) == ["code", "prose"]
     for name, windows in val_windows().items():
         logits = gpt(windows)[:, :-1, :9].double()  # the whole window in, the last prediction unused
@@ -464,19 +475,19 @@ def test_perplexity_is_exp_of_the_mean_cross_entropy_over_the_tokenizers_ids():
 
     # Neither rows beyond the tokenizer's ids count, nor how the windows are split
     gpt.lm_head.weight.data[9:] *= 1e4
-    assert perplexities(gpt, val_windows(), 9, 3) == measured
+    assert measure(gpt) == measured
     for micro_batch_size in (1, 2, 7, 100):
-        assert perplexities(gpt, val_windows(), 9, micro_batch_size) == pytest.approx(measured, rel=1e-5)
+        assert measure(gpt, micro_batch_size) == pytest.approx(measured, rel=1e-5)
 
     # A uniform model has as many choices as ids
     gpt.lm_head.weight.data.zero_()
-    assert perplexities(gpt, val_windows(), 9, 3) == {"code": pytest.approx(9), "prose": pytest.approx(9)}
+    assert measure(gpt) == {"code": pytest.approx(9), "prose": pytest.approx(9)}
 
 
 def test_a_loss_whose_exponential_is_beyond_floats_is_a_large_perplexity():
     gpt = small_gpt()
     gpt.lm_head.weight.data *= 1e5
-    assert perplexities(gpt, val_windows(), 9, 3) == dict.fromkeys(["code", "prose"], math.exp(700))
+    assert measure(gpt) == dict.fromkeys(["code", "prose"], math.exp(700))
 
 
 # ------------ Learning rate -------------------------------------------------------------------------------------------
