@@ -672,14 +672,11 @@ def eq3_of_chunk(student_logits, teacher_logits, per_token: dict, equation: dict
     return parts
 
 
-RECOMPILE_LIMIT = 64  # variants of one piece of code in one process; torch's own 8 are few, and more run uncompiled
-
-
 @functools.cache
 def compile_eq3():
     """eq3_of_chunk, compiled, so that its passes over the logits are fused. If torch.compile fails here, it warns once
     and runs uncompiled, which is slower and holds a dozen copies of the chunk's logits."""
-    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    torch._dynamo.config.recompile_limit = 64
     compiled = torch.compile(eq3_of_chunk, dynamic=False)
     works = True
 
@@ -826,7 +823,7 @@ def models_of(config: Config) -> dict[str, str]:
 def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Path | None) -> dict[str, GPT]:
     """The models that the run still needs, role → model, on every rank; the student from `resumed` if it continues."""
     if config.compile == "true":
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT  # the blocks of all models are one piece of code
+        torch._dynamo.config.recompile_limit = 64  # variants of Block.forward: past torch's own 8 it runs uncompiled
         torch._dynamo.config.optimize_ddp = False  # which would cut blocks at DDP's buckets
     models = {}
     for role, source in models_of(config).items():
@@ -1463,16 +1460,17 @@ def quickstart(config: Config) -> Config:
         run = resolve_config({**PRETRAINING, **keys, "data_dir": config.data_dir, "device": config.device,
                               "out_dir": f"{config.data_dir}/{role}", "compile": config.compile,
                               "timeout": config.timeout, "dry_run": config.dry_run})
-        folder = on_rank_0(finished_run, Path(run.out_dir))
-        if folder is not None:
-            print(f"The {role} was made before, with the --pretrain_steps of that time: {folder}")
-            config = replace(config, **{role: str(folder)})
+        source = on_rank_0(finished_run, Path(run.out_dir))
+        if source is not None:
+            print(f"The {role} was made before, with the --pretrain_steps of that time: {source}")
         else:
             on_rank_0(check_pretraining, role, run, config)
             to_make[role] = run
+            source = run.student
+        config = replace(config, **{role: str(source)})
 
     # All checks of the main run, before minutes of training
-    on_rank_0(preflight, replace(config, **{role: run.student for role, run in to_make.items()}))
+    on_rank_0(preflight, config)
     for role, run in to_make.items():
         print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}. The run that makes it calls "
               "it the student.", flush=True)

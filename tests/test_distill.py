@@ -450,11 +450,13 @@ def test_the_last_step_is_evaluated_and_saved_whatever_k(config, tmp_path):
     assert end["domains"]["digits"]["student_ppl"] != mixture[1]["domains"]["digits"]["student_ppl"]
 
 
-def test_max_steps_0_only_evaluates(program, tmp_path):
+def test_max_steps_0_evaluates_and_saves_the_student_without_training(program, tmp_path):
     status, out, err = program("--max_steps=0")
     assert (status, err) == (0, "") and f"The student is in {tmp_path / 'run' / 'step_00000000'}" in out
     assert [line["kind"] for line in read_lines(tmp_path / "run")] == ["run", "mixture", "end"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (tmp_path / "run" / "mixture.txt").exists()
+    status, _, err = program()  # which is another run
+    assert status == 2 and err.startswith(f"error: --max_steps=8: the run in {tmp_path / 'run'} has another max_steps, 0")
 
 
 def test_cpt_goes_without_a_teacher(program, tmp_path):

@@ -5,6 +5,7 @@ environment that torchrun would give them: a run takes half a second. The launch
 happens to a run, and what is seen of it from inside, goes through its training steps: see Watch.
 """
 
+import inspect
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from conftest import read_lines
+from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
@@ -229,6 +231,26 @@ def main_with_event(folder: Path, rank: int, keys: dict, event: dict):
     distill.training_step = Watch(event, rank, folder).training_step
     sys.argv = ["distill.py", *words(keys)]
     run_program(distill.main)
+
+
+def do_fork(folder: Path, rank: int, world: int, port: int, keys: dict, event: dict):
+    """The same of a fork, in which a module is trained along that is no part of the student's model."""
+    places = {  # function → the line before which the fork adds its own
+        "load_models": ('    extra = models["student"].extra\n', """\
+    torch.manual_seed(rank())  # another module on each rank: rank 0's has to be taken
+    models["student"].extra["filter"] = nn.Linear(32, 32)
+"""),
+        "training_step": ("            return loss, ce, kl\n", """\
+            error = getattr(student, "module", student).extra["filter"](hidden) - hidden
+            term = error.square().sum() / num_tokens
+            terms["filter"] = term.detach()
+            loss = loss + term
+""")}
+    for name, (line, added) in places.items():
+        source = inspect.getsource(getattr(distill, name))
+        assert source.count(line) == 1, line
+        exec(source.replace(line, added + line), vars(distill))
+    do_main(folder, rank, world, port, keys, event)
 
 
 def do_torchrun(folder: Path, rank: int, world: int, port: int, options: list[str]):
@@ -495,6 +517,32 @@ def test_a_run_goes_on_under_any_other_layout(runs):
     alone, (one,) = runs["one"]
     assert windows == one["windows"]
     assert_close(out_dir, alone)
+
+
+def test_a_module_that_is_trained_along_is_saved_beside_the_model_and_restored_in_another_layout(
+        processes, given, tmp_path):
+    def start(name: str, world: int, event: dict, **keys) -> list[int]:
+        keys = {**given, **SHORT, "out_dir": tmp_path / name, **keys}
+        return wait(begin(processes, tmp_path, do_fork, keys, event, world=world))
+
+    stop = dict(what="signal", at=5, signal=signal.SIGTERM)
+    assert start("straight", 0, {}) == [0]
+    assert start("moved", 2, stop, parallel="fsdp") == [128 + signal.SIGTERM] * 2
+    assert start("moved", 2, stop | {"at": 7}, parallel="ddp") == [128 + signal.SIGTERM] * 2
+    assert start("moved", 2, {}, parallel="fsdp") == [0, 0]
+    assert_close(tmp_path / "moved", tmp_path / "straight")
+    terms = [[line["filter"] for line in read_lines(tmp_path / name, "train")] for name in ("moved", "straight")]
+    assert terms[0] == pytest.approx(terms[1], rel=1e-5) and terms[0][-1] < terms[0][0]
+
+    folder = tmp_path / "moved" / "step_00000008"
+    filters = [load_file(path / "extra.safetensors") for path in
+               (folder, tmp_path / "straight" / folder.name, folder.with_name("step_00000002"))]
+    assert filters[0].keys() == {"filter.weight", "filter.bias"}
+    for name, weight in filters[0].items():
+        torch.testing.assert_close(weight, filters[1][name], rtol=0, atol=1e-5)
+        assert (weight - filters[2][name]).abs().max() > 1e-4
+    assert not any("filter" in name for name in load_file(folder / "model.safetensors"))
+    GPT.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -22,8 +22,11 @@ def test_nothing_is_left_to_be_filled_in():
 
 
 def test_the_table_of_arms_is_the_codes():
-    for name, arm in ARMS.items():
-        assert f"| `{name}` | `{arm.rule}` | {arm.divergence or 'none'} | {arm.help} |" in README
+    """A fork's arm does not have to be in it."""
+    rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (\w+) \| (.*) \|$", README, re.MULTILINE)
+    assert {name for name, *_ in rows} >= {"ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"}
+    for name, *row in rows:
+        assert row == [ARMS[name].rule, ARMS[name].divergence or "none", ARMS[name].help]
 
 
 def test_each_key_that_the_readme_names_is_there():
