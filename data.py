@@ -102,15 +102,15 @@ def import_optional(module: str, needed_for: str, or_else: str = ""):
         return importlib.import_module(module)
 
 
-def model_folder(source: str | Path, key: str, files: Iterable[str]) -> Path:
+def model_folder(source: str | Path, option: str, files: Iterable[str]) -> Path:
     """The folder that `source` names. If it is a name on the Hugging Face Hub, the folder that has `files` (patterns).
 
     It is a name if it looks like OWNER/MODEL and neither it nor OWNER exists here. What huggingface_hub's cache lacks
-    is downloaded. UserError if that cannot be done; it calls the source by `key`."""
+    is downloaded. UserError if that cannot be done; it names the `option` that gave the source."""
     path = Path(source)
     if path.exists() or path.parent.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         return path
-    where = f"{key}={source}: no such folder, and not to be had from the Hugging Face Hub"
+    where = f"{option}={source}: no such folder, and not to be had from the Hugging Face Hub"
     download = f"hf download {source} --local-dir models/{path.name}"
     fix = f"name a folder; where there is a network:  {download}"
     huggingface_hub = import_optional("huggingface_hub", where, f"or {fix}")
@@ -174,12 +174,12 @@ def locked(folder: Path):
 FORMAT_VERSION = 2
 
 
-def read_meta(data_dir: str | Path, key: str = "--data_dir") -> dict:
-    """meta.json of a bins folder, checked against the files beside it. UserError calls the folder by `key`."""
+def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
+    """meta.json of a bins folder, checked against the files beside it. UserError names the `option` that gave it."""
     data_dir = Path(data_dir)
     path = data_dir / "meta.json"
     if not path.is_file():
-        raise UserError(f"{key}={data_dir}: has no meta.json; make bins with data.py --out_dir={data_dir}")
+        raise UserError(f"{option}={data_dir}: has no meta.json; make bins with data.py --out_dir={data_dir}")
     with user_errors(path, "copy the folder again, or delete meta.json and make the bins again"):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
@@ -207,10 +207,11 @@ class TokenBins:
     """The bins of a folder, cut into windows of block_size + 1 tokens: the inputs, and the targets one token later.
 
     A bin of n tokens has (n − 1) // B windows, B = block_size, and window i is the tokens i·B … i·B + B inclusive.
-    `names` selects domains (default: all); UserError calls that selection by `key`. UserError if a domain is missing
+    `names` selects domains (default: all). UserError, which names the `option` that gave them, if a domain is missing
     or has no train window. No file stays open, so an instance can be pickled."""
 
-    def __init__(self, data_dir: str | Path, block_size: int, names: list[str] | None = None, key: str = "--domains"):
+    def __init__(self, data_dir: str | Path, block_size: int, names: list[str] | None = None,
+                 option: str = "--domains"):
         meta = read_meta(data_dir)
         self.dir = Path(data_dir)
         self.block_size = block_size
@@ -221,7 +222,7 @@ class TokenBins:
         self.n_windows = {}  # name → number of train windows
         for name in self.names:
             if name not in meta["domains"]:
-                raise UserError(f"{key}: {self.dir} has no {name}; it has {' '.join(meta['domains'])}")
+                raise UserError(f"{option}: {self.dir} has no {name}; it has {' '.join(meta['domains'])}")
             self.domains[name] = meta["domains"][name]
             self.n_windows[name] = self._count(name, "train")
             if self.n_windows[name] == 0:
@@ -952,6 +953,13 @@ def quickstart_documents(n_bytes: dict[str, int]) -> Iterator[tuple[str, str]]:
             if 200 < len(text) <= QUICKSTART[name]["longest"] and letters > 0.4 * len(text):
                 taken += len(text.encode())
                 yield name, text
+
+
+def build_quickstart_bins(folder: Path):
+    """The quickstart's bins, unless they are there."""
+    if not (folder / "meta.json").is_file():
+        print(f"Collecting text into {folder} …", flush=True)
+        build_bins(folder, load_tokenizer("bytes"), quickstart_documents(QUICKSTART_BYTES), val_fraction=0.1)
 
 
 # ------------ The program ---------------------------------------------------------------------------------------------

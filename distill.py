@@ -50,9 +50,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from data import (LOCK, MODEL_FILES, QUICKSTART_BYTES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError,
-                  build_bins, digest, file_sha256, fsync, import_optional, is_tiktoken, load_tokenizer, locked,
-                  model_folder, model_tokenizer, print_table, quickstart_documents, run_program, save_tokenizer,
-                  user_errors, write_text)
+                  build_quickstart_bins, digest, file_sha256, fsync, import_optional, is_tiktoken, locked, model_folder,
+                  model_tokenizer, print_table, run_program, save_tokenizer, user_errors, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import RULES, MixtureSampler, parse_mixture, read_metrics
 
@@ -368,7 +367,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
         for name, value in logged.items():
             sums[name] = sums.get(name, 0) + value
     if isinstance(teacher, FSDPModule):
-        teacher.reset_iter_state()  # it lists its forward passes until a backward pass, which no teacher has
+        teacher.reset_iter_state()  # its list of forward passes grows, since no backward pass clears it
 
     # Clip the gradient, and stop where training has gone wrong: all ranks, or none, since they know the same numbers.
     max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
@@ -400,7 +399,7 @@ def train(config: Config) -> Path:
 
     The loop runs max_steps + 1 times, so that the student is evaluated before the first update and after the last one.
     Each time it evaluates and updates r, if due; saves, if due; and makes one update, unless it was the last."""
-    config = resolve_auto(config)  # again, for who calls train directly: it changes nothing that is resolved
+    config = resolve_auto(config)  # idempotent: the quickstart and tests call train directly
     arm = ARMS[config.method]
 
     with RunFolder(Path(config.out_dir)) as run:
@@ -824,7 +823,7 @@ def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Pa
     """The models that the run still needs, role → model, on every rank; the student from `resumed` if it continues."""
     if config.compile == "true":
         torch._dynamo.config.recompile_limit = 64  # variants of Block.forward: past torch's own 8 it runs uncompiled
-        torch._dynamo.config.optimize_ddp = False  # which would cut blocks at DDP's buckets
+        torch._dynamo.config.optimize_ddp = False  # True would cut blocks at DDP's buckets
     models = {}
     for role, source in models_of(config).items():
         dtype = getattr(torch, config.dtype)
@@ -896,7 +895,7 @@ def place(model: GPT, config: Config, shard: bool):
         model.to_empty(device=config.device)
 
     # Rank 0 hands the weights out, one tensor at a time. Where there is no memory yet, they are assigned.
-    set_model_state_dict(model, whole_state, options=whole_tensors())
+    set_model_state_dict(model, whole_state, options=whole_tensor_options())
 
 
 def recomputed(forward: Callable) -> Callable:
@@ -906,8 +905,8 @@ def recomputed(forward: Callable) -> Callable:
     return checkpointed
 
 
-def whole_tensors(cpu_offload: bool = False) -> StateDictOptions:
-    """State dicts have whole tensors, which rank 0 reads and writes, so that any number of ranks can continue."""
+def whole_tensor_options(cpu_offload: bool = False) -> StateDictOptions:
+    """For state dicts of whole tensors, which rank 0 reads and writes: any number of ranks can continue from them."""
     return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload, broadcast_from_rank0=dist.is_initialized())
 
 
@@ -1013,8 +1012,8 @@ def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
 def check_same_experiment(out_dir: Path, record: dict):
     """Raises UserError if `out_dir` holds a run of another experiment than `record`, naming each key that differs.
 
-    Where a key says what something is made of, its content is compared, and otherwise its value. What that run did not
-    record, since the key is newer, counts as the key's default, and a content as the same."""
+    Of bins and models the content is compared, of other keys the value. Keys added since that run count as their
+    defaults there, and contents added since as the same."""
     path = out_dir / "config.json"
     with user_errors(path, "not as a run writes it; name another --out_dir"):
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -1055,7 +1054,7 @@ def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: l
     """Write the checkpoint of this step, then delete all but the newest `keep`. All ranks call it, rank 0 writes, and
     none leaves before it is whole."""
     # Gather whole tensors. Before the first update an optimizer has no state: asked for it, torch would initialise one.
-    options = whole_tensors(cpu_offload=True)
+    options = whole_tensor_options(cpu_offload=True)
     weights = get_model_state_dict(student, options=options)
     optimizer_state = None
     if state.step > 0:
@@ -1112,6 +1111,8 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
             aside = aside.with_name(f"{aside.name}.1")
         os.replace(folder, aside)
         print(f"WARNING: {folder}: {', '.join(wrong)} missing or changed; renamed {aside.name}")
+    if list(out_dir.glob("corrupt_step_*")):
+        print(f"{out_dir}: no whole checkpoint is left: starting again from step 0")
     return None
 
 
@@ -1142,7 +1143,7 @@ def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, st
     read = functools.partial(torch.load, map_location="cpu", weights_only=True)
     optimizer_state = on_rank_0(read_saved, folder / "optimizer.pt", read, share=False)
     if state.step > 0:
-        set_optimizer_state_dict(student, optimizers, optimizer_state or {}, options=whole_tensors())
+        set_optimizer_state_dict(student, optimizers, optimizer_state or {}, options=whole_tensor_options())
 
 
 # ------------ Checks before anything slow -----------------------------------------------------------------------------
@@ -1376,11 +1377,9 @@ def first_warnings(rows: dict[str, dict], bins: TokenBins, config: Config) -> li
             found.append(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
                          f"{1 / row['ratio']:.2f}")
         if row["documents"] < 20:
-            advice = "give the domain more text, or documents that are shorter"
-            if config.val_samples < 20:
-                advice = "raise --val_samples"
-            found.append(f"WARNING: few documents in the {config.val_samples} validation windows of {name}: "
-                         f"{row['documents']}. r follows what these are like; {advice}")
+            found.append(f"WARNING: documents in the {config.val_samples} validation windows of {name}: only "
+                         f"{row['documents']}, and r follows what these are like; raise --val_samples, or give the "
+                         "domain more text or shorter documents")
     return found
 
 
@@ -1452,7 +1451,7 @@ def quickstart(config: Config) -> Config:
     """Make what the quickstart lacks, in `data_dir`: bins, teacher, student base, from which every arm and seed starts.
     Returns `config` with its models."""
     # The bins, and the models that were made before
-    on_rank_0(make_quickstart_bins, config)
+    on_rank_0(build_quickstart_bins, Path(config.data_dir))
     to_make = {}  # role → Config of the run that makes the model
     for role, keys in quickstart_models(config.pretrain_steps).items():
         if getattr(config, role):
@@ -1506,13 +1505,6 @@ def finished_run(out_dir: Path) -> Path | None:
     if checkpoints and not damaged_files(checkpoints[-1]) and read_state(checkpoints[-1]).finished:
         return checkpoints[-1]
     return None
-
-
-def make_quickstart_bins(config: Config):
-    data_dir = Path(config.data_dir)
-    if not (data_dir / "meta.json").is_file():
-        print(f"Collecting text into {data_dir} …", flush=True)
-        build_bins(data_dir, load_tokenizer("bytes"), quickstart_documents(QUICKSTART_BYTES), val_fraction=0.1)
 
 
 # ------------ Command line --------------------------------------------------------------------------------------------
