@@ -28,6 +28,7 @@ import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -57,18 +58,19 @@ from sample_mixture import RULES, MixtureSampler, parse_mixture, read_metrics
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
-# Sets of defaults. Config's own are the paper's values, so the presets of the paper's pairs only name the models. Where
-# the paper gives none the choice is ours: how a step's tokens are cut into windows, weight decay, clipping, the betas.
+# Sets of defaults. Config's own are the paper's values, so the presets of the paper's pairs only name the models, and say
+# how many windows per forward pass fit 8 GPUs of 80 GB. Where the paper gives no value the choice is ours: how a step's
+# tokens are cut into windows, weight decay, clipping, the betas.
 PRESETS = {
     "quickstart": dict(interval=10, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300,
                        lr=1e-3, min_lr=1e-4, warmup_steps=20, save_every=100),
     "paper": {},
-    "qwen1.5-14b-1.8b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-1.8B"),
-    "qwen1.5-14b-4b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-4B"),
-    "qwen1.5-7b-1.8b": dict(teacher="Qwen/Qwen1.5-7B", student="Qwen/Qwen1.5-1.8B"),
-    "llama2-13b-tinyllama-1.1b": dict(teacher="meta-llama/Llama-2-13b-hf",
+    "qwen1.5-14b-1.8b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-1.8B", micro_batch_size=8),
+    "qwen1.5-14b-4b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-4B", micro_batch_size=4),
+    "qwen1.5-7b-1.8b": dict(teacher="Qwen/Qwen1.5-7B", student="Qwen/Qwen1.5-1.8B", micro_batch_size=8),
+    "llama2-13b-tinyllama-1.1b": dict(teacher="meta-llama/Llama-2-13b-hf", micro_batch_size=8,
                                       student="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"),
-    "starcoder-15.5b-3b": dict(teacher="bigcode/starcoder", student="bigcode/starcoderbase-3b"),
+    "starcoder-15.5b-3b": dict(teacher="bigcode/starcoder", student="bigcode/starcoderbase-3b", micro_batch_size=8),
 }
 
 
@@ -128,7 +130,7 @@ class Config:
     seed: int = 0  # order of the data, and initial weights of a scratch student
 
     # How it is computed
-    micro_batch_size: int = 0  # windows per forward pass; 0: all of a rank's windows
+    micro_batch_size: int = 0  # windows per forward pass, fewer in the last one; 0: all of a rank's windows
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on cuda, else float32
     compile: Literal["auto", "true", "false"] = "auto"  # the blocks; auto: on cuda. A large loss is compiled anyway
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that there is
@@ -726,20 +728,22 @@ def planned_world_size(config: Config) -> int:
 def on_rank_0(function: Callable, *args, share: bool = True):
     """What `function(*args)` returns on rank 0, on every rank; without `share`, None on the others.
 
-    A UserError or OSError is raised on every rank."""
+    An error ends every rank. A UserError or OSError is raised on all of them; any other is a bug, and rank 0 alone has
+    its traceback."""
     result = None
     error = None
     if rank() == 0:
         try:
             result = function(*args)
-        except (UserError, OSError) as exception:
+        except Exception as exception:
             error = exception
     if dist.is_initialized():
         shared = [result if share else None, error]
+        if error is not None and not isinstance(error, (UserError, OSError)):
+            shared[1] = SystemExit(1)
         dist.broadcast_object_list(shared)
-        error = shared[1]
         if rank() != 0:
-            result = shared[0]
+            result, error = shared
     if error is not None:
         raise error
     return result
@@ -842,13 +846,14 @@ def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Pa
         model.requires_grad_(role == "student")
         models[role] = model
 
-    # A module that is trained with the student, and is no part of its model, is made here, on every rank:
-    # models["student"].extra["name"] = … It is saved beside the model, and read again.
-    extra = models["student"].extra
-    if extra and resumed is not None:
-        on_rank_0(read_saved, resumed / "extra.safetensors", lambda path: extra.load_state_dict(load_file(path)),
-                  share=False)
-    for role, model in models.items():
+        # A module that is trained with the student, and is no part of its model, is made here, on every rank, if role
+        # is "student": model.extra["name"] = … It is saved beside the model, and read again.
+        extra = model.extra
+        if extra and resumed is not None:
+            on_rank_0(read_saved, resumed / "extra.safetensors", lambda path: extra.load_state_dict(load_file(path)),
+                      share=False)
+
+        # Before the next model is read, so that rank 0 never holds two in its memory
         place(model, config, shard=config.parallel == "fsdp" and (role == "student" or config.shard_teacher))
     return models
 
@@ -1004,8 +1009,8 @@ def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
         if not is_recipe(source):
             print(f"hashing the {role}: {source}", flush=True)
             folder = model_folder(source, f"--{role}", MODEL_FILES)
-            files = [folder / "config.json", *weight_files(folder)]
-            content[role] = digest([(path.name, file_sha256(path)) for path in files])
+            hashes = file_hashes([folder / "config.json", *weight_files(folder)])
+            content[role] = digest(list(hashes.items()))
     return content
 
 
@@ -1072,10 +1077,10 @@ def write_checkpoint(folder: Path, state: TrainState, student: GPT, weights: dic
         if extra:
             save_file(extra, temporary / "extra.safetensors")
         save_tokenizer(temporary, bins)
+        torch.serialization.set_crc32_options(False)  # the manifest has a better checksum
         torch.save(optimizer_state, temporary / "optimizer.pt")
         write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
-        manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-        write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        write_text(temporary / "manifest.json", json.dumps(file_hashes(sorted(temporary.iterdir())), indent=1))
         # The log too: a checkpoint is to have all lines before it.
         for path in (*temporary.iterdir(), temporary, folder.parent / "metrics.jsonl"):
             fsync(path)
@@ -1090,6 +1095,12 @@ def write_checkpoint(folder: Path, state: TrainState, student: GPT, weights: dic
     if keep > 0:
         for old in list_checkpoints(folder.parent)[:-keep]:
             shutil.rmtree(old)
+
+
+def file_hashes(paths: list[Path]) -> dict[str, str]:
+    """name → sha256 of files, which are hashed side by side."""
+    with ThreadPoolExecutor() as threads:
+        return dict(zip([path.name for path in paths], threads.map(file_sha256, paths)))
 
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
@@ -1120,8 +1131,8 @@ def damaged_files(folder: Path) -> list[str]:
     """The files of a checkpoint that are missing, or not as its manifest says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return [name for name, sha256 in manifest.items()
-                if not (folder / name).is_file() or file_sha256(folder / name) != sha256]
+        hashes = file_hashes([folder / name for name in manifest if (folder / name).is_file()])
+        return [name for name in manifest if manifest[name] != hashes.get(name)]
     except (OSError, ValueError, AttributeError):
         return ["manifest.json"]
 
@@ -1234,7 +1245,6 @@ def contradictions(config: Config) -> list[str]:
     needs_models = config.preset != "quickstart"
     launched = "RANK" in os.environ
     world = planned_world_size(config)
-    per_pass = max(1, config.micro_batch_size)
     too_few_gpus = (launched and config.device in ("auto", "cuda") and torch.cuda.is_available()
                     and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count())
     recipe = r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*"
@@ -1260,8 +1270,8 @@ def contradictions(config: Config) -> list[str]:
          f"--mixture={config.mixture}: --method={config.method} draws all domains alike"),
         (0 < config.max_steps <= config.warmup_steps,
          f"--warmup_steps={config.warmup_steps}: must be below --max_steps={config.max_steps}, a tenth of it perhaps"),
-        (config.batch_size % (per_pass * world) != 0,
-         f"--batch_size={config.batch_size}: must be a multiple of micro_batch_size={per_pass} × {world} processes"),
+        (config.batch_size % world != 0,
+         f"--batch_size={config.batch_size}: must be a multiple of {world}, the number of processes"),
         (config.parallel == "none" and world > 1,
          f"--parallel=none: there are {world} processes; take ddp or fsdp"),
         (config.parallel in ("ddp", "fsdp") and not launched and not config.dry_run,
