@@ -230,7 +230,11 @@ def new_student(layers: int = 1, seed: int = 0, rows: int = 257) -> GPT:
 # Changes of a folder
 
 
-def copy_of(folder: Path, to: Path, change=lambda folder: None) -> Path:
+def nothing(folder: Path):
+    pass
+
+
+def copy_of(folder: Path, to: Path, change=nothing) -> Path:
     shutil.copytree(folder, to)
     change(to)
     return to
@@ -1157,43 +1161,29 @@ def small_bins(folder: Path, domains=distill.QUICKSTART_BYTES, repeats: int = 99
     return folder
 
 
-@pytest.fixture
-def of_many(monkeypatch):
-    """A function: this process is, as it seems, one of so many that torchrun started."""
-    def of(processes: int):
-        for name, value in dict(RANK=0, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes).items():
-            monkeypatch.setenv(name, str(value))
-        monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
-        monkeypatch.setattr(dist, "barrier", lambda: None)
-    return of
+def not_finished(folder: Path):
+    """Make a tiny run one that was stopped within 1200 steps."""
+    shutil.rmtree(folder / "step_00000008")
+    edit("config.json", lambda saved: saved["config"].update(max_steps=1200))(folder)
 
 
-@pytest.fixture
-def half_made(straight, tmp_path):
-    """A teacher in tmp_path/bins that has not finished its 1200 steps."""
-    def interrupt(folder: Path):
-        shutil.rmtree(folder / "step_00000008")
-        edit("config.json", lambda saved: saved["config"].update(max_steps=1200))(folder)
-    return lambda: copy_of(straight(), tmp_path / "bins" / "teacher", interrupt)
-
-
-@pytest.mark.parametrize("domains, arguments, processes, message", [
-    ((), [], 1, "--val_samples=64: domain python"),
-    (["law", "medicine"], [], 1, "--data_dir={bins}: has the domains law medicine, and the quickstart makes models for "),
-    ((), ["--batch_size=6", "--block_size=16"], 3,
+@pytest.mark.parametrize("domains, arguments, message", [
+    (distill.QUICKSTART_BYTES, [], "--val_samples=64: domain python"),
+    (["law", "medicine"], [], "--data_dir={bins}: has the domains law medicine, and the quickstart makes models for "),
+    (distill.QUICKSTART_BYTES, ["--batch_size=6", "--block_size=16", "--dry_run"],  # planned for 3 processes
      "--nproc_per_node=3: the quickstart makes its teacher with 8 windows per step, which that many processes cannot"),
-    ((), ["--block_size=4096", "--val_samples=1", "--test_samples=1"], 1,
+    (distill.QUICKSTART_BYTES, ["--block_size=4096", "--val_samples=1", "--test_samples=1"],
      "--block_size=4096: the quickstart's teacher reads at most 2048 tokens"),
-    ((), ["--pretrain_steps=8"], 1, "--pretrain_steps=8: {bins}/teacher has a teacher that is half made"),
+    (distill.QUICKSTART_BYTES, ["--pretrain_steps=8"], "--pretrain_steps=8: {bins}/teacher has a teacher that is half "),
 ], ids=str)
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_the_quickstart_checks_its_runs_before_it_trains_a_model(run_main, of_many, half_made, tmp_path, monkeypatch,
-                                                                 domains, arguments, processes, message, dry_run):
-    bins = small_bins(tmp_path / "bins", domains or distill.QUICKSTART_BYTES)
-    if processes > 1:
-        of_many(processes)
-    if "half made" in message:
-        half_made()
+def test_the_quickstart_checks_its_runs_before_it_trains_a_model(run_main, straight, tmp_path, monkeypatch, domains,
+                                                                 arguments, message, dry_run):
+    bins = small_bins(tmp_path / "bins", domains)
+    if "--batch_size=6" in arguments:
+        monkeypatch.setenv("WORLD_SIZE", "3")
+    if "--pretrain_steps=8" in arguments:
+        copy_of(straight(), bins / "teacher", not_finished)
     monkeypatch.setattr(distill, "train", None)
     status, _, err = run_main(distill, f"--data_dir={bins}", f"--out_dir={tmp_path / 'run'}", "--device=cpu",
                               f"--dry_run={dry_run}", *arguments)
@@ -1201,24 +1191,22 @@ def test_the_quickstart_checks_its_runs_before_it_trains_a_model(run_main, of_ma
 
 
 @pytest.mark.parametrize("made", [False, True])
-def test_the_quickstarts_dry_run_tells_what_its_models_take_unless_they_were_made(run_main, of_many, half_made, straight,
-                                                                                  tmp_path, made):
-    """A half made teacher is made to the end, before the student. The main run alone may have 3 processes."""
+def test_the_quickstarts_dry_run_tells_what_its_models_take_unless_they_were_made(run_main, straight, tmp_path,
+                                                                                  monkeypatch, made):
+    """One that is half made is made to the end. A main run on models that were made may have 3 processes."""
     bins = small_bins(tmp_path / "bins", repeats=999)
     if made:
-        of_many(3)
-        for role in ("teacher", "student"):
-            copy_of(straight(), bins / role)
-    else:
-        half_made()
+        monkeypatch.setenv("WORLD_SIZE", "3")
+        copy_of(straight(), bins / "student")
+    copy_of(straight(), bins / "teacher", nothing if made else not_finished)
     before = files_of(tmp_path)
     status, out, err = run_main(distill, "--batch_size=6", "--block_size=16", f"--data_dir={bins}", "--device=cpu",
                                 "--dry_run", f"--out_dir={tmp_path / 'run'}")
     assert (status, err) == (0, "") and files_of(tmp_path) == before
-    steps = re.findall(r"(?m)^([\d,]+) steps: ([\d,]+) tokens, of [\d,]+ in the bins$", out)
-    assert steps[0] == ("300", f"{300 * 6 * 16:,}")
+    main_run, *others = re.findall(r"(?m)^([\d,]+) steps: ([\d,]+) tokens, of [\d,]+ in the bins$", out)
+    assert main_run == ("300", f"{300 * 6 * 16:,}")
+    assert others == ([] if made else [("1,200", f"{1200 * 8 * 256:,}"), ("300", f"{300 * 8 * 256:,}")])
     assert [f"The {role} was made before" in out for role in ("teacher", "student")] == [made, made]
-    assert steps[1:] == ([] if made else [("1,200", f"{1200 * 8 * 256:,}"), ("300", f"{300 * 8 * 256:,}")])
 
 
 @pytest.mark.parametrize("role, source", [("teacher", "a/folder/of/mine"), ("student", "on-the-hub/student")])
@@ -1301,10 +1289,6 @@ def own_tokenizer(change):
         (folder / "tokenizer_meta.json").unlink()
         (folder / "tokenizer.json").write_text(json.dumps(settings))
     return give
-
-
-def nothing(folder: Path):
-    pass
 
 
 SWAPPED = own_tokenizer(lambda settings: settings["model"]["vocab"].update(a=98, b=97))
