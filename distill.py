@@ -24,9 +24,7 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout
@@ -449,7 +447,7 @@ def train(config: Config) -> Path:
         # The loop. From here on a signal only sets a flag, which the step "Save" reads.
         run.catch_signals()
         first_step = state.step
-        step_times = deque(maxlen=50)  # of the latest steps, in seconds
+        step_times = []  # in seconds
         while True:
             # Every K steps: measure ℓ_S, update r, log. At the end: measure. A resumed run did so here before its
             # checkpoint was written.
@@ -936,15 +934,13 @@ class RunFolder(ExitStack):
         record = {"config": asdict(config), "content": experiment_content(config, bins)}
 
         # Take the folder for this process alone, if it is a run's.
-        files = set()
-        if self.out_dir.exists():
-            files = set(os.listdir(self.out_dir)) - {LOCK}
-        if files and "metrics.jsonl" not in files:
+        metrics_path = self.out_dir / "metrics.jsonl"
+        files = [path for path in self.out_dir.glob("*") if path.name != LOCK]
+        if files and metrics_path not in files:
             raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; name another one")
         self.enter_context(locked(self.out_dir))
 
         # Refuse to continue another experiment.
-        metrics_path = self.out_dir / "metrics.jsonl"
         metrics_path.touch()
         if metrics_path.stat().st_size > 0 or list_checkpoints(self.out_dir):
             check_same_experiment(self.out_dir, record)
@@ -972,7 +968,7 @@ class RunFolder(ExitStack):
         The step is a value that is logged, since wandb's own cannot go back to a checkpoint's."""
         id_path = self.out_dir / "wandb_id"
         if not id_path.exists():
-            write_text(id_path, uuid.uuid4().hex)
+            write_text(id_path, os.urandom(16).hex())
         with user_errors("--wandb", "run wandb login, or set WANDB_MODE=offline"):
             self.wandb = import_optional("wandb", "--wandb").init(
                 project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", dir=config.out_dir,
@@ -1327,12 +1323,13 @@ def format_bytes(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f} GiB"
 
 
-def log_step(run: RunFolder, step: int, step_log: dict, step_times: deque, config: Config):
+def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float], config: Config):
     """Log a step: its speed too, and what the rest takes at the latest pace, both without evaluations and saves. Print
     a line after the first step and the last, and every log_every; on GPUs with the peak of memory."""
     tokens = config.batch_size * config.block_size
     tokens_per_s = tokens / step_times[-1]
-    eta_s = sum(step_times) / len(step_times) * (config.max_steps - step)
+    latest = step_times[-50:]
+    eta_s = sum(latest) / len(latest) * (config.max_steps - step)
     run.log("train", step, **step_log, tokens=step * tokens, tokens_per_s=tokens_per_s, eta_s=eta_s)
     if step not in (1, config.max_steps) and step % config.log_every != 0:
         return
@@ -1448,12 +1445,10 @@ def quickstart_models(pretrain_steps: int) -> dict[str, dict]:
 
     The teacher learns all domains alike, the student base hardly any C++: small models are strong in some domains and
     weak in others."""
-    teacher = dict(student="scratch:4x128", max_steps=pretrain_steps, lr=3e-3, min_lr=3e-4,
-                   mixture="python=1,cpp=1,math=1,prose=1")
-    student = dict(student="scratch:2x96", max_steps=pretrain_steps // 4, lr=2e-3, min_lr=2e-4,
-                   mixture="python=.50,cpp=.01,math=.25,prose=.24")
-    for keys in (teacher, student):
-        keys["warmup_steps"] = min(50, keys["max_steps"] // 10)
+    teacher = dict(student="scratch:4x128", max_steps=pretrain_steps, warmup_steps=min(50, pretrain_steps // 10),
+                   lr=3e-3, min_lr=3e-4, mixture="python=1,cpp=1,math=1,prose=1")
+    student = dict(student="scratch:2x96", max_steps=pretrain_steps // 4, warmup_steps=min(50, pretrain_steps // 40),
+                   lr=2e-3, min_lr=2e-4, mixture="python=.50,cpp=.01,math=.25,prose=.24")
     return {"teacher": teacher, "student": student}
 
 
