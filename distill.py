@@ -56,8 +56,8 @@ from sample_mixture import RULES, MixtureSampler, parse_mixture, read_metrics
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
-# Sets of defaults. Config's own are the paper's values, so the presets of the paper's pairs only name the models, and say
-# how many windows per forward pass fit 8 GPUs of 80 GB. Where the paper gives no value the choice is ours: how a step's
+# Sets of defaults. Config's own are the paper's values. The presets of the paper's pairs only name the models, and how
+# many windows per forward pass fit 8 GPUs of 80 GB. Where the paper gives no value the choice is ours: how a step's
 # tokens are cut into windows, weight decay, clipping, the betas.
 PRESETS = {
     "quickstart": dict(interval=10, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300,
