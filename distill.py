@@ -1026,7 +1026,7 @@ def check_same_experiment(out_dir: Path, record: dict):
     if "domains" in changed and "data_dir" in changed:
         changed.remove("data_dir")  # other domains are another content of the same folder
     if changed:
-        differences = [f"--{name}={now[name]}: the run in {out_dir} has another {name}, {before[name] or 'none'}"
+        differences = [f"--{name}={now[name]}: the run in {out_dir} has another, --{name}={before[name]}"
                        for name in changed]
         differences.append(f"--out_dir={out_dir}: keep the keys of its run, name another folder, or delete this one. "
                            "To train a finished student further, name its folder as --student")
@@ -1128,7 +1128,7 @@ def damaged_files(folder: Path) -> list[str]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         hashes = file_hashes([folder / name for name in manifest if (folder / name).is_file()])
-        return [name for name in manifest if manifest[name] != hashes.get(name)]
+        return [name for name, sha256 in manifest.items() if sha256 != hashes.get(name)]
     except (OSError, ValueError, AttributeError):
         return ["manifest.json"]
 

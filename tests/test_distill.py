@@ -343,7 +343,7 @@ def test_what_is_drawn_depends_on_r_and_the_seed_alone(config, data_dir, tmp_pat
     expected = [tuple(ids.tolist() for ids in sampler.next_batch()) for _ in range(8)]
     losses = {}
     for name, variant in {"often": dict(interval=1), "never": dict(interval=100, val_samples=3),
-                          "cpt": dict(method="cpt"), "micro": dict(micro_batch_size=2)}.items():
+                          "cpt": dict(method="cpt"), "micro": dict(micro_batch_size=3)}.items():
         drawn.clear()
         train(config(**{"method": "kd", "seed": 3, "out_dir": str(tmp_path / name), **variant}))
         assert drawn == expected
@@ -460,7 +460,7 @@ def test_max_steps_0_evaluates_and_saves_the_student_without_training(program, t
     assert [line["kind"] for line in read_lines(tmp_path / "run")] == ["run", "mixture", "end"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (tmp_path / "run" / "mixture.txt").exists()
     status, _, err = program()  # which is another run
-    assert status == 2 and f"--max_steps=8: the run in {tmp_path / 'run'} has another max_steps, 0\n" in err
+    assert status == 2 and f"--max_steps=8: the run in {tmp_path / 'run'} has another, --max_steps=0\n" in err
 
 
 def test_cpt_goes_without_a_teacher(program, tmp_path):
@@ -911,7 +911,7 @@ def test_another_experiment_in_the_same_folder_is_refused_by_key_and_nothing_is_
         train(config(out_dir=str(straight()), **OTHER_VALUES))
     *problems, advice = str(refused.value).splitlines()
     saved = json.loads((straight() / "config.json").read_text())["config"]
-    assert sorted(problems) == sorted(f"--{key}={value}: the run in {straight()} has another {key}, {saved[key]}"
+    assert sorted(problems) == sorted(f"--{key}={value}: the run in {straight()} has another, --{key}={saved[key]}"
                                       for key, value in OTHER_VALUES.items())  # of domains, data_dir is not blamed
     assert advice.startswith(f"--out_dir={straight()}: ")
     assert files_of(straight()) == before
@@ -922,13 +922,13 @@ def test_a_key_newer_than_a_run_had_its_default_there_and_may_not_change(config,
     forked = make_dataclass("Forked", [("colour", str, field(default="red"))], bases=(Config,))
     monkeypatch.setattr(distill, "Config", forked)
     assert train(config(out_dir=str(straight()))).name == "step_00000008"
-    with pytest.raises(UserError, match=f"^--colour=blue: the run in {straight()} has another colour, red\n"):
+    with pytest.raises(UserError, match=f"^--colour=blue: the run in {straight()} has another, --colour=red\n"):
         train(config(out_dir=str(straight()), colour="blue"))
 
 
 def test_a_teacher_that_the_run_did_not_have_is_another_experiment(config, teacher):
     train(config(teacher="", method="cpt", max_steps=0))
-    with pytest.raises(UserError, match=f"^--teacher={teacher}: the run in .* has another teacher, "):
+    with pytest.raises(UserError, match=f"^--teacher={teacher}: the run in .* has another, --teacher=\n"):
         train(config(method="cpt", max_steps=0))
 
 
@@ -952,7 +952,7 @@ def test_models_and_data_are_compared_by_content_not_by_path(config, straight, d
     with pytest.raises(UserError) as refused:
         train(settings)
     for key, folder in (("teacher", moved), ("data_dir", bins)):
-        assert f"--{key}={folder}: the run in {tmp_path / 'run'} has another {key}, " in str(refused.value)
+        assert f"--{key}={folder}: the run in {tmp_path / 'run'} has another, --{key}=" in str(refused.value)
 
 
 def test_a_run_without_a_checkpoint_yet_is_not_given_to_another_experiment(config, at, tmp_path):
@@ -1166,6 +1166,7 @@ def not_finished(folder: Path):
     (distill.QUICKSTART_BYTES, ["--block_size=4096", "--val_samples=1", "--test_samples=1"],
      "--block_size=4096: the quickstart's teacher reads at most 2048 tokens"),
     (distill.QUICKSTART_BYTES, ["--pretrain_steps=8"], "--pretrain_steps=8: {bins}/teacher has a teacher that is "),
+    (distill.QUICKSTART_BYTES, ["--seed=7"], "{bins}/teacher/config.json: KeyError: 'config'; not as a run writes it"),
 ], ids=str)
 @pytest.mark.parametrize("dry_run", [False, True])
 def test_the_quickstart_checks_its_runs_before_it_trains_a_model(run_main, straight, tmp_path, monkeypatch, domains,
@@ -1175,6 +1176,9 @@ def test_the_quickstart_checks_its_runs_before_it_trains_a_model(run_main, strai
         monkeypatch.setenv("WORLD_SIZE", "3")
     if "--pretrain_steps=8" in arguments:
         copy_of(straight(), bins / "teacher", not_finished)
+    if "--seed=7" in arguments:  # a model of somebody else lies there
+        (bins / "teacher").mkdir()
+        put("config.json", b'{"model_type": "llama"}')(bins / "teacher")
     monkeypatch.setattr(distill, "train", None)
     status, _, err = run_main(distill, f"--data_dir={bins}", f"--out_dir={tmp_path / 'run'}", "--device=cpu",
                               f"--dry_run={dry_run}", *arguments)
@@ -1230,7 +1234,7 @@ MIXTURES = ["a", "letters=x", "letters=-1", "letters=0", "letters=1,,digits=1"]
     (["--parallel=ddp"], {}, "--parallel=ddp: start with torchrun"),
     (["--parallel=fsdp"], dict(WORLD_SIZE="2"), "--parallel=fsdp: start with torchrun"),
     (["--device=auto"], dict(**TWO, GPUS="1"), "--device=auto: more processes than GPUs here"),
-    ([], dict(RANK="0"), "the processes cannot meet: .*WORLD_SIZE.*start them with torchrun"),
+    ([], dict(RANK="0"), "the processes cannot meet: "),
     (["--wandb"], dict(NO_PACKAGES="1"), "--wandb: "),
 ], ids=str)
 def test_what_contradicts_itself_is_refused_without_opening_a_file(program, monkeypatch, tmp_path, arguments,
