@@ -540,6 +540,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
     per_token = {"targets": targets.flatten()}
     if teacher_hidden is not None:
+        assert teacher_hidden.shape[:-1] == targets.shape, (teacher_hidden.shape, targets.shape)
         per_token["teacher_hidden"] = teacher_hidden.flatten(0, -2)
     for name, value in list(equation.items()):
         if torch.is_tensor(value) and value.dim() > 0:
@@ -896,8 +897,10 @@ def place(model: GPT, config: Config, shard: bool):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         model.to_empty(device=config.device)
+    else:
+        model.norm.to_empty(device=config.device)  # torch assigns the other weights, without a copy, on this device
 
-    # Rank 0 hands the weights out, one tensor at a time. Where there is no memory yet, they are assigned.
+    # Rank 0 hands the weights out, one tensor at a time.
     set_model_state_dict(model, whole_state, options=whole_tensor_options())
 
 
