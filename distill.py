@@ -1585,9 +1585,11 @@ def main():
     config = parse_config()
     with process_group(config):
         config = resolve_auto(config)
+        defaults = Config()
         for name, value in asdict(config).items():
-            print(f"{name} = {value}")
-        print(flush=True)
+            if value != getattr(defaults, name):
+                print(f"{name} = {value}")
+        print(f"The other keys have their defaults. All will stand in {config.out_dir}/config.json.\n", flush=True)
         if config.preset == "quickstart":
             config = quickstart(config)
         elif config.dry_run:

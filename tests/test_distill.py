@@ -672,12 +672,13 @@ def test_the_first_table_has_the_documents_of_the_validation_windows_and_warns_o
                          "--val_samples, or give the domain more text", out)
 
 
-def test_the_configuration_is_printed_and_saved_as_it_is_resolved(program, tmp_path):
+def test_the_configuration_is_saved_as_it_is_resolved_and_printed_where_it_is_not_the_default(program, tmp_path):
     _, out, _ = program("--device=auto", "--max_steps=0", "--mixture=letters=3,digits=2,signs=1")
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert saved.keys() == KEYS.keys() and saved["mixture"] == "letters=3,digits=2,signs=1"
     for key, value in saved.items():
-        assert f"\n{key} = {value}\n" in f"\n{out}" and value != "auto"
+        assert (f"\n{key} = {value}\n" in f"\n{out}") == (value != KEYS[key].default) and value != "auto"
+    assert f"All will stand in {tmp_path / 'run' / 'config.json'}" in out
 
 
 def test_ends_of_text_agree_in_all_files_of_a_checkpoint(config, straight, teacher, tmp_path):
