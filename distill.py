@@ -1164,12 +1164,8 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
     bins = open_bins(config)
     fixed_windows(bins, "val", config.val_samples)
     fixed_windows(bins, "test", config.test_samples)
-    mixture = parse_mixture(config.mixture)
-    if mixture and set(mixture) != set(bins.names):
-        unknown = " ".join(name for name in mixture if name not in bins.names)
-        missing = " ".join(name for name in bins.names if name not in mixture)
-        raise UserError(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}; "
-                        f"unknown: {unknown or '–'}, missing: {missing or '–'}")
+    with user_errors(f"--mixture={config.mixture}", f"name each domain of {config.data_dir} once"):
+        make_sampler(config, bins)
 
     # The models against the bins
     model_configs = {}

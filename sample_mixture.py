@@ -175,8 +175,10 @@ class MixtureSampler:
     @probs.setter
     def probs(self, weights: dict[str, float] | np.ndarray):
         if isinstance(weights, dict):
-            if set(weights) != set(self.names):
-                raise ValueError(f"probs name {sorted(weights)}, but the domains are {sorted(self.names)}")
+            unknown = weights.keys() - set(self.names)
+            missing = set(self.names) - weights.keys()
+            if unknown or missing:
+                raise ValueError(f"domains that are unknown: {sorted(unknown)}, missing: {sorted(missing)}")
             weights = [weights[name] for name in self.names]
         self._weights = checked_weights("probs", weights, len(self.names))
 
