@@ -178,7 +178,7 @@ class MixtureSampler:
             unknown = weights.keys() - set(self.names)
             missing = set(self.names) - weights.keys()
             if unknown or missing:
-                raise ValueError(f"domains that are unknown: {sorted(unknown)}, missing: {sorted(missing)}")
+                raise ValueError(f"probs have unknown domains {sorted(unknown)}, and lack {sorted(missing)}")
             weights = [weights[name] for name in self.names]
         self._weights = checked_weights("probs", weights, len(self.names))
 

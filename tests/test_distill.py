@@ -1307,9 +1307,9 @@ MAKE_ANEW = "make the bins again with data.py --tokenizer={other}"
      ["--teacher={other}: has 200 ids, but the tokenizer of the bins has 257; " + MAKE_ANEW]),
     (SMALL_AND_SHORT, ["--student={other}"], ["--student={other}: has 200 ids"]),
     (BERT, ["--teacher={other}"], ["--teacher={other}: {other}/config.json: model_type 'bert' is not "]),
-    (nothing, ["--mixture=letters=1,cats=1"], ["--mixture=letters=1,cats=1: ValueError: domains that are "
-                                               "unknown: ['cats'], missing: ['digits', 'signs']; name each domain of "]),
-   (nothing, ["--domains=letters", "--mixture=letters=1,signs=1"], ["unknown: signs, missing: –\n"]),
+    (nothing, ["--mixture=letters=1,cats=1"], ["--mixture=letters=1,cats=1: ValueError: probs have unknown domains "
+                                               "['cats'], and lack ['digits', 'signs']; name each domain of "]),
+  (nothing, ["--domains=letters", "--mixture=letters=1,signs=1"], ["unknown: ['signs'], missing: []"]),
     (nothing, ["--student=layers:9"], ["--student=layers:9: the teacher has only 2 layers"]),
     (nothing, ["--student=layers:1", "--teacher=", "--method=cpt"], ["--student=layers:1: ", "name one with --teacher"]),
     (nothing, ["--teacher=nowhere"], ["--teacher=nowhere: nowhere: no config.json"]),
