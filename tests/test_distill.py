@@ -1309,7 +1309,7 @@ MAKE_ANEW = "make the bins again with data.py --tokenizer={other}"
     (BERT, ["--teacher={other}"], ["--teacher={other}: {other}/config.json: model_type 'bert' is not "]),
     (nothing, ["--mixture=letters=1,cats=1"], ["--mixture=letters=1,cats=1: ValueError: probs have unknown domains "
                                                "['cats'], and lack ['digits', 'signs']; name each domain of "]),
-  (nothing, ["--domains=letters", "--mixture=letters=1,signs=1"], ["unknown: ['signs'], missing: []"]),
+    (nothing, ["--domains=letters", "--mixture=letters=1,signs=1"], ["unknown domains ['signs'], and lack []"]),
     (nothing, ["--student=layers:9"], ["--student=layers:9: the teacher has only 2 layers"]),
     (nothing, ["--student=layers:1", "--teacher=", "--method=cpt"], ["--student=layers:1: ", "name one with --teacher"]),
     (nothing, ["--teacher=nowhere"], ["--teacher=nowhere: nowhere: no config.json"]),
