@@ -360,7 +360,7 @@ def run_in_a_process(name: str, args: argparse.Namespace) -> dict:
     program = [__file__, *keys, f"--run={name}"]
     if name == "fsdp":
         world = torch.cuda.device_count() if args.device == "cuda" else 2
-        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", *program]
+        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "--", *program]
     shutil.rmtree(Path(args.folder) / "run", ignore_errors=True)  # of ours, or the round before
     done = subprocess.run([sys.executable, *program], capture_output=True, text=True)
     if done.returncode == 0:

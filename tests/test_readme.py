@@ -34,7 +34,8 @@ def test_each_key_that_the_readme_names_is_there():
               "rule", "plot", "model", "prompt", "alpha", "setting", "seeds", "arms", "device"}  # of the other programs
     launchers = {"nproc_per_node", "nodes", "ntasks-per-node", "signal", "signals-to-handle", "nnodes", "rdzv_id",
                  "rdzv_backend", "rdzv_endpoint", "kill-on-bad-exit", "time", "help", "key", "model_args", "tasks",
-                 "repo-type", "include", "local-dir", "shutdown-timeout", "directory", "gpus-per-node"}
+                 "repo-type", "include", "local-dir", "shutdown-timeout", "directory", "gpus-per-node", "cpus-per-task",
+                 "exclusive", "mem", "requeue", "open-mode", "output"}
     named = set(re.findall(r"--([a-z][a-z_-]+)", README.split("## Changing it")[0]))
     assert named - theirs - launchers <= Config.__dataclass_fields__.keys()
 
