@@ -477,26 +477,49 @@ def is_tiktoken(name: str, files: Iterable) -> bool:
 
 
 def save_tokenizer(folder: Path, bins: TokenBins):
-    """Write the bins' tokenizer to a model's folder: its files, byte for byte, and its entry of meta.json."""
+    """Write the bins' tokenizer to a model's folder: its files, and its entry of meta.json. transformers is told to take
+    its tokenizer.json as it is."""
     entry = bins.tokenizer
     for name in entry["files"]:
         shutil.copyfile(bins.dir / name, folder / name)
     # transformers loads a tokenizer from files only, so `bytes` gets some.
     if entry["name"] == "bytes" and not entry["files"]:
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": entry["eot_token"],
-                  "eos_token": entry["eot_token"], "clean_up_tokenization_spaces": False}  # both alike, as GPT-2's
+        config = {"bos_token": entry["eot_token"], "eos_token": entry["eot_token"],
+                  "clean_up_tokenization_spaces": False}  # both alike, as GPT-2's
         write_text(folder / "tokenizer.json", json.dumps(bytes_settings()))
         write_text(folder / "tokenizer_config.json", json.dumps(config))
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
-    # config.json and generation_config.json name the bins' end of text, whatever the model named before.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if (folder / "tokenizer.json").is_file():
+        name_tokenizer_class(folder, config["model_type"])
+
+    # config.json and generation_config.json name the bins' end of text, whatever the model named before.
     bos = config.get("bos_token_id")
     if bos is None:
         bos = entry["eot"]
     ids = {"bos_token_id": bos, "eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
     write_text(folder / "generation_config.json", json.dumps(ids))
     write_text(folder / "config.json", json.dumps({**config, **ids}, indent=2, sort_keys=True))
+
+
+def name_tokenizer_class(folder: Path, model_type: str):
+    """Name the class in tokenizer_config.json with which transformers encodes by tokenizer.json, as the bins were.
+
+    Most other classes, and those of model types where none is named, keep its vocabulary in transformers 5, but split
+    text in their own way. Qwen's class is right for Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever
+    is named, unless `auto_map` names code too. Without trust_remote_code that is not run, and the named class counts."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if str(config.get("tokenizer_class")).startswith("Qwen2Tokenizer"):
+        return
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # what a model takes
+    if model_type == "qwen2":
+        config["auto_map"] = {"AutoTokenizer": [None, "tokenizer_as_saved.TokenizerAsSaved"]}
+        write_text(folder / "tokenizer_as_saved.py", "from transformers import PreTrainedTokenizerFast\n\n\n"
+                   "class TokenizerAsSaved(PreTrainedTokenizerFast):\n    pass\n")
+    write_text(path, json.dumps(config, indent=2))
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:

@@ -432,9 +432,9 @@ def train(config: Config) -> Path:
         else:
             state.teacher_ppl = measure(teacher, val_windows)
             state.test_teacher_ppl = measure(teacher, test_windows)
-            run.log("run", 0, config=asdict(config), command=sys.argv, rule=arm.rule,
-                    natural=dict(zip(bins.names, natural.tolist())), versions=environment(),
-                    parameters=count_parameters(models))
+            run.log("run", 0, config=asdict(config), content=run.content, may_change=sorted(MAY_CHANGE),
+                    command=sys.argv, rule=arm.rule, natural=dict(zip(bins.names, natural.tolist())),
+                    versions=environment(), parameters=count_parameters(models))
         if not arm.trains_with_teacher:  # it has been measured, and its memory is free for training
             teacher = None
             models.pop("teacher", None)
@@ -927,6 +927,7 @@ class RunFolder(ExitStack):
     def __init__(self, out_dir: Path):
         super().__init__()
         self.out_dir = out_dir
+        self.content = {}
         self.metrics = None
         self.wandb = None
         self.received_signal = 0
@@ -934,7 +935,8 @@ class RunFolder(ExitStack):
     def lock_and_find_checkpoint(self, config: Config, bins: TokenBins) -> tuple[TrainState, Path | None]:
         """Lock the folder, refuse another experiment, drop what was logged after the checkpoint to continue from →
         the training state, and that checkpoint's folder (None: start)."""
-        record = {"config": asdict(config), "content": experiment_content(config, bins)}
+        self.content = experiment_content(config, bins)
+        record = {"config": asdict(config), "content": self.content}
 
         # Take the folder for this process alone, if it is a run's.
         metrics_path = self.out_dir / "metrics.jsonl"

@@ -681,6 +681,12 @@ def test_the_configuration_is_saved_as_it_is_resolved_and_printed_where_it_is_no
     assert f"All will stand in {tmp_path / 'run' / 'config.json'}" in out
 
 
+def test_the_run_line_says_what_config_json_says_of_bins_and_models_and_which_keys_may_change(straight):
+    run, = read_lines(straight(), "run")
+    assert run["content"] == json.loads((straight() / "config.json").read_text())["content"]
+    assert run["may_change"] == sorted(MAY_CHANGE)
+
+
 def test_ends_of_text_agree_in_all_files_of_a_checkpoint(config, straight, teacher, tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = straight() / "step_00000008"
