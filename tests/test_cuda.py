@@ -89,12 +89,12 @@ def test_the_loss_holds_little_more_than_its_chunk():
         hidden.grad = head.grad = None
     chunk = default_chunk_size(151_936, True) * 151_936 * 2  # bytes of one model's logits
     gradient = head.numel() * (4 + 2)  # float32, and its copy in bfloat16
-    assert peaks[1] < 2.5 * chunk + gradient, peaks  # of each model once
+    assert peaks[1] < 4.5 * chunk + gradient, peaks  # of each model once, and what is compiled holds them in float32
 
 
 @pytest.fixture
 def nan_in_new_memory(monkeypatch):
-    """What torch allocates holds NaN at first, and what the code of Inductor does: how many tensors the latter made."""
+    """What torch allocates holds NaN at first, in the code of Inductor too: the shapes that the latter made."""
     name = f"_empty_strided_{DEVICE}"
     allocate = getattr(torch._C._dynamo.guards, name)
     made = []
@@ -191,7 +191,7 @@ def test_compiled_there_is_no_break_and_no_recompilation_after_the_first_step(co
 
 
 def test_resumed_it_goes_on_as_if_it_had_not_stopped(config, tmp_path):
-    """In windows of several attention tiles, whose backward pass is deterministic only if torch is told to fail else."""
+    """Windows of several attention tiles. With `warn_only` their backward pass would not be deterministic."""
     keys = dict(compile="false", block_size=256, val_samples=1)
     torch.use_deterministic_algorithms(True)
     try:
