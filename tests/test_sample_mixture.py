@@ -276,7 +276,8 @@ def domains(student_ppl: list[float], teacher_ppl: float | None = 4) -> dict:
 
 
 LINES = [
-    {"kind": "run", "step": 0, "config": {"alpha": 0.5}, "rule": "ddk", "natural": {"x": 0.25, "y": 0.75}},
+    {"kind": "run", "step": 0, "config": {"method": "ddk", "seed": 0, "alpha": 0.5, "max_steps": 30}, "rule": "ddk",
+     "natural": {"x": 0.25, "y": 0.75}},
     {"kind": "mixture", "step": 0, "t": 0, "r": {"x": 0.25, "y": 0.75}, "domains": domains([8, 4])},
     {"kind": "train", "step": 1, "loss": 2.0},
     {"kind": "mixture", "step": 20, "t": 1, "r": dict(zip("xy", R_1)), "domains": domains([6, 4])},
@@ -367,28 +368,29 @@ CONFIG = {"method": "ddk", "seed": 0, "alpha": 0.5, "gamma": 0.2, "teacher": "mo
           "test_samples": 6, "max_steps": 3000, "save_every": 0}
 
 
-def three(student_ppl, teacher_ppl, prefix="", **more) -> dict:
+def three(student_ppl, teacher_ppl, prefix="", names="abc", **more) -> dict:
     return {name: {f"{prefix}student_ppl": student, f"{prefix}teacher_ppl": teacher,
                    f"{prefix}ratio": student / teacher, **{key: value[i] for key, value in more.items()}}
-            for i, (name, student, teacher) in enumerate(zip("abc", student_ppl, teacher_ppl))}
+            for i, (name, student, teacher) in enumerate(zip(names, student_ppl, teacher_ppl))}
 
 
 @pytest.fixture
 def make_run(tmp_path):
     """Writes the metrics.jsonl of a run: `test` is its last perplexities on the test windows, `end` those on the
     validation windows, None where there are none. Returns its path."""
-    def make(name, test=(6.0, 15.0, 40.0), end=(5.0, 8.0, 10.0), before=BEFORE, content=CONTENT, older=False, **keys):
+    def make(name, test=(6.0, 15.0, 40.0), end=(5.0, 8.0, 10.0), before=BEFORE, content=CONTENT, older=False,
+             names="abc", **keys):
         config = {**CONFIG, "out_dir": name, **keys}
-        start = {"kind": "run", "step": 0, "config": config, "rule": "ddk", "natural": dict(zip("abc", R[0]))}
+        start = {"kind": "run", "step": 0, "config": config, "rule": "ddk", "natural": dict(zip(names, R[0]))}
         if not older:
             start.update(content=content, may_change=["data_dir", "out_dir", "save_every", "student", "teacher"])
         lines = [start]
         for t, ppl in enumerate([before, MIDDLE]):
             tokens = [100 * t, 200 * t, 300 * t]
-            lines.append({"kind": "mixture", "step": 80 * t, "t": t, "r": dict(zip("abc", R[t])),
-                          "domains": three(ppl, VAL_TEACHER, tokens=tokens)})
+            lines.append({"kind": "mixture", "step": 80 * t, "t": t, "r": dict(zip(names, R[t])),
+                          "domains": three(ppl, VAL_TEACHER, names=names, tokens=tokens)})
         if end:
-            last = three(end, VAL_TEACHER, tokens=[150, 350, 500])
+            last = three(end, VAL_TEACHER, names=names, tokens=[150, 350, 500])
             if test:
                 for domain, tested in zip(last.values(), three(test, TEST_TEACHER, "test_").values()):
                     domain.update(tested)
@@ -454,15 +456,22 @@ def test_runs_that_differ_in_the_seed_or_also_in_its_base_are_averaged_and_other
 
 
 @pytest.mark.parametrize("keys, named", [
-    ({"content": {**CONTENT, "teacher": "9" * 64}}, "teacher"), ({"content": {**CONTENT, "data_dir": "9" * 64}}, "data"),
-    ({"block_size": 32}, "block_size"), ({"val_samples": 9}, "val_samples"), ({"test_samples": 5}, "test_samples")])
+    ({"content": {**CONTENT, "teacher": "9" * 64}}, "teacher"), ({"names": "abd"}, "domains"),
+    ({"content": {**CONTENT, "data_dir": "9" * 64}}, "data_dir"), ({"block_size": 32}, "block_size"),
+    ({"val_samples": 9}, "val_samples"), ({"test_samples": 5}, "test_samples")])
 def test_runs_of_other_bins_another_teacher_or_other_windows_are_refused_by_name(program, make_run, keys, named):
     paths = [make_run("one"), make_run("stranger", **keys), make_run("two", alpha=0.1)]
     status, stdout, stderr = program("--metrics", *paths)
     assert status == 2 and stdout == ""
     told, = [line for line in stderr.splitlines() if "stranger" in line and "its" in line]
     assert f"{paths[1]}: its {named}" in told and str(paths[0]) in told and str(paths[2]) not in stderr
+    if named in ("teacher", "data_dir"):
+        assert f"9999999999999999 ({CONFIG[named]})" in told and f"({CONFIG[named]})" in told.partition("that of")[2]
     assert program("--metrics", paths[0], paths[2])[0] == 0
+
+    # Where the first run is the odd one out, it alone is named
+    stderr = program("--metrics", paths[1], paths[0], paths[2])[2]
+    assert [line for line in stderr.splitlines() if "its" in line] == [told]
 
 
 def test_an_older_run_is_known_by_its_config_json_or_refused(program, make_run):
