@@ -56,9 +56,8 @@ from sample_mixture import RULES, MixtureSampler, parse_mixture, read_metrics
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
-# Sets of defaults. Config's own are the paper's values. The presets of the paper's pairs only name the models, and how
-# many windows per forward pass fit 8 GPUs of 80 GB. Where the paper gives no value the choice is ours: how a step's
-# tokens are cut into windows, weight decay, clipping, the betas.
+# Sets of defaults that differ from Config's own, the paper's. Those of its pairs name the models, and how many windows
+# per forward pass fit 8 GPUs of 80 GB. Not from the paper: windows of a step, weight decay, clipping, the betas.
 PRESETS = {
     "quickstart": dict(interval=10, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300,
                        lr=1e-3, min_lr=1e-4, warmup_steps=20, save_every=100),
@@ -256,7 +255,6 @@ def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_s
 
 def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampler, block_size: int) -> dict[str, dict]:
     """The numbers of each domain after an evaluation, which are logged, plotted, and shown in the table at the end.
-
     Another number that follows from these arguments is one more line here."""
     domains = {}
     for i, name in enumerate(sampler.names):
@@ -270,9 +268,7 @@ def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampl
 
 def ppl_and_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") -> dict[str, float | None]:
     """The perplexities of a domain, and ℓ_S / ℓ_T, which is None where there is no teacher."""
-    ratio = None
-    if teacher_ppl is not None:
-        ratio = student_ppl / teacher_ppl
+    ratio = None if teacher_ppl is None else student_ppl / teacher_ppl
     return {f"{prefix}student_ppl": student_ppl, f"{prefix}teacher_ppl": teacher_ppl, f"{prefix}ratio": ratio}
 
 
@@ -299,8 +295,7 @@ def make_sampler(config: Config, bins: TokenBins) -> MixtureSampler:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of the update that follows `step` finished ones: linear warm-up to lr, then cosine decay, which
-    reaches min_lr at the last update."""
+    """The rate of the update after `step` others: linear warm-up to lr, then cosine decay to min_lr at the last one."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     decay_steps = config.max_steps - 1 - config.warmup_steps
@@ -509,8 +504,7 @@ def train(config: Config) -> Path:
 
 
 # ======================================================================================================================
-# What surrounds a run: Eq. 3 chunk by chunk, processes, devices, the run's folder, checkpoints, checks, report,
-# quickstart, command line
+# What surrounds a run
 # ======================================================================================================================
 
 
@@ -544,8 +538,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
         per_token["teacher_hidden"] = teacher_hidden.flatten(0, -2)
     for name, value in list(equation.items()):
         if torch.is_tensor(value) and value.dim() > 0:
-            row_shape = value.shape[targets.dim():]
-            rows = equation.pop(name).expand(*targets.shape, *row_shape)
+            rows = equation.pop(name).expand(targets.shape + value.shape[targets.dim():])
             per_token[name] = rows.flatten(0, targets.dim() - 1)
 
     # All chunks have one shape, so that torch.compile compiles once: the last one is filled up with ignored targets.
@@ -718,8 +711,8 @@ def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
 
 
 def planned_world_size(config: Config) -> int:
-    """The number of processes: before init_process_group, and in a dry run, from WORLD_SIZE; then from torch."""
-    if not dist.is_initialized() and ("RANK" in os.environ or config.dry_run):
+    """The number of processes, also before they meet: WORLD_SIZE, which torchrun sets, or the user for a dry run."""
+    if "RANK" in os.environ or config.dry_run:
         return int(os.environ.get("WORLD_SIZE", 1))
     return world_size()
 
@@ -816,7 +809,6 @@ def autocast(config: Config):
 
 def models_of(config: Config) -> dict[str, str]:
     """The models of a run: role, which is also their key, → what the key names. Preflight, hashes and loading walk it.
-
     The student is trained, in float32. Any other is a frozen teacher, in the dtype of the products."""
     sources = {"teacher": config.teacher, "student": config.student}
     return {role: source for role, source in sources.items() if source}
@@ -857,16 +849,15 @@ def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Pa
     return models
 
 
-def read_model(role: str, source: str, config: Config, model_configs: dict[str, GPTConfig], dtype: torch.dtype) -> GPT:
-    """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
+def read_model(role: str, source: str, config: Config, model_configs: dict[str, GPTConfig], dtype) -> GPT:
+    """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher. dtype None: the file's."""
     kind, _, size = source.partition(":")
     if kind == "scratch":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return GPT(model_configs[role])
     if kind == "layers":
-        teacher_folder = model_folder(config.teacher, "--teacher", MODEL_FILES)
-        model = GPT.from_pretrained(teacher_folder, config=model_configs["teacher"])
+        model = read_model("teacher", config.teacher, config, model_configs, dtype=None)
         model.keep_layers(int(size))
         return model.to(dtype)
     return GPT.from_pretrained(model_folder(source, f"--{role}", MODEL_FILES), dtype, model_configs[role])
@@ -920,7 +911,6 @@ def whole_tensor_options(cpu_offload: bool = False) -> StateDictOptions:
 
 class RunFolder(ExitStack):
     """A run's out_dir: its lock, config.json, metrics.jsonl, checkpoints, and the signals that ask for one.
-
     Every rank has one, but only rank 0 reads and writes. It is an ExitStack, so that all that it has opened is closed
     when the run ends, however it ends."""
 
@@ -951,34 +941,31 @@ class RunFolder(ExitStack):
         # Continue from the newest whole checkpoint, and drop what was logged after it.
         resumed = newest_checkpoint(self.out_dir)
         state = TrainState()
-        last_step = -1
+        kept = []
         if resumed is not None:
             state = read_state(resumed)
-            last_step = state.step
+            kept = [line for line in read_metrics(metrics_path) if line["step"] <= state.step]
             if not state.finished:
                 print(f"{self.out_dir}: continuing from {resumed.name}")
-        kept = [line for line in read_metrics(metrics_path) if line["step"] <= last_step]
         write_text(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
         if not state.finished:
             write_text(self.out_dir / "config.json", json.dumps(record, indent=1))
             self.metrics = self.enter_context(open(metrics_path, "a", encoding="utf-8"))
-            if config.wandb:
-                self.open_wandb(config)
-        return state, resumed
 
-    def open_wandb(self, config: Config):
-        """Log to Weights & Biases. A resumed run, on another machine too, continues its curves, by the id in a file.
-        The step is a value that is logged, since wandb's own cannot go back to a checkpoint's."""
-        id_path = self.out_dir / "wandb_id"
-        if not id_path.exists():
-            write_text(id_path, os.urandom(16).hex())
-        with user_errors("--wandb", "run wandb login, or set WANDB_MODE=offline"):
-            self.wandb = import_optional("wandb", "--wandb").init(
-                project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", dir=config.out_dir,
-                config=asdict(config))
-            self.wandb.define_metric("step")
-            self.wandb.define_metric("*", step_metric="step")
-        self.callback(self.wandb.finish)
+        # Weights & Biases. A resumed run, on another machine too, continues its curves, by the id in a file. The step
+        # is a value that is logged, since wandb's own cannot go back to a checkpoint's.
+        if config.wandb and not state.finished:
+            id_path = self.out_dir / "wandb_id"
+            if not id_path.exists():
+                write_text(id_path, os.urandom(16).hex())
+            with user_errors("--wandb", "run wandb login, or set WANDB_MODE=offline"):
+                self.wandb = import_optional("wandb", "--wandb").init(
+                    project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", dir=config.out_dir,
+                    config=asdict(config))
+                self.wandb.define_metric("step")
+                self.wandb.define_metric("*", step_metric="step")
+            self.callback(self.wandb.finish)
+        return state, resumed
 
     def log(self, kind: str, step: int, **values):
         """Append a line to metrics.jsonl, and log it to Weights & Biases if that is asked for."""
@@ -1182,14 +1169,11 @@ def open_bins(config: Config) -> TokenBins:
 
 def fixed_windows(bins: TokenBins, side: str, count: int) -> dict[str, torch.Tensor]:
     """`count` windows of a side, val or test, for each domain; {} if count is 0."""
-    if count == 0:
-        return {}
-    return {name: torch.from_numpy(bins.eval_windows(name, side, count)) for name in bins.names}
+    return {name: torch.from_numpy(bins.eval_windows(name, side, count)) for name in bins.names if count > 0}
 
 
 def is_recipe(source: str) -> bool:
     """Whether a student is a recipe, scratch:LxD or layers:N, and neither a folder nor a name on the Hub.
-
     Another recipe is added here, and in `contradictions`, `checked_model_config` and `read_model`."""
     return source.partition(":")[0] in ("scratch", "layers")
 
@@ -1228,8 +1212,7 @@ def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTCo
         print(f"WARNING: --{role}={source} has no tokenizer that can be compared with the bins', {ours['name']}; it is "
               "taken, since it has enough ids")
     elif theirs.fingerprint != ours["fingerprint"]:
-        name = Path(source).name  # of a folder of the Hub's cache it would be a hash
-        raise UserError(f"--{role}={source}: its tokenizer {name} ({theirs.vocab_size} ids) is not that of the bins, "
+        raise UserError(f"--{role}={source}: its tokenizer ({theirs.vocab_size} ids) is not that of the bins, "
                         f"{ours['name']} ({ours['vocab_size']} ids); {fix}")
     return model_config
 
@@ -1240,17 +1223,16 @@ def contradictions(config: Config) -> list[str]:
     needs_models = config.preset != "quickstart"
     launched = "RANK" in os.environ
     world = planned_world_size(config)
-    too_few_gpus = (launched and config.device in ("auto", "cuda") and torch.cuda.is_available()
+    too_few_gpus = (config.device in ("auto", "cuda") and torch.cuda.is_available()
                     and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count())
     recipe = r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*"
 
     # Numbers out of their range; NaN is in none
     problems = []
-    for entry in fields(Config):
-        value = getattr(config, entry.name)
-        minimum = MINIMUM.get(entry.name, 0)
-        if entry.type in (int, float) and not minimum <= value < 2**63:
-            problems.append(f"--{entry.name}={value}: must be a number from {minimum} to 2^63 - 1")
+    for name, value in asdict(config).items():
+        minimum = MINIMUM.get(name, 0)
+        if type(value) in (int, float) and not minimum <= value < 2**63:
+            problems.append(f"--{name}={value}: must be a number from {minimum} to 2^63 - 1")
 
     checks = [  # (whether it is wrong, the message)
         (config.alpha > 1, f"--alpha={config.alpha}: must be a number from 0 to 1"),
@@ -1276,13 +1258,13 @@ def contradictions(config: Config) -> list[str]:
     return problems + [message for is_wrong, message in checks if is_wrong]
 
 
-# ------------ What a run takes ----------------------------------------------------------------------------------------
+# ------------ What a run takes, and what it prints --------------------------------------------------------------------
 
 def step_flops(parameters: dict[str, int], config: Config) -> float:
-    """Floating-point operations of a training step, about: 6 a weight and token for the student, 2 for a teacher."""
+    """Floating-point operations of a training step, about: 6 a weight and token for the student, 2 for the teacher."""
     flops_per_token = 6 * parameters["student"]
     if ARMS[config.method].trains_with_teacher:
-        flops_per_token += 2 * sum(n for role, n in parameters.items() if role != "student")
+        flops_per_token += 2 * parameters["teacher"]
     return flops_per_token * config.batch_size * config.block_size
 
 
@@ -1304,9 +1286,13 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
     with torch.device("meta"):
         parameters = count_parameters({role: GPT(model_config) for role, model_config in model_configs.items()})
     for role, n in parameters.items():
-        parts = model_bytes(role, n, config, world)
-        described = ", ".join(f"{part} {format_bytes(n_bytes)}" for part, n_bytes in parts.items())
-        print(f"{role}: {n:,} parameters; on each of {world} devices {described}")
+        parts = []
+        for part, n_bytes in model_bytes(role, n, config, world).items():
+            size = f"{n_bytes / 2**30:.2f} GiB"
+            if n_bytes < 2**30:
+                size = f"{n_bytes / 2**20:.2f} MiB"
+            parts.append(f"{part} {size}")
+        print(f"{role}: {n:,} parameters; on each of {world} devices {', '.join(parts)}")
     print("on top come gathered weights, the loss's chunk of logits, and activations, which grow with micro_batch_size")
 
     # Tokens and operations
@@ -1316,19 +1302,12 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
           f"{sum(bins.n_windows.values()) * config.block_size:,} in the bins")
 
 
-def format_bytes(n_bytes: float) -> str:
-    if n_bytes < 2**30:
-        return f"{n_bytes / 2**20:.2f} MiB"
-    return f"{n_bytes / 2**30:.2f} GiB"
-
-
 def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float], config: Config):
     """Log a step: its speed too, and what the rest takes at the latest pace, both without evaluations and saves. Print
     a line after the first step and the last, and every log_every; on GPUs with the peak of memory."""
     tokens = config.batch_size * config.block_size
     tokens_per_s = tokens / step_times[-1]
-    latest = step_times[-50:]
-    eta_s = sum(latest) / len(latest) * (config.max_steps - step)
+    eta_s = np.mean(step_times[-50:]) * (config.max_steps - step)
     run.log("train", step, **step_log, tokens=step * tokens, tokens_per_s=tokens_per_s, eta_s=eta_s)
     if step not in (1, config.max_steps) and step % config.log_every != 0:
         return
@@ -1339,27 +1318,26 @@ def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float],
           f"ETA {timedelta(seconds=int(eta_s))}", flush=True)
 
 
-# ------------ Report --------------------------------------------------------------------------------------------------
-
 def worst_ratio(domains: dict[str, dict]) -> float:
     """The largest ratio of the domains; infinite where there is no teacher."""
     ratios = [domain["ratio"] for domain in domains.values()]
     return math.inf if None in ratios else max(ratios)
 
 
-def table_rows(domains: dict[str, dict], r, bins: TokenBins, config: Config) -> dict[str, dict]:
-    """The numbers of each domain for a table: also its part of r, (N,), and the documents of its validation windows."""
+def table_rows(domains: dict[str, dict], r: dict, bins: TokenBins, config: Config) -> dict[str, dict]:
+    """The numbers of each domain for a table: also its part of r, and the documents of its validation windows."""
     rows = {}
-    for (name, domain), share in zip(domains.items(), r, strict=True):
-        rows[name] = {**domain, "r": float(share), "documents": bins.eval_documents(name, "val", config.val_samples)}
+    for name, domain in domains.items():
+        rows[name] = {**domain, "r": r[name], "documents": bins.eval_documents(name, "val", config.val_samples)}
     return rows
 
 
 def print_evaluation(state: TrainState, sampler: MixtureSampler, bins: TokenBins, config: Config):
     """Print a line after an evaluation: the largest ratio, its domain, and r, what the next steps draw by. Before
     training, first a table of the domains, and warnings."""
+    r = dict(zip(bins.names, sampler.probs))
     if state.step == 0:
-        rows = table_rows(state.domains, sampler.probs, bins, config)
+        rows = table_rows(state.domains, r, bins, config)
         print_domains(rows, rows)
         for warning in first_warnings(rows, bins, config):
             print(warning)
@@ -1367,7 +1345,7 @@ def print_evaluation(state: TrainState, sampler: MixtureSampler, bins: TokenBins
     if config.teacher:
         worst = max(state.domains, key=lambda name: state.domains[name]["ratio"])
         text += f"largest ratio {state.domains[worst]['ratio']:.3f} ({worst}), "
-    shares = "  ".join(f"{name} {share:.3f}" for name, share in zip(bins.names, sampler.probs))
+    shares = "  ".join(f"{name} {share:.3f}" for name, share in r.items())
     print(f"{text}r = {shares}", flush=True)
 
 
@@ -1375,11 +1353,10 @@ def first_warnings(rows: dict[str, dict], bins: TokenBins, config: Config) -> li
     """Warnings after the first evaluation: of a teacher that has little to teach, and of few documents."""
     found = []
     for name, row in rows.items():
-        teacher_ppl = row["teacher_ppl"]
-        if teacher_ppl is not None and teacher_ppl > bins.vocab_size / 2:
-            found.append(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({teacher_ppl:.0f}): HARDLY TRAINED, LOADED "
-                         "WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
-        elif teacher_ppl is not None and row["ratio"] < 1:
+        if config.teacher and row["teacher_ppl"] > bins.vocab_size / 2:
+            found.append(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({row['teacher_ppl']:.0f}): HARDLY TRAINED, "
+                         "LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
+        elif config.teacher and row["ratio"] < 1:
             found.append(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
                          f"{1 / row['ratio']:.2f}")
         if row["documents"] < 20:
@@ -1393,11 +1370,11 @@ def report(config: Config, folder: Path):
     """Print what a run did in each domain, from its first evaluation to its last, and what to try next."""
     state = read_state(folder)
     bins = open_bins(config)
-    last = table_rows(state.domains, state.sampler["probs"].values(), bins, config)
+    last = table_rows(state.domains, state.sampler["probs"], bins, config)
     first = last
-    mixture_lines = [line for line in read_metrics(folder.parent / "metrics.jsonl") if line["kind"] == "mixture"]
-    if mixture_lines:
-        first = table_rows(mixture_lines[0]["domains"], mixture_lines[0]["r"].values(), bins, config)
+    for line in read_metrics(folder.parent / "metrics.jsonl"):
+        if line["kind"] == "mixture" and line["step"] == 0:
+            first = table_rows(line["domains"], line["r"], bins, config)
     print(f"{config.method}, seed {config.seed}, step {state.step}: first → last evaluation\n")
     print_domains(first, last)
     if config.teacher:
@@ -1405,9 +1382,7 @@ def report(config: Config, folder: Path):
     if config.test_samples > 0:
         print("\nOn the test windows, which never influenced r:\n")
         print_domains(last, last, tested=True)
-    n_warnings = len(first_warnings(first, bins, config))
-    if n_warnings > 0:
-        print(f"warnings after the first evaluation: {n_warnings}")
+    print(f"warnings after the first evaluation: {len(first_warnings(first, bins, config))}")
     print(f"The student is in {folder}. Text by it:  python model.py --model={folder} --prompt='def main('")
 
 
@@ -1440,10 +1415,8 @@ PRETRAINING = dict(preset="quickstart", method="cpt", interval=10**9, test_sampl
 
 
 def quickstart_models(pretrain_steps: int) -> dict[str, dict]:
-    """What else these runs are given, role → keys.
-
-    The teacher learns all domains alike, the student base hardly any C++: small models are strong in some domains and
-    weak in others."""
+    """What else these runs are given, role → keys. The teacher learns all domains alike, the student base hardly any
+    C++: small models are strong in some domains and weak in others."""
     teacher = dict(student="scratch:4x128", max_steps=pretrain_steps, warmup_steps=min(50, pretrain_steps // 10),
                    lr=3e-3, min_lr=3e-4, mixture="python=1,cpp=1,math=1,prose=1")
     student = dict(student="scratch:2x96", max_steps=pretrain_steps // 4, warmup_steps=min(50, pretrain_steps // 40),
@@ -1456,13 +1429,12 @@ def quickstart(config: Config) -> Config:
     Returns `config` with its models."""
     # The bins, and the models that were made before
     on_rank_0(build_quickstart_bins, Path(config.data_dir))
+    shared = {key: getattr(config, key) for key in ("data_dir", "device", "compile", "timeout", "dry_run")}
     to_make = {}  # role → Config of the run that makes the model
     for role, keys in quickstart_models(config.pretrain_steps).items():
         if getattr(config, role):
             continue
-        run = resolve_config({**PRETRAINING, **keys, "data_dir": config.data_dir, "device": config.device,
-                              "out_dir": f"{config.data_dir}/{role}", "compile": config.compile,
-                              "timeout": config.timeout, "dry_run": config.dry_run})
+        run = resolve_config({**PRETRAINING, **keys, **shared, "out_dir": f"{config.data_dir}/{role}"})
         source = on_rank_0(finished_run, Path(run.out_dir))
         if source is not None:
             print(f"The {role} was made before, with the --pretrain_steps of that time: {source}")
@@ -1500,17 +1472,17 @@ def check_pretraining(role: str, run: Config, config: Config):
     saved = Path(run.out_dir) / "config.json"
     if saved.is_file():
         with user_errors(saved, "not as a run writes it; delete the folder"):
-            begun = json.loads(saved.read_text(encoding="utf-8"))["config"]
-        if begun["max_steps"] != run.max_steps:
+            begun_steps = json.loads(saved.read_text("utf-8"))["config"]["max_steps"]
+        if begun_steps != run.max_steps:
             raise UserError(f"--pretrain_steps={config.pretrain_steps}: {run.out_dir} has a {role} that is half made, "
-                            f"in a run of {begun['max_steps']} steps; give that time's number, or delete the folder")
+                            f"in a run of {begun_steps} steps; give that time's number, or delete the folder")
 
 
 def finished_run(out_dir: Path) -> Path | None:
     """The last checkpoint of a run, if it is finished and whole. Takes no lock: many runs may start from it at once."""
-    checkpoints = list_checkpoints(out_dir)
-    if checkpoints and not damaged_files(checkpoints[-1]) and read_state(checkpoints[-1]).finished:
-        return checkpoints[-1]
+    for folder in list_checkpoints(out_dir):
+        if not damaged_files(folder) and read_state(folder).finished:
+            return folder
     return None
 
 
@@ -1526,9 +1498,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def true_or_false(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
-    return text.lower() == "true"
+    return ("false", "true").index(text.lower()) == 1  # of another word argparse says: invalid true_or_false value
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -1536,7 +1506,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     # A key for each field of Config, whose help is the comment behind it
     arms = "\n".join(f"    {name:10} {arm.help}" for name, arm in ARMS.items())
     parser = Parser(description=f"{__doc__}\nThe arms, for --method:\n\n{arms}", allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     helps = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for entry in fields(Config):
         kind = {"type": entry.type}
@@ -1548,7 +1518,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         if entry.name in PRESETS["quickstart"]:
             default += f"; quickstart: {PRESETS['quickstart'][entry.name]}"
         text = helps[entry.name] if entry.default == "" else f"{helps[entry.name]} ({default})"
-        parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, help=text, **kind)
+        parser.add_argument(f"--{entry.name}", help=text, **kind)
 
     # What can be told without opening a file
     config = resolve_config(vars(parser.parse_args(argv)))
@@ -1564,16 +1534,13 @@ def parse_config(argv: list[str] | None = None) -> Config:
 def resolve_config(given: dict) -> Config:
     """A whole Config from the keys given: below them the preset's values, then what follows from others."""
     preset = given.get("preset", "")
-    if not preset:
-        student = given.get("student", "")
-        names_a_model = given.get("teacher") or (student and not is_recipe(student))
-        if not names_a_model:
-            preset = "quickstart"
+    if not preset and all(map(is_recipe, models_of(Config(**given)).values())):
+        preset = "quickstart"  # no folder is named, and no model of the Hub
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
-    if not config.data_dir and preset:
-        config = replace(config, data_dir=f"data/{preset}")
+    if not config.data_dir:
+        config.data_dir = f"data/{preset}"
     if not config.out_dir:
-        config = replace(config, out_dir=f"out/{preset}-{config.method}-{config.seed}")
+        config.out_dir = f"out/{preset}-{config.method}-{config.seed}"
     return config
 
 
