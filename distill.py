@@ -236,7 +236,6 @@ def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_s
     for name, domain_windows in windows.items():
         ce_sum = torch.zeros((), dtype=torch.float64)
         for inputs, targets in evaluation_batches(domain_windows, config.micro_batch_size, model.head_weight.device):
-
             def cross_entropy(hidden, head):
                 _, ce, _ = distillation_loss(hidden, head[:vocab_size], None, None, targets)
                 return ce
@@ -253,8 +252,8 @@ def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_s
     return ppl
 
 
-def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampler, block_size: int) -> dict[str, dict]:
-    """The numbers of each domain after an evaluation, which are logged, plotted, and shown in the table at the end.
+def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampler, block_size: int) -> dict:
+    """name → numbers of each domain after an evaluation, which are logged, plotted, and shown in the table at the end.
     Another number that follows from these arguments is one more line here."""
     domains = {}
     for i, name in enumerate(sampler.names):
@@ -266,7 +265,7 @@ def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampl
     return domains
 
 
-def ppl_and_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") -> dict[str, float | None]:
+def ppl_and_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") -> dict:
     """The perplexities of a domain, and ℓ_S / ℓ_T, which is None where there is no teacher."""
     ratio = None if teacher_ppl is None else student_ppl / teacher_ppl
     return {f"{prefix}student_ppl": student_ppl, f"{prefix}teacher_ppl": teacher_ppl, f"{prefix}ratio": ratio}
@@ -305,7 +304,7 @@ def learning_rate(step: int, config: Config) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, config: Config) -> list:
     """AdamW, with weight decay on matrices only. A list, so that other parameters may get another optimizer; each step
     sets the learning rate of every group."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -365,8 +364,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
         teacher.reset_iter_state()  # its list of forward passes grows, since no backward pass clears it
 
     # Clip the gradient, and stop where training has gone wrong: all ranks, or none, since they know the same numbers.
-    max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
-    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), max_norm)
+    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()  # over all shards
     totals = over_ranks(torch.stack(list(sums.values()))).tolist()
@@ -418,10 +416,9 @@ def train(config: Config) -> Path:
         student = models["student"]
         optimizers = make_optimizers(student, config)
 
-        # measure(model, windows) is ℓ, name → perplexity, in the same way for both models.
+        # Continue from the checkpoint, or start: ℓ_T is measured once in a run. measure(model, windows) is ℓ, name →
+        # perplexity, in the same way for both models.
         measure = functools.partial(perplexities, vocab_size=bins.vocab_size, config=config)
-
-        # Continue from the checkpoint, or start: ℓ_T is measured once in a run.
         if resumed is not None:
             load_checkpoint(resumed, state, sampler, student, optimizers)
         else:
@@ -432,7 +429,7 @@ def train(config: Config) -> Path:
                     parameters=count_parameters(models))
         if not arm.trains_with_teacher:  # it has been measured, and its memory is free for training
             teacher = None
-            models.pop("teacher", None)
+            models.clear()
 
         # DDP wraps the student for the forward passes of training only; FSDP has sharded it in place.
         wrapped_student = student
@@ -441,14 +438,13 @@ def train(config: Config) -> Path:
 
         # The loop. From here on a signal only sets a flag, which the step "Save" reads.
         run.catch_signals()
-        first_step = state.step
         step_times = []  # in seconds
         while True:
             # Every K steps: measure ℓ_S, update r, log. At the end: measure. A resumed run did so here before its
             # checkpoint was written.
             t, steps_since_update = divmod(state.step, config.interval)
             last = state.step >= config.max_steps
-            just_resumed = resumed is not None and state.step == first_step
+            just_resumed = resumed is not None and not step_times  # no step was made here yet
             if (steps_since_update == 0 or last) and not just_resumed:
                 student_ppl = measure(student, val_windows)
                 state.domains = measured_domains(student_ppl, state.teacher_ppl, sampler, config.block_size)
@@ -507,7 +503,6 @@ def train(config: Config) -> Path:
 # What surrounds a run
 # ======================================================================================================================
 
-
 # ------------ Eq. 3 without the logits of all tokens ------------------------------------------------------------------
 
 def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, *,
@@ -534,8 +529,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
     per_token = {"targets": targets.flatten()}
     if teacher_hidden is not None:
-        assert teacher_hidden.shape[:-1] == targets.shape, (teacher_hidden.shape, targets.shape)
-        per_token["teacher_hidden"] = teacher_hidden.flatten(0, -2)
+        equation["teacher_hidden"] = teacher_hidden
     for name, value in list(equation.items()):
         if torch.is_tensor(value) and value.dim() > 0:
             rows = equation.pop(name).expand(targets.shape + value.shape[targets.dim():])
@@ -601,10 +595,9 @@ class ChunkedLoss(torch.autograd.Function):
         eq3 = eq3_of_chunk
         if hidden.is_cuda or len(hidden) * len(head) > 2**24:
             eq3 = compile_eq3()
-        loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        loss = hidden.new_zeros((), dtype=loss_dtype)
-        ce = hidden.new_empty(len(hidden), dtype=loss_dtype)
+        ce = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         kl = torch.empty_like(ce)
+        loss = ce.new_zeros(())
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             torch.mm(hidden[chunk], head.T, out=student_logits)
@@ -719,7 +712,6 @@ def planned_world_size(config: Config) -> int:
 
 def on_rank_0(function: Callable, *args, share: bool = True):
     """What `function(*args)` returns on rank 0, on every rank; without `share`, None on the others.
-
     An error ends every rank. A UserError or OSError is raised on all of them; any other is a bug, and rank 0 alone has
     its traceback."""
     result = None
@@ -769,9 +761,8 @@ def process_group(config: Config):
                             "command continues from the last checkpoint") from None
 
 
-def evaluation_batches(windows: torch.Tensor, micro_batch_size: int, device) -> Iterator[tuple]:
+def evaluation_batches(windows: torch.Tensor, micro_batch_size: int, device) -> Iterator:
     """This rank's share of `windows` (n, block_size + 1) as (inputs, targets), micro_batch_size at a time.
-
     Filled up with ignored targets: FSDP requires equally many passes on all ranks, and torch.compile one shape."""
     per_rank = min(micro_batch_size, math.ceil(len(windows) / world_size()))
     for batch in windows.split(per_rank * world_size()):
@@ -792,7 +783,7 @@ def resolve_auto(config: Config) -> Config:
     if dist.is_initialized():
         device = device.type  # without a number: each process has taken its own
         parallel = "fsdp" if on_cuda else "ddp"
-    choices = {"dtype": "float32", "compile": "false", "parallel": parallel}
+    choices = dict(dtype="float32", compile="false", parallel=parallel)
     if on_cuda:
         choices.update(dtype="bfloat16", compile="true")
     values = {name: choice for name, choice in choices.items() if getattr(config, name) == "auto"}
@@ -802,19 +793,18 @@ def resolve_auto(config: Config) -> Config:
 
 def autocast(config: Config):
     """The dtype of the matrix products. Under FSDP its own policy casts."""
-    device_type = torch.device(config.device).type
     enabled = config.dtype == "bfloat16" and config.parallel != "fsdp"
-    return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=enabled)
 
 
-def models_of(config: Config) -> dict[str, str]:
+def models_of(config: Config) -> dict:
     """The models of a run: role, which is also their key, → what the key names. Preflight, hashes and loading walk it.
     The student is trained, in float32. Any other is a frozen teacher, in the dtype of the products."""
-    sources = {"teacher": config.teacher, "student": config.student}
+    sources = dict(teacher=config.teacher, student=config.student)
     return {role: source for role, source in sources.items() if source}
 
 
-def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Path | None) -> dict[str, GPT]:
+def load_models(config: Config, model_configs: dict, resumed: Path | None) -> dict:
     """The models that the run still needs, role → model, on every rank; the student from `resumed` if it continues."""
     if config.compile == "true":
         torch._dynamo.config.recompile_limit = 64  # variants of Block.forward: past torch's own 8 it runs uncompiled
@@ -849,7 +839,7 @@ def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Pa
     return models
 
 
-def read_model(role: str, source: str, config: Config, model_configs: dict[str, GPTConfig], dtype) -> GPT:
+def read_model(role: str, source: str, config: Config, model_configs: dict, dtype: torch.dtype | None) -> GPT:
     """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher. dtype None: the file's."""
     kind, _, size = source.partition(":")
     if kind == "scratch":
@@ -881,12 +871,11 @@ def place(model: GPT, config: Config, shard: bool):
     whole_state = model.state_dict() if rank() == 0 else {}
     model.to("meta")
     if shard:
-        mesh = init_device_mesh(torch.device(config.device).type, (world_size(),))
+        mesh = init_device_mesh(config.device, (world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
         model.to_empty(device=config.device)
     else:
         model.norm.to_empty(device=config.device)  # torch assigns the other weights, without a copy, on this device
@@ -921,15 +910,14 @@ class RunFolder(ExitStack):
         self.wandb = None
         self.received_signal = 0
 
-    def lock_and_find_checkpoint(self, config: Config, bins: TokenBins) -> tuple[TrainState, Path | None]:
+    def lock_and_find_checkpoint(self, config: Config, bins: TokenBins) -> tuple:
         """Lock the folder, refuse another experiment, drop what was logged after the checkpoint to continue from →
         the training state, and that checkpoint's folder (None: start)."""
-        record = {"config": asdict(config), "content": experiment_content(config, bins)}
+        record = dict(config=asdict(config), content=experiment_content(config, bins))
 
         # Take the folder for this process alone, if it is a run's.
         metrics_path = self.out_dir / "metrics.jsonl"
-        files = [path for path in self.out_dir.glob("*") if path.name != LOCK]
-        if files and metrics_path not in files:
+        if not metrics_path.exists() and set(self.out_dir.glob("*")) - {self.out_dir / LOCK}:
             raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; name another one")
         self.enter_context(locked(self.out_dir))
 
@@ -944,17 +932,17 @@ class RunFolder(ExitStack):
         kept = []
         if resumed is not None:
             state = read_state(resumed)
+            if state.finished:
+                return state, resumed
+            print(f"{self.out_dir}: continuing from {resumed.name}")
             kept = [line for line in read_metrics(metrics_path) if line["step"] <= state.step]
-            if not state.finished:
-                print(f"{self.out_dir}: continuing from {resumed.name}")
         write_text(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
-        if not state.finished:
-            write_text(self.out_dir / "config.json", json.dumps(record, indent=1))
-            self.metrics = self.enter_context(open(metrics_path, "a", encoding="utf-8"))
+        write_text(self.out_dir / "config.json", json.dumps(record, indent=1))
+        self.metrics = self.enter_context(open(metrics_path, "a", encoding="utf-8"))
 
         # Weights & Biases. A resumed run, on another machine too, continues its curves, by the id in a file. The step
         # is a value that is logged, since wandb's own cannot go back to a checkpoint's.
-        if config.wandb and not state.finished:
+        if config.wandb:
             id_path = self.out_dir / "wandb_id"
             if not id_path.exists():
                 write_text(id_path, os.urandom(16).hex())
@@ -987,7 +975,7 @@ class RunFolder(ExitStack):
         self.received_signal = number
 
 
-def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
+def experiment_content(config: Config, bins: TokenBins) -> dict:
     """What identifies the bins and models of an experiment, wherever they lie: key → hash of the content."""
     content = {"data_dir": bins.content(), "teacher": ""}  # "": a run without a teacher
     for role, source in models_of(config).items():
@@ -1002,7 +990,6 @@ def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
 
 def check_same_experiment(out_dir: Path, record: dict):
     """Raises UserError if `out_dir` holds a run of another experiment than `record`, naming each key that differs.
-
     Of bins and models the content is compared, of other keys the value. Keys added since that run count as their
     defaults there, and contents added since as the same."""
     path = out_dir / "config.json"
@@ -1031,7 +1018,7 @@ def environment() -> dict:
             "git": revision if status == 0 else None}
 
 
-def count_parameters(models: dict[str, GPT]) -> dict[str, int]:
+def count_parameters(models: dict) -> dict:
     return {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
 
 
@@ -1039,7 +1026,6 @@ def count_parameters(models: dict[str, GPT]) -> dict[str, int]:
 # step_00000400/ is a model's folder in Hugging Face's format with the tokenizer, optimizer.pt, train_state.json, and
 # manifest.json, which holds the sha256 of all others. extra.safetensors is there if student.extra has modules. The
 # folder is written under another name, synced to disk, and renamed: it is whole, or not there.
-
 
 def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: list, bins: TokenBins, keep: int):
     """Write the checkpoint of this step, then delete all but the newest `keep`. All ranks call it, rank 0 writes, and
@@ -1053,8 +1039,7 @@ def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: l
     on_rank_0(write_checkpoint, folder, state, student, weights, optimizer_state, bins, keep)
 
 
-def write_checkpoint(folder: Path, state: TrainState, student: GPT, weights: dict, optimizer_state, bins: TokenBins,
-                     keep: int):
+def write_checkpoint(folder, state, student, weights, optimizer_state, bins, keep):
     # Write all files under another name, and to the disk itself.
     temporary = folder.with_name(folder.name + ".tmp")
     try:
@@ -1083,7 +1068,7 @@ def write_checkpoint(folder: Path, state: TrainState, student: GPT, weights: dic
             shutil.rmtree(old)
 
 
-def file_hashes(paths: list[Path]) -> dict[str, str]:
+def file_hashes(paths: list[Path]) -> dict:
     """name → sha256 of files, which are hashed side by side."""
     with ThreadPoolExecutor() as threads:
         return dict(zip([path.name for path in paths], threads.map(file_sha256, paths)))
@@ -1103,9 +1088,9 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
         wrong = damaged_files(folder)
         if not wrong:
             return folder
-        aside = folder.with_name(f"corrupt_{folder.name}")
+        aside = out_dir / f"corrupt_{folder.name}"
         while aside.exists():  # from an earlier time
-            aside = aside.with_name(f"{aside.name}.1")
+            aside = Path(f"{aside}.1")
         os.replace(folder, aside)
         print(f"WARNING: {folder}: {', '.join(wrong)} missing or changed; renamed {aside.name}")
     if list(out_dir.glob("corrupt_step_*")):
@@ -1137,16 +1122,16 @@ def read_state(folder: Path) -> TrainState:
 def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, student: GPT, optimizers: list):
     """Restore the sampler and the optimizers. Rank 0 reads; only tensors are unpickled."""
     read_saved(folder / "train_state.json", lambda path: sampler.load_state_dict(state.sampler))
-    read = functools.partial(torch.load, map_location="cpu", weights_only=True)
-    optimizer_state = on_rank_0(read_saved, folder / "optimizer.pt", read, share=False)
+    optimizer_state = on_rank_0(read_saved, folder / "optimizer.pt", lambda path: torch.load(path, weights_only=True),
+                                share=False)
     if state.step > 0:
         set_optimizer_state_dict(student, optimizers, optimizer_state or {}, options=whole_tensor_options())
 
 
 # ------------ Checks before anything slow -----------------------------------------------------------------------------
 
-def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
-    """The bins and the models' configurations, checked before a weight is read. Raises UserError."""
+def preflight(config: Config) -> tuple[TokenBins, dict]:
+    """The bins, and role → GPTConfig of the models, checked before a weight is read. Raises UserError."""
     # The bins against the keys
     bins = open_bins(config)
     fixed_windows(bins, "val", config.val_samples)
@@ -1167,8 +1152,8 @@ def open_bins(config: Config) -> TokenBins:
     return TokenBins(config.data_dir, config.block_size, config.domains.split(",") if config.domains else None)
 
 
-def fixed_windows(bins: TokenBins, side: str, count: int) -> dict[str, torch.Tensor]:
-    """`count` windows of a side, val or test, for each domain; {} if count is 0."""
+def fixed_windows(bins: TokenBins, side: str, count: int) -> dict:
+    """name → windows of a side, val or test, (count, block_size + 1) int64; {} if count is 0."""
     return {name: torch.from_numpy(bins.eval_windows(name, side, count)) for name in bins.names if count > 0}
 
 
@@ -1212,8 +1197,7 @@ def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTCo
         print(f"WARNING: --{role}={source} has no tokenizer that can be compared with the bins', {ours['name']}; it is "
               "taken, since it has enough ids")
     elif theirs.fingerprint != ours["fingerprint"]:
-        raise UserError(f"--{role}={source}: its tokenizer ({theirs.vocab_size} ids) is not that of the bins, "
-                        f"{ours['name']} ({ours['vocab_size']} ids); {fix}")
+        raise UserError(f"--{role}={source}: its tokenizer is not that of the bins, {ours['name']}; {fix}")
     return model_config
 
 
@@ -1221,7 +1205,6 @@ def contradictions(config: Config) -> list[str]:
     """What is wrong with a configuration that can be told without opening a file."""
     arm = ARMS[config.method]
     needs_models = config.preset != "quickstart"
-    launched = "RANK" in os.environ
     world = planned_world_size(config)
     too_few_gpus = (config.device in ("auto", "cuda") and torch.cuda.is_available()
                     and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count())
@@ -1251,7 +1234,7 @@ def contradictions(config: Config) -> list[str]:
          f"--batch_size={config.batch_size}: must be a multiple of {world}, the number of processes"),
         (config.parallel == "none" and world > 1,
          f"--parallel=none: there are {world} processes; take ddp or fsdp"),
-        (config.parallel in ("ddp", "fsdp") and not launched and not config.dry_run,
+        (config.parallel in ("ddp", "fsdp") and "RANK" not in os.environ and not config.dry_run,
          f"--parallel={config.parallel}: start with torchrun --nproc_per_node=N distill.py"),
         (too_few_gpus, f"--device={config.device}: more processes than GPUs here; start fewer, or --device=cpu"),
     ]
@@ -1260,7 +1243,7 @@ def contradictions(config: Config) -> list[str]:
 
 # ------------ What a run takes, and what it prints --------------------------------------------------------------------
 
-def step_flops(parameters: dict[str, int], config: Config) -> float:
+def step_flops(parameters: dict, config: Config) -> float:
     """Floating-point operations of a training step, about: 6 a weight and token for the student, 2 for the teacher."""
     flops_per_token = 6 * parameters["student"]
     if ARMS[config.method].trains_with_teacher:
@@ -1268,7 +1251,7 @@ def step_flops(parameters: dict[str, int], config: Config) -> float:
     return flops_per_token * config.batch_size * config.block_size
 
 
-def model_bytes(role: str, n_parameters: int, config: Config, world: int) -> dict[str, float]:
+def model_bytes(role: str, n_parameters: int, config: Config, world: int) -> dict:
     """What a model holds on each of `world` devices between passes, name → bytes: weights in the dtype of the products,
     but the student's in float32 with gradients and AdamW's two moments."""
     widths = {"weights": 2 if config.dtype == "bfloat16" else 4}
@@ -1279,7 +1262,7 @@ def model_bytes(role: str, n_parameters: int, config: Config, world: int) -> dic
     return {part: width * n_parameters / shards for part, width in widths.items()}
 
 
-def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConfig]):
+def print_cost(config: Config, bins: TokenBins, model_configs: dict):
     """Print what a run would take, from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says."""
     # Bytes per device
     world = planned_world_size(config)
@@ -1303,8 +1286,8 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
 
 
 def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float], config: Config):
-    """Log a step: its speed too, and what the rest takes at the latest pace, both without evaluations and saves. Print
-    a line after the first step and the last, and every log_every; on GPUs with the peak of memory."""
+    """Log a step, its speed, and what the rest takes at the latest pace, both without evaluations and saves. Print a
+    line after the first step and the last, and every log_every."""
     tokens = config.batch_size * config.block_size
     tokens_per_s = tokens / step_times[-1]
     eta_s = np.mean(step_times[-50:]) * (config.max_steps - step)
@@ -1312,20 +1295,18 @@ def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float],
     if step not in (1, config.max_steps) and step % config.log_every != 0:
         return
     text = "  ".join(f"{name} {value:.4g}" for name, value in step_log.items())
-    if config.device.startswith("cuda"):
-        text += f"  {torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB"
     print(f"step {step}/{config.max_steps}  {text}  {tokens_per_s:,.0f} tokens/s  "
           f"ETA {timedelta(seconds=int(eta_s))}", flush=True)
 
 
-def worst_ratio(domains: dict[str, dict]) -> float:
+def worst_ratio(domains: dict) -> float:
     """The largest ratio of the domains; infinite where there is no teacher."""
     ratios = [domain["ratio"] for domain in domains.values()]
     return math.inf if None in ratios else max(ratios)
 
 
-def table_rows(domains: dict[str, dict], r: dict, bins: TokenBins, config: Config) -> dict[str, dict]:
-    """The numbers of each domain for a table: also its part of r, and the documents of its validation windows."""
+def table_rows(domains: dict, r: dict, bins: TokenBins, config: Config) -> dict:
+    """name → numbers of a domain for a table: also its part of r, and the documents of its validation windows."""
     rows = {}
     for name, domain in domains.items():
         rows[name] = {**domain, "r": r[name], "documents": bins.eval_documents(name, "val", config.val_samples)}
@@ -1343,27 +1324,25 @@ def print_evaluation(state: TrainState, sampler: MixtureSampler, bins: TokenBins
             print(warning)
     text = f"evaluated at step {state.step}: "
     if config.teacher:
-        worst = max(state.domains, key=lambda name: state.domains[name]["ratio"])
-        text += f"largest ratio {state.domains[worst]['ratio']:.3f} ({worst}), "
+        ratio, worst = max((domain["ratio"], name) for name, domain in state.domains.items())
+        text += f"largest ratio {ratio:.3f} ({worst}), "
     shares = "  ".join(f"{name} {share:.3f}" for name, share in r.items())
     print(f"{text}r = {shares}", flush=True)
 
 
-def first_warnings(rows: dict[str, dict], bins: TokenBins, config: Config) -> list[str]:
+def first_warnings(rows: dict, bins: TokenBins, config: Config) -> Iterator:
     """Warnings after the first evaluation: of a teacher that has little to teach, and of few documents."""
-    found = []
     for name, row in rows.items():
         if config.teacher and row["teacher_ppl"] > bins.vocab_size / 2:
-            found.append(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({row['teacher_ppl']:.0f}): HARDLY TRAINED, "
-                         "LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
+            yield (f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({row['teacher_ppl']:.0f}): HARDLY TRAINED, LOADED "
+                   "WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
         elif config.teacher and row["ratio"] < 1:
-            found.append(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
-                         f"{1 / row['ratio']:.2f}")
+            yield (f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
+                   f"{1 / row['ratio']:.2f}")
         if row["documents"] < 20:
-            found.append(f"WARNING: documents in the {config.val_samples} validation windows of {name}: only "
-                         f"{row['documents']}, and r follows what these are like; raise --val_samples, or give the "
-                         "domain more text or shorter documents")
-    return found
+            yield (f"WARNING: documents in the {config.val_samples} validation windows of {name}: only "
+                   f"{row['documents']}, and r follows what these are like; raise --val_samples, or give the domain "
+                   "more text or shorter documents")
 
 
 def report(config: Config, folder: Path):
@@ -1382,11 +1361,11 @@ def report(config: Config, folder: Path):
     if config.test_samples > 0:
         print("\nOn the test windows, which never influenced r:\n")
         print_domains(last, last, tested=True)
-    print(f"warnings after the first evaluation: {len(first_warnings(first, bins, config))}")
+    print(f"warnings after the first evaluation: {len(list(first_warnings(first, bins, config)))}")
     print(f"The student is in {folder}. Text by it:  python model.py --model={folder} --prompt='def main('")
 
 
-def print_domains(first_rows: dict[str, dict], rows: dict[str, dict], tested: bool = False):
+def print_domains(first_rows: dict, rows: dict, tested: bool = False):
     """A row per domain, a column per number, as first → last where it has changed; with `tested`, those on the test
     windows instead."""
     columns = [column for column in next(iter(rows.values())) if column.startswith("test_") == tested]
@@ -1401,7 +1380,7 @@ def print_domains(first_rows: dict[str, dict], rows: dict[str, dict], tested: bo
     print_table(lines)
 
 
-def format_number(value: float | None) -> str:
+def format_number(value) -> str:
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
@@ -1414,14 +1393,13 @@ PRETRAINING = dict(preset="quickstart", method="cpt", interval=10**9, test_sampl
                    log_every=50)
 
 
-def quickstart_models(pretrain_steps: int) -> dict[str, dict]:
+def quickstart_models(pretrain_steps: int) -> dict:
     """What else these runs are given, role → keys. The teacher learns all domains alike, the student base hardly any
     C++: small models are strong in some domains and weak in others."""
-    teacher = dict(student="scratch:4x128", max_steps=pretrain_steps, warmup_steps=min(50, pretrain_steps // 10),
-                   lr=3e-3, min_lr=3e-4, mixture="python=1,cpp=1,math=1,prose=1")
-    student = dict(student="scratch:2x96", max_steps=pretrain_steps // 4, warmup_steps=min(50, pretrain_steps // 40),
-                   lr=2e-3, min_lr=2e-4, mixture="python=.50,cpp=.01,math=.25,prose=.24")
-    return {"teacher": teacher, "student": student}
+    return {"teacher": dict(student="scratch:4x128", max_steps=pretrain_steps, warmup_steps=pretrain_steps // 24,
+                            lr=3e-3, min_lr=3e-4, mixture="python=1,cpp=1,math=1,prose=1"),
+            "student": dict(student="scratch:2x96", max_steps=pretrain_steps // 4, warmup_steps=pretrain_steps // 40,
+                            lr=2e-3, min_lr=2e-4, mixture="python=.50,cpp=.01,math=.25,prose=.24")}
 
 
 def quickstart(config: Config) -> Config:
@@ -1448,7 +1426,7 @@ def quickstart(config: Config) -> Config:
     on_rank_0(preflight, config)
     for role, run in to_make.items():
         print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}. The run that makes it calls "
-              "it the student.", flush=True)
+              "it the student.")
         if config.dry_run:
             on_rank_0(preflight, resolve_auto(run))
         else:
@@ -1514,10 +1492,11 @@ def parse_config(argv: list[str] | None = None) -> Config:
             kind = {"choices": get_args(entry.type)}  # the words of a Literal
         elif entry.type is bool:
             kind = {"type": true_or_false, "nargs": "?", "const": True}  # the key alone means true
-        default = f"default: {entry.default}"
+        text = helps[entry.name]
         if entry.name in PRESETS["quickstart"]:
-            default += f"; quickstart: {PRESETS['quickstart'][entry.name]}"
-        text = helps[entry.name] if entry.default == "" else f"{helps[entry.name]} ({default})"
+            text += f" (default: {entry.default}; quickstart: {PRESETS['quickstart'][entry.name]})"
+        elif entry.default != "":
+            text += f" (default: {entry.default})"
         parser.add_argument(f"--{entry.name}", help=text, **kind)
 
     # What can be told without opening a file
@@ -1548,11 +1527,10 @@ def main():
     config = parse_config()
     with process_group(config):
         config = resolve_auto(config)
-        defaults = Config()
         for name, value in asdict(config).items():
-            if value != getattr(defaults, name):
+            if value != getattr(Config, name):  # its default
                 print(f"{name} = {value}")
-        print(f"The other keys have their defaults. All will stand in {config.out_dir}/config.json.\n", flush=True)
+        print(f"The other keys have their defaults. All will stand in {config.out_dir}/config.json.\n")
         if config.preset == "quickstart":
             config = quickstart(config)
         elif config.dry_run:
