@@ -1081,7 +1081,7 @@ OUT_OF_RANGE = {"gamma": -1.0, "lr": "nan", "min_lr": "inf", "temperature": 0.0,
     *(([word], f"unrecognized arguments: {word}{ADVICE}") for word in ("--nope=3", "--max_step=3", "lr=3", "-v")),
     (["--lr=fast", "--nope=3"], "argument --lr: invalid float value: 'fast'"),  # the first is enough
     (["--interval=1.5"], "argument --interval: invalid int value: '1.5'"),
-    (["--wandb=maybe"], "argument --wandb: 'maybe' must be true or false"),
+    (["--wandb=maybe"], "argument --wandb: invalid true_or_false value: 'maybe'"),
     (["--alpha"], "argument --alpha: expected one argument"),
     (["--data_dir"], "argument --data_dir: expected one argument"),
     *(([f"--{key}={word}"], f"argument --{key}: invalid choice: '{word}' (choose from ")
@@ -1303,7 +1303,7 @@ MAKE_ANEW = "make the bins again with data.py --tokenizer={other}"
 @pytest.mark.parametrize("change, arguments, messages", [
     (SWAPPED, ["--teacher={other}"], ["--teacher={other}: its tokenizer", MAKE_ANEW]),
     (SWAPPED, ["--student={other}"], ["--student={other}: its tokenizer", MAKE_ANEW]),
-    (SPLIT, ["--teacher={other}"], ["--teacher={other}: its tokenizer other (257 ids) is not that of the bins, bytes"]),
+    (SPLIT, ["--teacher={other}"], ["--teacher={other}: its tokenizer is not that of the bins, bytes"]),
     (OTHER_END, ["--teacher={other}"], ["<|endoftext|>: not a token of {other}"]),
     (edit("tokenizer_meta.json", fingerprint="0"), ["--teacher={other}"], ["{other}: the tokenizer bytes is not"]),
     (put("tokenizer_meta.json", b"{}"), ["--student={other}"], ["{other}/tokenizer_meta.json: "]),
