@@ -1201,8 +1201,8 @@ def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTCo
         print(f"WARNING: --{role}={source} has no tokenizer that can be compared with the bins', {ours['name']}; it is "
               "taken, since it has enough ids")
     elif theirs.fingerprint != ours["fingerprint"]:
-        raise UserError(f"--{role}={source}: its tokenizer {Path(source).name} ({theirs.vocab_size} ids) is not that of "
-                        f"the bins, {ours['name']} ({bins.vocab_size} ids); {fix}")
+        raise UserError(f"--{role}={source}: its tokenizer {Path(source).name} ({theirs.vocab_size} ids) is not that "
+                        f"of the bins, {ours['name']} ({bins.vocab_size} ids); {fix}")
     return model_config
 
 

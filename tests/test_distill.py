@@ -1303,7 +1303,7 @@ MAKE_ANEW = "make the bins again with data.py --tokenizer={other}"
 @pytest.mark.parametrize("change, arguments, messages", [
     (SWAPPED, ["--teacher={other}"], ["--teacher={other}: its tokenizer", MAKE_ANEW]),
     (SWAPPED, ["--student={other}"], ["--student={other}: its tokenizer", MAKE_ANEW]),
-    (SPLIT, ["--teacher={other}"], ["--teacher={other}: its tokenizer is not that of the bins, bytes"]),
+    (SPLIT, ["--teacher={other}"], ["--teacher={other}: its tokenizer other (257 ids) is not that of the bins, bytes"]),
     (OTHER_END, ["--teacher={other}"], ["<|endoftext|>: not a token of {other}"]),
     (edit("tokenizer_meta.json", fingerprint="0"), ["--teacher={other}"], ["{other}: the tokenizer bytes is not"]),
     (put("tokenizer_meta.json", b"{}"), ["--student={other}"], ["{other}/tokenizer_meta.json: "]),
