@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_lines
-from test_distributed import words
+from conftest import read_lines, words
 from torch._inductor.codecache import PyCodeCache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,13 +26,11 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(DEVICE == "cuda" and not torc
 
 
 @pytest.fixture
-def config(data_dir, teacher, tmp_path):
+def config(tiny, tmp_path):
     """A function that makes a tiny run's configuration."""
     def make(name: str, **given):
-        keys = dict(preset="paper", data_dir=str(data_dir), teacher=str(teacher), student="scratch:2x64", block_size=16,
-                    batch_size=8, val_samples=5, interval=5, max_steps=20, lr=3e-3, min_lr=3e-4, warmup_steps=2,
-                    save_every=10, device=DEVICE, out_dir=str(tmp_path / name))
-        return resolve_config({**keys, **given})
+        keys = dict(student="scratch:2x64", interval=5, max_steps=20, save_every=10, device=DEVICE)
+        return resolve_config({**tiny, **keys, "out_dir": str(tmp_path / name), **given})
     return make
 
 

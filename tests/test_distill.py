@@ -27,8 +27,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import read_lines
-from safetensors.torch import load_file, save_file
+from conftest import (NAMES, Hostile, assert_same_run, change_tensors, copy_of, drop, edit, files_of, nothing, put,
+                      read_lines, words)
+from safetensors.torch import load_file
 
 import data
 import distill
@@ -39,7 +40,6 @@ from distill import (MAY_CHANGE, PRESETS, Config, contradictions, dense_distilla
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
 
-NAMES = ["letters", "digits", "signs"]
 T, B = 16, 8  # tokens of a window, windows of a step
 KEYS = {entry.name: entry for entry in fields(Config)}
 
@@ -108,14 +108,6 @@ def handled(number: signal.Signals, handler):
     signal.signal(number, before)
 
 
-@pytest.fixture(scope="module")
-def tiny(data_dir, teacher) -> dict:
-    """The keys of a tiny run."""
-    return dict(preset="paper", data_dir=str(data_dir), teacher=str(teacher), student="scratch:1x32", block_size=T,
-                batch_size=B, val_samples=5, test_samples=0, interval=2, max_steps=8, lr=3e-3, min_lr=3e-4,
-                warmup_steps=2, save_every=4, device="cpu")
-
-
 @pytest.fixture
 def config(tiny, tmp_path, sinks):
     """A function that makes a tiny run's configuration, in tmp_path/run unless named."""
@@ -125,10 +117,6 @@ def config(tiny, tmp_path, sinks):
         assert all(problem.startswith("--warmup_steps") for problem in problems)  # of a few steps all may be warm-up
         return config
     return make
-
-
-def words(given: dict) -> list[str]:
-    return [f"--{key}={value}" for key, value in given.items()]
 
 
 @pytest.fixture
@@ -159,32 +147,6 @@ def checkpoints(out_dir: Path) -> list[int]:
 
 def read_state(folder: Path) -> dict:
     return json.loads((folder / "train_state.json").read_text())
-
-
-def alike(one, other) -> bool:
-    """Whether what two .pt files hold is equal to the bit."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(alike(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(alike, one, other))
-    return one.equal(other) if isinstance(one, torch.Tensor) else one == other
-
-
-def assert_same_run(out_dir: Path, other: Path):
-    """All lines of metrics (the configuration aside) and all that the last checkpoint holds are equal to the bit."""
-    assert read_lines(out_dir)[1:] == read_lines(other)[1:]
-    folder, other_folder = (run / f"step_{checkpoints(run)[-1]:08d}" for run in (out_dir, other))
-    names = {path.name for path in folder.iterdir()}
-    assert folder.name == other_folder.name and names == {path.name for path in other_folder.iterdir()}
-    for name in names - {"optimizer.pt", "manifest.json"}:
-        assert (folder / name).read_bytes() == (other_folder / name).read_bytes(), name
-    assert alike(*(torch.load(path / "optimizer.pt", weights_only=True) for path in (folder, other_folder)))
-
-
-def files_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def natural(data_dir) -> list[float]:
@@ -227,51 +189,10 @@ def new_student(layers: int = 1, seed: int = 0, rows: int = 257) -> GPT:
     return GPT(GPTConfig.scratch(layers, 32, rows, T))
 
 
-# Changes of a folder
-
-
-def nothing(folder: Path):
-    pass
-
-
-def copy_of(folder: Path, to: Path, change=nothing) -> Path:
-    shutil.copytree(folder, to)
-    change(to)
-    return to
-
-
-def put(name: str, raw: bytes):
-    return lambda folder: (folder / name).write_bytes(raw)
-
-
-def drop(name: str):
-    return lambda folder: (folder / name).unlink()
-
-
-def edit(name: str, change=lambda content: None, **values):
-    """Change a JSON file; what `change` returns, if anything, replaces its content."""
-    def apply(folder: Path):
-        content = json.loads((folder / name).read_text())
-        replaced = change(content)
-        if replaced is None:
-            content.update(values)
-        (folder / name).write_text(json.dumps(content if replaced is None else replaced))
-    return apply
-
-
 def sign(folder: Path):
     """Make the manifest of a changed checkpoint fit."""
     hashes = {path.name: file_sha256(path) for path in folder.iterdir() if path.name != "manifest.json"}
     (folder / "manifest.json").write_text(json.dumps(hashes))
-
-
-def change_tensors(change):
-    """`change` a model's tensors: a function of their dict."""
-    def apply(folder: Path):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return apply
 
 
 # ------------ Alg. 1 --------------------------------------------------------------------------------------------------
@@ -477,30 +398,6 @@ def test_a_model_is_built_from_the_configuration_that_was_checked(config, teache
     monkeypatch.setattr(distill, "read_config", lambda folder: replace(original(folder), rms_norm_eps=0.25))
     folder = train(config(student=str(teacher) if student == "folder" else student, max_steps=0))
     assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 0.25
-
-
-def test_extra_modules_are_trained_with_the_student_saved_beside_it_and_resumed_to_the_bit(config, monkeypatch,
-                                                                                           tmp_path):
-    original = distill.read_model
-
-    def read_model(role, *args):
-        model = original(role, *args)
-        if role == "student":
-            model.extra["filter"] = torch.nn.Linear(32, 32, bias=False)
-            torch.nn.init.eye_(model.extra["filter"].weight)
-            model.layers[0].register_forward_hook(lambda layer, inputs, output: model.extra["filter"](output))
-        return model
-
-    monkeypatch.setattr(distill, "read_model", read_model)
-    folder = train(config())
-    saved = [load_file(path / "extra.safetensors") for path in (folder.with_name("step_00000004"), folder)]
-    assert [list(tensors) for tensors in saved] == [["filter.weight"]] * 2
-    assert not saved[0]["filter.weight"].equal(torch.eye(32)) and not alike(*saved)
-    assert not any("extra" in name for name in load_file(folder / "model.safetensors"))
-    GPT.from_pretrained(folder)  # as it opens without the modules
-    copy_of(tmp_path / "run", tmp_path / "resumed", lambda run: shutil.rmtree(run / folder.name))
-    train(config(out_dir=str(tmp_path / "resumed")))
-    assert_same_run(tmp_path / "resumed", tmp_path / "run")
 
 
 def test_bfloat16_computes_otherwise_than_float32(config, straight, tmp_path):
@@ -1020,13 +917,6 @@ def test_where_no_whole_checkpoint_is_left_a_run_says_so_and_starts_again(config
     train(config(method="kd"))
     assert f"{tmp_path / 'run'}: no whole checkpoint is left: starting again from step 0\n" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", straight("kd"))
-
-
-class Hostile:
-    """Unpickling it makes a file."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("unpickled").resolve(),)
 
 
 def insert_line(line: bytes):

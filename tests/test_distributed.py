@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import read_lines
+from conftest import NAMES, assert_same_run, read_lines, words
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -39,24 +39,18 @@ from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler, read_metrics
 
 ROOT = Path(__file__).parent.parent
-NAMES = ["letters", "digits", "signs"]
 TIMEOUT = 300  # seconds after which something hangs
 
 # 12 windows divide by 1, 2 and 3 processes. 7 validation windows by neither: two processes with micro-batches of 3 take
 # 6 and 1, three with 2 the same, so that one process and then two have none of the last.
-GIVEN = dict(preset="paper", student="scratch:2x32", block_size=16, batch_size=12, val_samples=7, test_samples=5,
-             interval=5, max_steps=20, lr=3e-3, min_lr=3e-4, warmup_steps=2, save_every=10, keep=0, device="cpu",
-             timeout=10)
+GIVEN = dict(student="scratch:2x32", batch_size=12, val_samples=7, test_samples=5, interval=5, max_steps=20,
+             save_every=10, keep=0, timeout=10)
 SHORT = dict(interval=4, max_steps=8, save_every=2, batch_size=4, val_samples=2)
 
 
 @pytest.fixture(scope="module")
-def given(data_dir, teacher):
-    return {**GIVEN, "data_dir": str(data_dir), "teacher": str(teacher)}
-
-
-def words(keys: dict) -> list[str]:
-    return [f"--{key}={value}" for key, value in keys.items()]
+def given(tiny):
+    return {**tiny, **GIVEN}
 
 
 # ----------------------------------------------- What a process does -----------------------------------------------
@@ -478,17 +472,6 @@ def test_rotary_tables_stay_float32_under_fsdp_in_bfloat16(runs):
 # ----------------------------------------------- Resuming ----------------------------------------------------------
 
 
-def assert_same_to_the_bit(out_dir: Path, other: Path):
-    """Metrics (times aside), and all files of the last checkpoint."""
-    assert read_lines(out_dir)[1:] == read_lines(other)[1:]  # all but the configuration's out_dir
-    folder = list_checkpoints(out_dir)[-1]
-    other_folder = list_checkpoints(other)[-1]
-    assert folder.name == other_folder.name
-    assert {path.name for path in folder.iterdir()} == {path.name for path in other_folder.iterdir()}
-    for path in folder.iterdir():
-        assert path.read_bytes() == (other_folder / path.name).read_bytes(), path.name
-
-
 @pytest.mark.parametrize("layout, stop", STOPPED)
 def test_stopped_and_resumed_under_one_layout_equals_straight_to_the_bit(runs, layout, stop):
     straight_dir, straight = runs[layout]
@@ -498,7 +481,7 @@ def test_stopped_and_resumed_under_one_layout_equals_straight_to_the_bit(runs, l
     assert all(re.fullmatch(outcome, str(rank["outcome"])) for rank in stopped)  # it came to one, both stop
     assert [rank["outcome"] for rank in resumed] == ["step_00000020"] * 2
     assert whole_windows(stopped)[:saved] + whole_windows(resumed) == whole_windows(straight)
-    assert_same_to_the_bit(out_dir, straight_dir)
+    assert_same_run(out_dir, straight_dir)
 
 
 @pytest.mark.parametrize("layout, stop", [(layout, stop) for layout, stop in STOPPED if "no room" in stop])
@@ -618,7 +601,7 @@ def test_killed_before_any_operation_of_a_save_a_run_keeps_the_checkpoint_before
         assert (statuses, err) == ([-signal.SIGKILL], "") and "corrupt" not in out
         assert_nothing_is_lost(run)
     assert operation > 30
-    assert_same_to_the_bit(run, straight)
+    assert_same_run(run, straight)
     assert not list(run.glob("*.tmp"))
 
 
@@ -641,7 +624,7 @@ def test_killed_at_random_moments_a_run_loses_nothing(begin_run, start, straight
             shutil.rmtree(run)
     statuses, out, _ = start()
     assert statuses == [0] and "corrupt" not in out
-    assert_same_to_the_bit(run, straight)
+    assert_same_run(run, straight)
 
 
 def test_a_second_run_on_the_same_folder_is_refused_and_the_first_unharmed(begin_run, start, straight, tmp_path):
@@ -773,7 +756,7 @@ def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(torchrun, start
     assert whole_checkpoints(tmp_path / "run") == [2, 4, 5] and last_step(tmp_path / "run") == 5
     for out_dir in ("run", "never stopped"):
         assert start(world=2, parallel="ddp", out_dir=tmp_path / out_dir)[0] == [0, 0]
-    assert_same_to_the_bit(tmp_path / "run", tmp_path / "never stopped")
+    assert_same_run(tmp_path / "run", tmp_path / "never stopped")
 
 
 @pytest.mark.slow
