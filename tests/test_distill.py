@@ -400,19 +400,6 @@ def test_a_model_is_built_from_the_configuration_that_was_checked(config, teache
     assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 0.25
 
 
-def test_bfloat16_computes_otherwise_than_float32(config, straight, tmp_path):
-    train(config(dtype="bfloat16"))
-    rounded, plain = ([line["loss"] for line in read_lines(run, "train")] for run in (tmp_path / "run", straight()))
-    assert rounded == pytest.approx(plain, rel=0.02)
-
-    # In both models, evaluated and trained
-    rounded, plain = (read_lines(run)[1:3] for run in (tmp_path / "run", straight()))
-    for name in NAMES:
-        for key in ("student_ppl", "teacher_ppl"):
-            assert rounded[0]["domains"][name][key] != plain[0]["domains"][name][key]
-    assert rounded[1]["ce"] != plain[1]["ce"]
-
-
 def test_fsdp_gathers_in_the_dtype_of_the_products_and_reduces_in_float32(monkeypatch):
     wrapped = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -521,6 +508,8 @@ def test_metrics_have_the_promised_keys(straight):
     run, mixture, step, end = lines[0], lines[1], lines[2], lines[-1]
     assert {"config", "command", "rule", "natural", "versions", "parameters"} <= set(run) and "git" in run["versions"]
     assert run["config"]["seed"] == 0 and run["rule"] == "ddk" and list(run["natural"]) == NAMES
+    assert run["content"] == json.loads((straight() / "config.json").read_text())["content"]
+    assert run["may_change"] == sorted(MAY_CHANGE)
     assert run["parameters"]["student"] == sum(p.numel() for p in new_student().parameters())
     assert {"kind", "step", "t", "r", "domains"} <= set(mixture)
     assert {"student_ppl", "teacher_ppl", "ratio", "tokens", "epochs"} <= set(mixture["domains"]["signs"]) - {"r"}
@@ -578,27 +567,17 @@ def test_the_configuration_is_saved_as_it_is_resolved_and_printed_where_it_is_no
     assert f"All will stand in {tmp_path / 'run' / 'config.json'}" in out
 
 
-def test_the_run_line_says_what_config_json_says_of_bins_and_models_and_which_keys_may_change(straight):
-    run, = read_lines(straight(), "run")
-    assert run["content"] == json.loads((straight() / "config.json").read_text())["content"]
-    assert run["may_change"] == sorted(MAY_CHANGE)
-
-
 def test_ends_of_text_agree_in_all_files_of_a_checkpoint(config, straight, teacher, tmp_path):
     transformers = pytest.importorskip("transformers")
-    folder = straight() / "step_00000008"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for settings in (transformers.AutoConfig.from_pretrained(folder),
-                     transformers.GenerationConfig.from_pretrained(folder)):
-        assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == (256, 256, 256)
-    assert tokenizer.eos_token_id == tokenizer.bos_token_id == 256
-
-    # A model that says else: what it says of the beginning stays, documents end as in the bins.
+    # Of a model that says else, what it says of the beginning stays; documents end as in the bins.
     source = copy_of(teacher, tmp_path / "source", edit("config.json", eos_token_id=7, bos_token_id=8))
-    folder = train(config(teacher="", method="cpt", student=str(source), max_steps=0))
-    for settings in (transformers.AutoConfig.from_pretrained(folder),
-                     transformers.GenerationConfig.from_pretrained(folder)):
-        assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == (256, 256, 8)
+    other = train(config(teacher="", method="cpt", student=str(source), max_steps=0))
+    for folder, beginning in ((straight() / "step_00000008", 256), (other, 8)):
+        for settings in (transformers.AutoConfig.from_pretrained(folder),
+                         transformers.GenerationConfig.from_pretrained(folder)):
+            assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == (256, 256, beginning)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.eos_token_id == tokenizer.bos_token_id == 256
 
 
 def test_the_files_of_a_checkpoint_may_be_read_by_whom_the_umask_lets(config, tmp_path):
@@ -769,27 +748,24 @@ def test_a_signal_straight_after_a_resume_writes_no_checkpoint_again(config, at,
     assert_same_run(tmp_path / "run", straight())
 
 
-def test_a_finished_run_says_so_and_does_nothing(program, straight, monkeypatch):
-    before = files_of(straight())
+@pytest.mark.parametrize("change", [nothing, put("metrics.jsonl", b"")], ids=["whole", "without its log"])
+def test_a_finished_run_says_so_and_does_nothing(program, straight, tmp_path, monkeypatch, change):
+    run = copy_of(straight(), tmp_path / "run", change)
+    before = files_of(run)
     monkeypatch.setattr(GPT, "from_pretrained", None)  # nothing is loaded
-    status, out, err = program(f"--out_dir={straight()}", "--timeout=77")
-    assert (status, err) == (0, "") and f"{straight()}: this run is finished (step 8)" in out
-    assert f"The student is in {straight() / 'step_00000008'}" in out
-    assert files_of(straight()) == before
-
-
-def test_a_finished_run_without_its_log_is_still_reported(program, straight, tmp_path):
-    copy_of(straight(), tmp_path / "run", drop("metrics.jsonl"))
-    (tmp_path / "run" / "metrics.jsonl").touch()
-    status, out, err = program()
-    assert (status, err) == (0, "") and "The student is in" in out
+    status, out, err = program("--timeout=77")
+    assert (status, err) == (0, "") and f"{run}: this run is finished (step 8)" in out
+    assert f"The student is in {run / 'step_00000008'}" in out
+    assert files_of(run) == before
 
 
 def test_two_runs_do_not_share_a_folder(config, at, straight, tmp_path):
     def start_others():
+        before = files_of(tmp_path)
         for given in ({}, {"lr": 1e-3}):
             with pytest.raises(UserError, match=f"^{tmp_path / 'run'}: another process is using it"):
                 train(config(**given))
+        assert files_of(tmp_path) == before
     at["train", 3] = start_others
     train(config())
     assert at == {} and [path.name for path in tmp_path.iterdir()] == ["run"]
