@@ -81,6 +81,14 @@ def assert_same_run(out_dir: Path, other: Path):
         assert path.read_bytes() == (other_folder / path.name).read_bytes(), path.name
 
 
+def open_in_transformers(folder: Path):
+    """The model, of whose tensors none is missing, unexpected or reshaped."""
+    from transformers import AutoModelForCausalLM
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values()), loading
+    return model.eval()
+
+
 def files_of(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -1135,7 +1135,7 @@ def test_what_contradicts_itself_is_refused_without_opening_a_file(program, monk
 def test_what_auto_means_on_a_machine(given, cuda, world, resolved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.mps, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(dist, "is_initialized", lambda: world > 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
     config = resolve_config({"batch_size": 8, **given})

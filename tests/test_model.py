@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Hostile, change_tensors, copy_of, drop, edit, nothing, put
+from conftest import Hostile, change_tensors, copy_of, drop, edit, nothing, open_in_transformers, put
 from safetensors.torch import load_file, save_file
 from transformers import (AutoConfig, AutoModelForCausalLM, GPT2Config, GPTBigCodeConfig, LlamaConfig, MistralConfig,
                           Qwen2Config, Qwen3Config, Starcoder2Config)
 
 import model as model_program
-from model import GPT, GPTConfig, read_weights, resolve_device, rotary_tables, weight_files
+from model import GPT, GPTConfig, read_weights, rotary_tables, weight_files
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -114,8 +114,7 @@ def settings_of(folder: Path) -> dict:
 
 def assert_opens_in_transformers(ours: GPT, folder: Path):
     ours.save_pretrained(folder)
-    back, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(report.values()), report  # nothing missing, unexpected or mismatched
+    back = open_in_transformers(folder)
     assert_same_logits(ours, back)
     return back
 
@@ -756,10 +755,3 @@ def test_the_programs_errors_are_a_message_and_status_2(arguments, named, folder
     status, output, message = run_main(model_program, *arguments)
     assert status == 2 and output == ""
     assert all(text in message for text in named), message
-
-
-def test_a_gpu_that_torch_cannot_use_is_not_taken(monkeypatch):
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
-    assert resolve_device("auto").type == "cpu"
