@@ -272,9 +272,11 @@ def own_bins(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("named", ["{}", '{"tokenizer_class": "GPT2Tokenizer"}', '{"tokenizer_class": "LlamaTokenizer"}'])
+@pytest.mark.parametrize("named", [
+    "{}", '{"tokenizer_class": "GPT2Tokenizer"}', '{"tokenizer_class": "LlamaTokenizer"}'])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_bigcode", "starcoder2"])
-def test_autotokenizer_gives_the_bins_ids_for_a_student_of_any_model_type(own_bins, tmp_path, family, named, monkeypatch):
+def test_autotokenizer_gives_the_bins_ids_for_a_student_of_any_model_type(own_bins, tmp_path, monkeypatch, family,
+                                                                          named):
     bins = own_bins(named)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": bins.vocab_size}))
     save_tokenizer(tmp_path, bins)
