@@ -1433,7 +1433,7 @@ def quickstart(config: Config) -> Config:
     on_rank_0(preflight, config)
     for role, run in to_make.items():
         print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}. The run that makes it calls "
-              "it the student.")
+              "it the student.", flush=True)
         if config.dry_run:
             on_rank_0(preflight, resolve_auto(run))
         else:
@@ -1483,7 +1483,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def true_or_false(text: str) -> bool:
-    return ("false", "true").index(text.lower()) == 1  # of another word argparse says: invalid true_or_false value
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+    return text.lower() == "true"
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -1537,7 +1539,7 @@ def main():
         for name, value in asdict(config).items():
             if value != getattr(Config, name):  # its default
                 print(f"{name} = {value}")
-        print(f"The other keys have their defaults. All will stand in {config.out_dir}/config.json.\n")
+        print(f"The other keys have their defaults. All will stand in {config.out_dir}/config.json.\n", flush=True)
         if config.preset == "quickstart":
             config = quickstart(config)
         elif config.dry_run:
