@@ -1237,8 +1237,7 @@ def contradictions(config: Config) -> list[str]:
          f"--warmup_steps={config.warmup_steps}: must be below --max_steps={config.max_steps}, a tenth of it perhaps"),
         (config.batch_size % world != 0,
          f"--batch_size={config.batch_size}: must be a multiple of {world}, the number of processes"),
-        (config.parallel == "none" and world > 1,
-         f"--parallel=none: there are {world} processes; take ddp or fsdp"),
+        (config.parallel == "none" and world > 1, f"--parallel=none: there are {world} processes; take ddp or fsdp"),
         (config.parallel in ("ddp", "fsdp") and "RANK" not in os.environ and not config.dry_run,
          f"--parallel={config.parallel}: start with torchrun --nproc_per_node=N distill.py"),
         (too_few_gpus, f"--device={config.device}: more processes than GPUs here; start fewer, or --device=cpu"),
@@ -1475,7 +1474,6 @@ def finished_run(out_dir: Path) -> Path | None:
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose mistakes are UserErrors: rank 0 alone prints its sentence, without the usage."""
-
     def error(self, message: str):
         if message.startswith("unrecognized arguments"):
             message += "; write --key=value, --help lists the keys"
