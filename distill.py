@@ -1237,8 +1237,7 @@ def contradictions(config: Config) -> list[str]:
          f"--warmup_steps={config.warmup_steps}: must be below --max_steps={config.max_steps}, a tenth of it perhaps"),
         (config.batch_size % world != 0,
          f"--batch_size={config.batch_size}: must be a multiple of {world}, the number of processes"),
-        (config.parallel == "none" and world > 1,
-         f"--parallel=none: there are {world} processes; take ddp or fsdp"),
+        (config.parallel == "none" and world > 1, f"--parallel=none: there are {world} processes; take ddp or fsdp"),
         (config.parallel in ("ddp", "fsdp") and "RANK" not in os.environ and not config.dry_run,
          f"--parallel={config.parallel}: start with torchrun --nproc_per_node=N distill.py"),
         (too_few_gpus, f"--device={config.device}: more processes than GPUs here; start fewer, or --device=cpu"),
@@ -1433,7 +1432,7 @@ def quickstart(config: Config) -> Config:
     on_rank_0(preflight, config)
     for role, run in to_make.items():
         print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}. The run that makes it calls "
-              "it the student.")
+              "it the student.", flush=True)
         if config.dry_run:
             on_rank_0(preflight, resolve_auto(run))
         else:
@@ -1475,7 +1474,6 @@ def finished_run(out_dir: Path) -> Path | None:
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose mistakes are UserErrors: rank 0 alone prints its sentence, without the usage."""
-
     def error(self, message: str):
         if message.startswith("unrecognized arguments"):
             message += "; write --key=value, --help lists the keys"
@@ -1483,7 +1481,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def true_or_false(text: str) -> bool:
-    return ("false", "true").index(text.lower()) == 1  # of another word argparse says: invalid true_or_false value
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} must be true or false")
+    return text.lower() == "true"
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
@@ -1537,7 +1537,7 @@ def main():
         for name, value in asdict(config).items():
             if value != getattr(Config, name):  # its default
                 print(f"{name} = {value}")
-        print(f"The other keys have their defaults. All will stand in {config.out_dir}/config.json.\n")
+        print(f"The other keys have their defaults. All will stand in {config.out_dir}/config.json.\n", flush=True)
         if config.preset == "quickstart":
             config = quickstart(config)
         elif config.dry_run:

@@ -617,7 +617,7 @@ def main():
     add("--max_new_tokens", type=int, default=200, help="of new tokens, at most (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0: the most likely token (default: %(default)s)")
     add("--seed", type=int, default=0, help="selects the random numbers (default: %(default)s)")
-    add("--device", default="auto", help="cuda, mps, cpu; auto: the first there is (default: %(default)s)")
+    add("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     args = parser.parse_args()
 
     # All that can be checked before the weights are read

@@ -947,7 +947,7 @@ OUT_OF_RANGE = {"gamma": -1.0, "lr": "nan", "min_lr": "inf", "temperature": 0.0,
     *(([word], f"unrecognized arguments: {word}{ADVICE}") for word in ("--nope=3", "--max_step=3", "lr=3", "-v")),
     (["--lr=fast", "--nope=3"], "argument --lr: invalid float value: 'fast'"),  # the first is enough
     (["--interval=1.5"], "argument --interval: invalid int value: '1.5'"),
-    (["--wandb=maybe"], "argument --wandb: invalid true_or_false value: 'maybe'"),
+    (["--wandb=maybe"], "argument --wandb: 'maybe' must be true or false"),
     (["--alpha"], "argument --alpha: expected one argument"),
     (["--data_dir"], "argument --data_dir: expected one argument"),
     *(([f"--{key}={word}"], f"argument --{key}: invalid choice: '{word}' (choose from ")
