@@ -405,8 +405,8 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
         tokenizer.model.dropout = None
     eot_id = tokenizer.token_to_id(eot) if isinstance(eot, str) else None
     if eot_id is None:
-        raise UserError(f"--eot={eot}: not a token of {path.parent}; name the token that ends a document with "
-                        "--eot=TOKEN (data.py and model.py); a run requires bins of its models' own tokenizer")
+        raise UserError(f"--eot={eot}: {eot or 'no eos_token in tokenizer_config.json'}: not a token of {path.parent}; "
+                        "name the token that ends a document with --eot=TOKEN")
 
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)

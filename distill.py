@@ -439,13 +439,14 @@ def train(config: Config) -> Path:
 
         # The loop. From here on a signal only sets a flag, which the step "Save" reads.
         run.catch_signals()
+        first_step = state.step
         step_times = []  # in seconds
         while True:
             # Every K steps: measure ℓ_S, update r, log. At the end: measure. A resumed run did so here before its
             # checkpoint was written.
             t, steps_since_update = divmod(state.step, config.interval)
             last = state.step >= config.max_steps
-            just_resumed = resumed is not None and not step_times  # no step was made here yet
+            just_resumed = resumed is not None and state.step == first_step
             if (steps_since_update == 0 or last) and not just_resumed:
                 student_ppl = measure(student, val_windows)
                 state.domains = measured_domains(student_ppl, state.teacher_ppl, sampler, config.block_size)
@@ -530,7 +531,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
     per_token = {"targets": targets.flatten()}
     if teacher_hidden is not None:
-        equation["teacher_hidden"] = teacher_hidden
+        per_token["teacher_hidden"] = teacher_hidden.expand(*targets.shape, -1).flatten(0, -2)
     for name, value in list(equation.items()):
         if torch.is_tensor(value) and value.dim() > 0:
             rows = equation.pop(name).expand(targets.shape + value.shape[targets.dim():])
@@ -1220,7 +1221,7 @@ def contradictions(config: Config) -> list[str]:
     for name, value in asdict(config).items():
         minimum = MINIMUM.get(name, 0)
         if type(value) in (int, float) and not minimum <= value < 2**63:
-            problems.append(f"--{name}={value}: must be a number from {minimum} to 2^63 - 1")
+            problems.append(f"--{name}={value}: must be a finite number, at least {minimum}")
 
     checks = [  # (whether it is wrong, the message)
         (config.alpha > 1, f"--alpha={config.alpha}: must be a number from 0 to 1"),
@@ -1367,7 +1368,7 @@ def report(config: Config, folder: Path):
     if config.test_samples > 0:
         print("\nOn the test windows, which never influenced r:\n")
         print_domains(last, last, tested=True)
-    print(f"warnings after the first evaluation: {len(list(first_warnings(first, bins, config)))}")
+    print(f"warnings at the first evaluation: {len(list(first_warnings(first, bins, config)))}")
     print(f"The student is in {folder}. Text by it:  python model.py --model={folder} --prompt='def main('")
 
 
@@ -1499,7 +1500,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
             kind = {"choices": get_args(entry.type)}  # the words of a Literal
         elif entry.type is bool:
             kind = {"type": true_or_false, "nargs": "?", "const": True}  # the key alone means true
-        text = helps[entry.name]
+        text = helps.get(entry.name, "")
         if entry.name in PRESETS["quickstart"]:
             text += f" (default: {entry.default}; quickstart: {PRESETS['quickstart'][entry.name]})"
         elif entry.default != "":
@@ -1537,7 +1538,7 @@ def main():
         for name, value in asdict(config).items():
             if value != getattr(Config, name):  # its default
                 print(f"{name} = {value}")
-        print(f"The other keys have their defaults. All will stand in {config.out_dir}/config.json.\n", flush=True)
+        print(f"The other keys have their defaults; a run writes all to {config.out_dir}/config.json.\n", flush=True)
         if config.preset == "quickstart":
             config = quickstart(config)
         elif config.dry_run:

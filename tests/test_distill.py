@@ -564,7 +564,7 @@ def test_the_configuration_is_saved_as_it_is_resolved_and_printed_where_it_is_no
     assert saved.keys() == KEYS.keys() and saved["mixture"] == "letters=3,digits=2,signs=1"
     for key, value in saved.items():
         assert (f"\n{key} = {value}\n" in f"\n{out}") == (value != KEYS[key].default) and value != "auto"
-    assert f"All will stand in {tmp_path / 'run' / 'config.json'}" in out
+    assert f"a run writes all to {tmp_path / 'run' / 'config.json'}" in out
 
 
 def test_ends_of_text_agree_in_all_files_of_a_checkpoint(config, straight, teacher, tmp_path):
@@ -952,7 +952,7 @@ OUT_OF_RANGE = {"gamma": -1.0, "lr": "nan", "min_lr": "inf", "temperature": 0.0,
     (["--data_dir"], "argument --data_dir: expected one argument"),
     *(([f"--{key}={word}"], f"argument --{key}: invalid choice: '{word}' (choose from ")
       for key, word in {"method": "dkd", "dtype": "float16", "preset": "papers", "compile": "yes"}.items()),
-    *(([f"--{key}={value}"], f"--{key}={value}: must be a number from ") for key, value in OUT_OF_RANGE.items()),
+    *(([f"--{key}={value}"], f"--{key}={value}: must be a finite number, at least ") for key, value in OUT_OF_RANGE.items()),
     (["--alpha=2"], "--alpha=2.0: must be a number from 0 to 1"),
     (["--warmup_steps=300"], "--warmup_steps=300: must be below --max_steps=300")], ids=str)
 def test_a_mistake_on_the_command_line_is_one_message(run_main, arguments, message, tmp_path, monkeypatch):
@@ -1341,4 +1341,4 @@ def test_a_teacher_with_little_to_teach_is_warned_of_at_once(program, trained, t
     top = out.partition("first → last evaluation")[0]
     assert out.count("THE TEACHER") == (3 if message else 0)
     assert message is None or all(top.count(message.format(name)) == 1 for name in NAMES)
-    assert f"\nwarnings after the first evaluation: {6 if message else 3}\n" in out
+    assert f"\nwarnings at the first evaluation: {6 if message else 3}\n" in out
