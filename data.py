@@ -477,7 +477,7 @@ def is_tiktoken(name: str, files: Iterable) -> bool:
 
 
 def save_tokenizer(folder: Path, bins: TokenBins):
-    """Write the bins' tokenizer to a model's folder: its files, and its entry of meta.json. transformers is told to take
+    """Write the bins' tokenizer to a model's folder: files, and its entry of meta.json. transformers is told to take
     its tokenizer.json as it is."""
     entry = bins.tokenizer
     for name in entry["files"]:
@@ -508,7 +508,7 @@ def name_tokenizer_class(folder: Path, model_type: str):
 
     Most other classes, and those of model types where none is named, keep its vocabulary in transformers 5, but split
     text in their own way. Qwen's class is right for Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever
-    is named, unless `auto_map` names code too. Without trust_remote_code that is not run, and the named class counts."""
+    is named, unless `auto_map` names code too. Without trust_remote_code that is not run; the named class counts."""
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if str(config.get("tokenizer_class")).startswith("Qwen2Tokenizer"):
