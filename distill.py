@@ -1225,6 +1225,7 @@ def contradictions(config: Config) -> list[str]:
 
     checks = [  # (whether it is wrong, the message)
         (config.alpha > 1, f"--alpha={config.alpha}: must be a number from 0 to 1"),
+        (config.lr > 1, f"--lr={config.lr}: must be at most 1; the paper's is 3e-5"),
         (not config.preset, "--preset: name one, since it sets what a step is; paper has the paper's values"),
         (is_recipe(config.student) and not re.fullmatch(recipe, config.student),
          f"--student={config.student}: write scratch:LxD with D even, as in scratch:4x128, or layers:N"),

@@ -954,6 +954,7 @@ OUT_OF_RANGE = {"gamma": -1.0, "lr": "nan", "min_lr": "inf", "temperature": 0.0,
       for key, word in {"method": "dkd", "dtype": "float16", "preset": "papers", "compile": "yes"}.items()),
     *(([f"--{key}={value}"], f"--{key}={value}: must be a finite number, at ") for key, value in OUT_OF_RANGE.items()),
     (["--alpha=2"], "--alpha=2.0: must be a number from 0 to 1"),
+    (["--lr=3e5"], "--lr=300000.0: must be at most 1"),
     (["--warmup_steps=300"], "--warmup_steps=300: must be below --max_steps=300")], ids=str)
 def test_a_mistake_on_the_command_line_is_one_message(run_main, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
