@@ -988,19 +988,19 @@ def build_quickstart_bins(folder: Path):
 # ------------ The program ---------------------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description="Text to per-domain token bins.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Text to per-domain token bins.", allow_abbrev=False)
     add = parser.add_argument
     add("sources", nargs="*", metavar="NAME=GLOB", help="a domain and its files, or a folder of them; with "
         "--domain_key also a GLOB alone, of records that say their domain")
     add("--out_dir", default="", help="folder to write the bins to")
     add("--tokenizer", default="bytes", help="bytes, a tiktoken encoding, a folder or file with a tokenizer.json, or a "
-        "model's name on the Hugging Face Hub")
+        "model's name on the Hugging Face Hub (default: %(default)s)")
     add("--eot", default="", help="token that ends a document; empty: the tokenizer's own")
-    add("--text_key", default="text", help="where the text is in a record of .jsonl, .ndjson, .json or .parquet")
+    add("--text_key", default="text", help="where the text is in a record (default: %(default)s)")
     add("--domain_key", default="", help="where the domain is in a record, such as meta.source; empty: from NAME=GLOB")
-    add("--val_fraction", type=float, default=0.05, help="share of a domain's bytes for validation, at most")
-    add("--val_bytes", type=int, default=32_000_000, help="validation bytes of a domain, at most")
+    add("--val_fraction", type=float, default=0.05, help="maximum share of a domain's bytes for validation "
+        "(default: %(default)s)")
+    add("--val_bytes", type=int, default=32_000_000, help="maximum of them (default: %(default)s)")
     add("--verify", default="", metavar="DIR", help="only hash the bins of this folder again")
     arguments = parser.parse_intermixed_args()
     if not arguments.verify and not (arguments.out_dir and arguments.sources):
