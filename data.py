@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pydoc_data.topics
+import random
 import re
 import shutil
 import sys
@@ -32,6 +33,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -948,10 +950,10 @@ QUICKSTART = {
 QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 800_000, "math": 800_000, "prose": 600_000}
 
 
-def _quickstart_texts(name: str) -> Iterator[str]:
+def _quickstart_files(name: str) -> Iterator[list[str]]:
     if name == "prose":
         for topic in pydoc_data.topics.topics.values():
-            yield from topic.split("\n\n\n")
+            yield topic.split("\n\n\n")
     source = QUICKSTART[name]
     folder = Path(importlib.util.find_spec(source["module"]).origin).parent
     paths = [path.relative_to(folder).as_posix() for path in folder.rglob("*" + source["suffix"])]
@@ -959,16 +961,21 @@ def _quickstart_texts(name: str) -> Iterator[str]:
     for path in sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest()):
         if not re.search(source["left_out"], path):
             text = (folder / path).read_bytes().decode("utf-8-sig", errors="replace")
-            yield from source["extract"](without_licence(text))
+            yield source["extract"](without_licence(text))
 
 
-def quickstart_documents(n_bytes: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """The quickstart's text as a stream of (domain, text), of each domain about as many bytes as `n_bytes` says.
+def quickstart_documents(n_bytes: dict[str, int], seed: int | None = None) -> Iterator[tuple[str, str]]:
+    """The quickstart's text as a stream of (domain, text), of each domain about as many bytes as `n_bytes` says; with a
+    `seed`, of files drawn at random.
 
     The domains are python and cpp, math (sympy's formulas and worked examples), and prose (documentation)."""
     for name, limit in n_bytes.items():
+        files = _quickstart_files(name)
+        if seed is not None:
+            files = list(files)
+            random.Random(f"{seed} {name}").shuffle(files)
         taken = 0
-        for text in _quickstart_texts(name):
+        for text in chain.from_iterable(files):
             if taken >= limit:
                 break
             # Tables of characters or of constants are mostly digits and signs.

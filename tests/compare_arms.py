@@ -3,18 +3,23 @@
     python tests/compare_arms.py --seeds=5 --arms=ddk,ddk_es,kd,cpt       the quickstart's setting
     python tests/compare_arms.py --setting=larger --seeds=5 --arms=ddk,kd  a BPE tokenizer, a larger teacher
     python tests/compare_arms.py --setting=real --teacher=DIR --seeds=4 --arms=ddk,ddk_es,kd     a pretrained teacher
+    python tests/compare_arms.py --setting=replicates --seeds=24 --arms=ddk,kd   each seed has its own text and teacher
+    python tests/compare_arms.py --setting=replicates --seeds=24 --arms=kd_fixed    after these, in DDK's mean mixture
     python tests/compare_arms.py --code=ted --arms=ted     a fork's arm beside those that have run; ted/ has its files
     python tests/compare_arms.py --code=t2 --label=t2_ --arms=temperature=2.0     kept as t2_temperature=2.0
 
 The teacher is made once, or given. A seed makes its own student base, by another initialization and another order of
 its data, and orders the data of the runs that start from it: the spread over seeds is that of all but the teacher and
-the text. Runs are distill.py's own (`train`), one after the other, in `out_dir`; the same command again continues where
-it was stopped. What each run gave is kept in `results`; report_arms.py makes tables and figures of such files.
+the text. In `replicates` a seed also draws the files of its own text, and so has its own bins, windows and teacher.
 
-Perplexities and ratios at the end are of the test windows, which never update r.
+Runs are distill.py's own (`train`), one after the other, in `out_dir`; the same command again continues where it was
+stopped, and two commands with other --first may run side by side. What each run gave is kept in `results`;
+report_arms.py makes tables and figures of such files. Perplexities and ratios at the end are of the test windows, which
+never update r.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import platform
@@ -34,8 +39,8 @@ sys.path.insert(0, CODE)
 import torch
 
 import distill
-from data import (TokenBins, UserError, build_bins, file_sha256, import_optional, load_tokenizer, quickstart_documents,
-                  run_program, write_text)
+from data import (QUICKSTART_BYTES, TokenBins, UserError, build_bins, file_sha256, import_optional, load_tokenizer,
+                  quickstart_documents, run_program, write_text)
 from report_arms import ABLATED, arms_table
 from sample_mixture import read_metrics, replay
 
@@ -71,6 +76,8 @@ def own_keys(text: str, given: dict) -> dict:
 
 
 ABLATIONS = {name: own_keys(name, {}) for name in (*ABLATED, "alpha=0.0")}  # name → the key that differs from DDK's
+FIXED = "kd_fixed"  # KD in a mixture that does not move: what DDK drew over its run, mean over the other seeds
+ALL_ARMS = ARMS | ABLATIONS | {FIXED: {"method": "kd"}}
 
 
 @dataclass
@@ -81,7 +88,12 @@ class Setting:
     student: dict
     vocab_size: int = 0  # of a BPE trained on the text; 0: bytes
     keys: dict = field(default_factory=dict)
-    origin: str = ""  # the setting whose bins and teacher this one uses; its own if empty
+    origin: str = ""  # the setting whose bins and teacher this one uses; its own if empty; {seed}: each seed's own
+
+    @property
+    def own_text(self) -> bool:
+        """Whether each seed draws its own text, and trains its own teacher."""
+        return "{seed}" in self.origin
 
 
 QUICKSTART = distill.quickstart_models(distill.Config().pretrain_steps)
@@ -104,6 +116,10 @@ SETTINGS = {
                     student={**QUICKSTART["student"], "mixture": "python=1,cpp=1,math=1,prose=1"}),
     "unequal": Setting(distill.QUICKSTART_BYTES, QUICKSTART["teacher"], keys=QUICKSTART_KEYS, origin="quickstart",
                        student={**QUICKSTART["student"], "mixture": "python=.49,cpp=.01,math=.01,prose=.49"}),
+    # The quickstart's, of about four fifths of the Python files and as much of the other domains. test_samples of 0
+    # stands for as many as all domains have.
+    "replicates": Setting({**QUICKSTART_BYTES, "python": 5_600_000}, QUICKSTART["teacher"], QUICKSTART["student"],
+                          keys={"test_samples": 0}, origin="replicates-{seed}"),
     # Ten of the teacher's layers, which have to learn to work together first: by KD, on little but source code
     "real": Setting(
         n_bytes={"python": 5_000_000, "cpp": 2_000_000, "math": 1_000_000, "prose": 600_000}, teacher=None,
@@ -116,8 +132,8 @@ SETTINGS = {
 # ----------------------------------------------- Runs ---------------------------------------------------------------
 
 
-def make_bins(setting: Setting, data_dir: Path, teacher: str):
-    """Bins of the setting's text, and its tokenizer, unless they are there."""
+def make_bins(setting: Setting, data_dir: Path, teacher: str, seed: int):
+    """Bins of the setting's text, or of a seed's, and the tokenizer, unless they are there."""
     if (data_dir / "meta.json").is_file():
         return
     print(f"Collecting text into {data_dir} …", flush=True)
@@ -125,7 +141,15 @@ def make_bins(setting: Setting, data_dir: Path, teacher: str):
     if setting.vocab_size:
         tokenizer = data_dir.with_name(f"{data_dir.name}-tokenizer")
         train_bpe(setting, tokenizer)
-    build_bins(data_dir, load_tokenizer(tokenizer), quickstart_documents(setting.n_bytes), val_fraction=0.1)
+    text_seed = seed if setting.own_text else None
+    build_bins(data_dir, load_tokenizer(tokenizer), quickstart_documents(setting.n_bytes, text_seed), val_fraction=0.1)
+
+
+def most_test_windows(data_dir: str, block_size: int) -> int:
+    """How many test windows every domain of these bins has."""
+    bins = TokenBins(data_dir, block_size)
+    windows = [(domain["val"]["tokens"] - 1) // block_size for domain in bins.domains.values()]
+    return min(n - n // 2 for n in windows)
 
 
 def train_bpe(setting: Setting, folder: Path):
@@ -153,6 +177,18 @@ def run(config: distill.Config) -> Path:
     return folder
 
 
+def fixed_mixture(runs: dict, seed: int, n_seeds: int) -> str:
+    """The shares of train tokens that DDK's `runs` drew, mean over all of `n_seeds` but `seed`. Raises UserError."""
+    others = [runs[str(other)]["end"] for other in range(n_seeds) if other != seed and str(other) in runs]
+    if len(others) < max(n_seeds - 1, 1):
+        raise UserError(f"--arms={FIXED}: is KD in the mean mixture of ddk at all other seeds; let ddk run first")
+    shares = {}
+    for name in others[0]:
+        shares[name] = statistics.mean(end[name]["tokens"] / sum(domain["tokens"] for domain in end.values())
+                                       for end in others)
+    return ",".join(f"{name}={share:.5f}" for name, share in shares.items())
+
+
 def run_arm(name: str, keys: dict) -> Path:
     """One arm at one seed. CPT&DoReMi is three runs: the reference is the cpt arm, the proxy finds the mixture."""
     out_dir = Path(keys["out_dir"])
@@ -169,7 +205,7 @@ def run_arm(name: str, keys: dict) -> Path:
 
 def experiment(setting: Setting, common: dict, name: str, steps: int) -> dict:
     """All that a run of an arm follows from, but for its seed, to be kept with what it gave."""
-    config = asdict(distill.resolve_config({**common, "preset": "quickstart", **(ARMS | ABLATIONS)[name]}))
+    config = asdict(distill.resolve_config({**common, "preset": "quickstart", **ALL_ARMS[name]}))
     keys = {name: value for name, value in config.items() if name not in (*OWN_KEYS, *distill.MAY_CHANGE)}
     return {"setting": asdict(setting), "steps": steps, "keys": keys}
 
@@ -184,11 +220,18 @@ def documents(config: distill.Config) -> dict[str, list[int]]:
     return counts
 
 
-def summary(out_dir: Path) -> dict:
-    """What a finished run gave, from its metrics.jsonl, whose perplexities have to replay its r."""
+def read_end(out_dir: Path) -> dict:
+    """What a finished run measured at its end, by domain."""
+    return next(line for line in read_metrics(out_dir / "metrics.jsonl") if line["kind"] == "end")["domains"]
+
+
+def summary(out_dir: Path, base_dir: Path) -> dict:
+    """What a finished run gave, from its metrics.jsonl, whose perplexities have to replay its r; `base_ratio` is of its
+    student base, on the test windows."""
     metrics = read_metrics(out_dir / "metrics.jsonl")
     run_line = next(line for line in metrics if line["kind"] == "run")
-    end = next(line for line in metrics if line["kind"] == "end")["domains"]
+    end = read_end(out_dir)
+    base = read_end(base_dir)
     mixtures = [line for line in metrics if line["kind"] == "mixture"]
     replayed = replay(mixtures, run_line["rule"], run_line["natural"], run_line["config"]["alpha"])
     for line, r in zip(mixtures, replayed, strict=True):
@@ -202,6 +245,7 @@ def summary(out_dir: Path) -> dict:
         "mean_ratio": statistics.mean(ratios),
         "worst_ratio": max(ratios),
         "first_worst_ratio": max(first_ratios),
+        "base_ratio": {name: base[name]["test_student_ppl"] / end[name]["test_teacher_ppl"] for name in end},
         "end": end,
         "steps": [line["step"] for line in mixtures],
         "r": {name: [round(line["r"][name], 5) for line in mixtures] for name in end},
@@ -212,9 +256,25 @@ def summary(out_dir: Path) -> dict:
 # ----------------------------------------------- The program --------------------------------------------------------
 
 
+def read_results(path: Path) -> dict:
+    """Arm → seed → what it gave; empty if nothing has run."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def keep(path: Path, name: str, seed: int, gave: dict) -> dict:
+    """Add a run to the results, to which another command may add at the same time, and return them all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = read_results(path)
+        results.setdefault(name, {})[str(seed)] = gave
+        write_text(path, json.dumps(results))
+    return results
+
+
 def can_run(name: str) -> bool:
     """Whether the code has the method of an arm."""
-    method = "doremi_proxy" if name == "cpt_doremi" else ARMS[name].get("method", "ddk")
+    method = "doremi_proxy" if name == "cpt_doremi" else ALL_ARMS[name].get("method", "ddk")
     return method in distill.ARMS
 
 
@@ -231,8 +291,8 @@ def chosen_arms(text: str) -> list[str]:
             fork = FORKS[name]
             problems.append(f"--arms={text}: {name} is a fork, and not in {CODE}; mkdir {fork} && cp *.py {fork} && "
                             f"git apply --directory={fork} tests/forks/{fork}.diff, then --code={fork}")
-        elif name not in groups["all"]:
-            problems.append(f"--arms={text}: {name} is none of {' '.join(groups['all'])}")
+        elif name not in (*groups["all"], FIXED):
+            problems.append(f"--arms={text}: {name} is none of {' '.join(groups['all'])} {FIXED}")
     if problems:
         raise UserError("\n".join(problems))
     return list(dict.fromkeys(names))
@@ -244,6 +304,7 @@ def main():
     parser.add_argument("--setting", choices=list(SETTINGS), default="quickstart", help="data, models and steps")
     parser.add_argument("--teacher", default="", help="folder of a pretrained teacher, for --setting=real")
     parser.add_argument("--seeds", type=int, default=5, help="student bases, and orders of the data")
+    parser.add_argument("--first", type=int, default=0, help="the first of these seeds to run")
     parser.add_argument("--arms", default="all", help="name,… of arms and ablations, or arms, ablations or all")
     parser.add_argument("--out_dir", default="", help="folder of the runs (default: out/compare-SETTING)")
     parser.add_argument("--results", default="", help="what the runs gave, a .json (default: OUT_DIR/results.json)")
@@ -262,62 +323,64 @@ def main():
 
     # What has run already, and of the same experiment
     path = Path(args.results or out_dir / "results.json")
-    results = {}
-    if path.is_file():
-        results = json.loads(path.read_text(encoding="utf-8"))
+    results = read_results(path)
     for name in arms:
         wanted = experiment(setting, common, name, args.steps)
         if any(one["experiment"] != wanted for one in results.get(args.label + name, {}).values()):
             raise UserError(f"--results={path}: holds runs of {args.label}{name} with other keys, steps or setting; "
                             "name another --results and --out_dir")
-    todo = [(seed, name) for seed in range(args.seeds) for name in arms
+    todo = [(seed, name) for seed in range(args.first, args.seeds) for name in arms
             if str(seed) not in results.get(args.label + name, {})]
     is_fork = Path(CODE).resolve() != Path(__file__).resolve().parents[1]
     for _, name in todo:
         if is_fork and not args.label and (name in OWN_ARMS or name in ABLATIONS):
             raise UserError(f"--code={CODE}: {name} would be kept as a run of the project's own code; give a --label")
 
-    # Bins and the teacher, once
     def pretrained(keys: dict, seed: int, folder: Path) -> Path:
-        config = distill.resolve_config({**distill.PRETRAINING, **common, "test_samples": 0, **keys, "seed": seed,
-                                         "out_dir": str(folder)})
+        config = distill.resolve_config({**distill.PRETRAINING, **keys, "seed": seed, "out_dir": str(folder)})
         if args.steps:
             config.max_steps = args.steps
             config.warmup_steps = 0
         return run(config)
 
-    if todo:
-        make_bins(setting, Path(common["data_dir"]), args.teacher)
-        windows = {"rule": WINDOW_RULE, "bins": TokenBins(common["data_dir"], 1).content()}
-        for runs in results.values():
-            if any(one.get("windows") != windows for one in runs.values()):
-                raise UserError(f"--results={path}: holds runs on other bins than {common['data_dir']}, or on windows "
-                                "that were chosen by another rule; name another --results and --out_dir")
+    for count, (seed, name) in enumerate(todo, 1):
+        # Bins and teacher: one of each, or the seed's own
+        keys = dict(common)
+        teacher_seed = 0
+        if setting.own_text:
+            keys["data_dir"] = common["data_dir"].format(seed=seed)
+            teacher_dir = out_dir / f"teacher-{seed}"
+            teacher_seed = seed
+        make_bins(setting, Path(keys["data_dir"]), args.teacher, seed)
+        if keys["test_samples"] == 0:
+            block_size = distill.resolve_config({**distill.PRETRAINING, **keys}).block_size
+            keys["test_samples"] = most_test_windows(keys["data_dir"], block_size)
+        windows = {"rule": WINDOW_RULE, "bins": TokenBins(keys["data_dir"], 1).content()}
         teacher = args.teacher
         if not teacher:
-            print(f"The teacher: {setting.teacher['student']}, {args.steps or setting.teacher['max_steps']} steps",
-                  flush=True)
-            teacher = pretrained(setting.teacher, 0, teacher_dir)
+            teacher = pretrained({**keys, "test_samples": 0, **setting.teacher}, teacher_seed, teacher_dir)
         teacher_sha256 = file_sha256(Path(teacher, "model.safetensors"))
         for runs in results.values():
-            if any(one["teacher_sha256"] != teacher_sha256 for one in runs.values()):
-                raise UserError(f"--results={path}: holds runs of another teacher than {teacher}; name another "
-                                "--results")
+            for other, one in runs.items():
+                same = one.get("windows") == windows and one["teacher_sha256"] == teacher_sha256
+                if not same and (not setting.own_text or other == str(seed)):
+                    raise UserError(f"--results={path}: holds runs on other bins than {keys['data_dir']}, on windows "
+                                    f"that were chosen by another rule, or of another teacher than {teacher}; name "
+                                    "another --results and --out_dir")
 
-    # A student base for each seed, and a run of each arm from it
-    for count, (seed, name) in enumerate(todo, 1):
-        base_keys = {"teacher": str(teacher), **setting.student}
-        if setting.teacher is not None:
-            base_keys["teacher"] = ""
-        base = pretrained(base_keys, seed, out_dir / f"base-{seed}")
+        # The seed's student base, and the arm's run from it
+        base_teacher = str(teacher) if setting.teacher is None else ""
+        base = pretrained({**keys, "teacher": base_teacher, **setting.student}, seed, out_dir / f"base-{seed}")
+        arm_keys = dict(ALL_ARMS[name])
+        if name == FIXED:
+            arm_keys["mixture"] = fixed_mixture(results.get("ddk", {}), seed, args.seeds)
         run_dir = out_dir / f"{args.label}{name}-{seed}"
-        run_arm(name, {**common, "preset": "quickstart", "teacher": str(teacher), "student": str(base), "seed": seed,
-                       "keep": 1, "out_dir": str(run_dir), **(ARMS | ABLATIONS)[name]})
+        run_arm(name, {**keys, "preset": "quickstart", "teacher": str(teacher), "student": str(base), "seed": seed,
+                       "keep": 1, "out_dir": str(run_dir), **arm_keys})
         gave = {"experiment": experiment(setting, common, name, args.steps), "windows": windows,
-                "teacher_sha256": teacher_sha256, **summary(run_dir)}
-        results.setdefault(args.label + name, {})[str(seed)] = gave
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(results))
+                "teacher_sha256": teacher_sha256, "test_samples": keys["test_samples"],
+                **summary(run_dir, base.parent)}
+        results = keep(path, args.label + name, seed, gave)
         print(f"{count}/{len(todo)}  {args.label}{name}, seed {seed}: worst ratio {gave['worst_ratio']:.3f}, mean "
               f"{gave['mean_ratio']:.3f}", flush=True)
     print(arms_table({args.setting: results}, results))

@@ -18,14 +18,20 @@ import statistics
 import sys
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data import import_optional, run_program, write_text
 
 MEASURES = {"worst_ratio": "worst ratio", "mean_ratio": "mean ratio", "size_ratio": "mean ratio by size",
-            "ratio_change": "change of the ratios", "ratio_range": "largest − smallest ratio"}
+            "ratio_range": "largest − smallest ratio", "python_ratio": "Python's ratio",
+            "ratio_change": "change of the ratios", "r_change": "change of r",
+            "late_ratio_change": "change of the ratios, later", "late_r_change": "change of r, later"}
 BOTH = ("worst_ratio", "mean_ratio")
+ALL = (*BOTH, "size_ratio")
+CHANGES = ("r_change", "late_r_change", "ratio_change", "late_ratio_change")
 MIN_SEEDS = 3  # of a setting, or of a pair, that is compared
 ARMS = ["ddk", "ddk_no_fs", "ddk_es", "alpha=0.0", "cpt_doremi", "kd", "ted", "minillm", "cpt"]
 PAIRS = [("ddk", "kd"), ("ddk", "ddk_es"), ("ddk", "alpha=0.0")]  # whose gains are shown over all settings
@@ -59,6 +65,26 @@ COMPARISONS = [
     ("CPT&DoReMi − KD", "Tables 1, 2: higher", "cpt_doremi", "kd", BOTH),
     *[("", "", "ddk", name, BOTH) for name in (*ALPHAS, *TEMPERATURES)],  # in tables of their own
 ]
+# The replicates' comparisons, the first arm minus the second, and their number, both written before the first of them
+# was run. Holm's correction is over all rows.
+N_REPLICATES = 24
+REPLICATED = [
+    ("DDK − KD in DDK's mean mixture, held fixed", "does it matter that r moves?", "ddk", "kd_fixed", ALL),
+    ("DDK − CPT", "Tables 1, 2: lower", "ddk", "cpt", ALL),
+    ("DDK − KD", "Tables 1, 2: lower", "ddk", "kd", ALL),
+    ("DDK − MiniLLM", "Tables 1, 2: lower", "ddk", "minillm", ALL),
+    ("DDK − equal sampling", "Table 5: lower", "ddk", "ddk_es", ALL),
+    ("DDK − (α = 0)", "equal sampling after the same first interval", "ddk", "alpha=0.0", ALL),
+    ("DDK − DDK without FS", "Table 5: lower", "ddk", "ddk_no_fs", ALL),
+    ("DDK − (γ = 0)", "§4.2: the divergence is pivotal", "ddk", "gamma=0.0", ALL),
+    ("(γ = 0) − CPT", "the mixture without the divergence", "gamma=0.0", "cpt", ALL),
+    ("KD in the fixed mixture − KD", "the mixture without its motion", "kd_fixed", "kd", ALL),
+    ("KD in the fixed mixture − equal sampling", "", "kd_fixed", "ddk_es", ALL),
+    ("KD − CPT", "Tables 1, 2: lower", "kd", "cpt", ALL),
+    ("DDK − DDK without FS", "§3.3, Fig. 3: lower", "ddk", "ddk_no_fs", CHANGES),
+    *[(f"DDK − {other}", "what DDK costs Python", "ddk", arm, ("python_ratio",)) for other, arm in
+      (("KD", "kd"), ("KD in the fixed mixture", "kd_fixed"), ("equal sampling", "ddk_es"))],
+]
 
 
 # ------------ Statistics ----------------------------------------------------------------------------------------------
@@ -66,8 +92,9 @@ COMPARISONS = [
 
 def measured(one: dict, measure: str) -> float:
     """A number of a run. `size_ratio` is the mean ratio, each domain weighted by its train tokens; `ratio_range` the
-    largest ratio at the end minus the smallest; `ratio_change` the mean, over domains, of the absolute difference from
-    one evaluation to the next, after the first interval."""
+    largest ratio at the end minus the smallest; `ratio_change` and `r_change` the mean, over domains, of the absolute
+    difference from one evaluation to the next, after the first interval, in which r does not draw yet; and `late_…`
+    after the first two in which it draws."""
     domains = one["end"].values()
     ratios = [domain["test_ratio"] for domain in domains]
     if measure == "size_ratio":
@@ -75,10 +102,14 @@ def measured(one: dict, measure: str) -> float:
         return sum(size * ratio for size, ratio in zip(sizes, ratios)) / sum(sizes)
     if measure == "ratio_range":
         return max(ratios) - min(ratios)
-    if measure == "ratio_change":
+    if measure == "python_ratio":
+        return one["end"]["python"]["test_ratio"]
+    if measure in CHANGES:
+        first = 3 if measure.startswith("late_") else 1
         changes = []
-        for history in one["ratio"].values():
-            changes.append(statistics.mean(abs(after - before) for before, after in zip(history[1:], history[2:])))
+        for history in one["ratio" if "ratio" in measure else "r"].values():
+            changes.append(statistics.mean(abs(after - before)
+                                           for before, after in zip(history[first:], history[first + 1:])))
         return statistics.mean(changes)
     return one[measure]
 
@@ -121,6 +152,23 @@ def p_value(differences: list[float]) -> float:
     if odd:
         inside = 2 / math.pi * (angle + inside)
     return 1 - inside
+
+
+def sign_flip_p(differences: list[float]) -> float:
+    """Two-sided, exact: the share of all choices of signs that make the sum of the differences as far from 0 as it is.
+    The 2^n sums are those of the first half of the differences and of the second, each with each."""
+    half = len(differences) // 2
+    sums = []
+    for part in (differences[:half], differences[half:]):
+        of_part = np.zeros(1)
+        for difference in part:
+            of_part = np.concatenate([of_part - difference, of_part + difference])
+        sums.append(np.sort(of_part))
+    first, second = sums
+    limit = abs(math.fsum(differences)) * (1 - 1e-9)  # sums that are equal but for rounding count
+    below = np.searchsorted(second, -limit - first, side="right").sum()
+    above = (len(second) - np.searchsorted(second, limit - first, side="left")).sum()
+    return min(1.0, float(below + above) / 2 ** len(differences))
 
 
 def holm(p_values: dict) -> set:
