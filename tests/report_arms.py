@@ -5,9 +5,10 @@
 A results file, SETTING.json, is what `compare_arms.py --setting=SETTING` kept of its runs: arm → seed → what it gave. A
 table stands between <!-- NAME --> and <!-- end -->.
 
-Two arms are compared by the differences at the seeds that both have: what the arms share drops out. Student's t of the
-differences gives a p-value, and Holm's correction over all rows of a table in one setting's column decides at 5 %: the
-smallest of n p-values has to be at most .05 / n, the next at most .05 / (n − 1), and so on until one is not.
+Two arms are compared by the differences at the seeds that both have: what the arms share drops out. A p-value is by
+Student's t of the differences, or, for the replicates, by the exact sign-flip test. Holm's correction over all rows of
+a table in one setting's column decides at 5 %: the smallest of n p-values has to be at most .05 / n, the next at most
+.05 / (n − 1), and so on until one is not.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import math
 import re
 import statistics
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,56 +35,73 @@ BOTH = ("worst_ratio", "mean_ratio")
 ALL = (*BOTH, "size_ratio")
 CHANGES = ("r_change", "late_r_change", "ratio_change", "late_ratio_change")
 MIN_SEEDS = 3  # of a setting, or of a pair, that is compared
-ARMS = ["ddk", "ddk_no_fs", "ddk_es", "alpha=0.0", "cpt_doremi", "kd", "ted", "minillm", "cpt"]
+ARMS = ["ddk", "kd_fixed", "ddk_no_fs", "ddk_es", "alpha=0.0", "gamma=0.0", "cpt_doremi", "kd", "ted", "minillm", "cpt"]
 PAIRS = [("ddk", "kd"), ("ddk", "ddk_es"), ("ddk", "alpha=0.0")]  # whose gains are shown over all settings
 GAMMAS = [f"gamma={value}" for value in (0.0, 0.1, 0.3, 0.5)]
 TEMPERATURES = [f"temperature={value}" for value in (0.1, 0.2, 0.5, 2.0)]
 INTERVALS = [f"interval={value}" for value in (5, 15, 20)]
 ALPHAS = [f"alpha={value}" for value in (0.25, 0.75, 1.0)]
-ABLATED = (*GAMMAS, *TEMPERATURES, *INTERVALS, *ALPHAS)  # whose differences stand in tables of their own
-# What the paper claims: text, where, the arm that is to be lower, the other, by which measures
+ABLATED = (*GAMMAS, *TEMPERATURES, *INTERVALS, *ALPHAS)  # the quickstart's, which have a table of their own
+
+
+@dataclass
+class Pair:
+    """Two arms that are compared: first − second, by some measures."""
+    first: str
+    second: str
+    text: str
+    where: str = ""  # what the paper has on it, or what it isolates
+    measures: tuple = BOTH
+    below: str = "lower"  # the word for a difference below 0 that is decided
+    above: str = "higher"
+
+
+def claim(first: str, second: str, text: str, where: str, measures: tuple = BOTH) -> Pair:
+    """What the paper claims: `first` is the lower one."""
+    return Pair(first, second, text, where, measures, "holds", "reversed")
+
+
 CLAIMS = [
-    *[(f"DDK better than {other}", "Tables 1, 2", "ddk", arm, BOTH) for other, arm in
+    *[claim("ddk", arm, f"DDK better than {other}", "Tables 1, 2") for other, arm in
       (("CPT", "cpt"), ("CPT&DoReMi", "cpt_doremi"), ("KD", "kd"), ("TED", "ted"), ("MiniLLM", "minillm"))],
-    ("DDK better than DDK without FS", "Table 5", "ddk", "ddk_no_fs", BOTH),
-    ("DDK better than equal sampling", "Table 5", "ddk", "ddk_es", BOTH),
-    ("ratios move more smoothly with FS", "Fig. 3", "ddk", "ddk_no_fs", ("ratio_change",)),
-    *[("", "", "ddk", name, BOTH) for name in (*GAMMAS, *INTERVALS)],  # Tables 3 and 6: in ablations_table
+    claim("ddk", "ddk_no_fs", "DDK better than DDK without FS", "Table 5"),
+    claim("ddk", "ddk_es", "DDK better than equal sampling", "Table 5"),
+    claim("ddk_no_fs", "ddk_es", "DDK without FS better than equal sampling", "Table 5"),
+    claim("ddk", "ddk_no_fs", "ratios move more smoothly with FS", "Fig. 3", ("ratio_change",)),
+    claim("kd", "cpt", "KD better than CPT", "Tables 1, 2"),
+    claim("cpt_doremi", "cpt", "CPT&DoReMi better than CPT", "Tables 1, 2"),
+    claim("kd", "cpt_doremi", "KD better than CPT&DoReMi", "Tables 1, 2"),
+    *[Pair("kd", arm, f"KD similar to {other}", "§4.2", BOTH, "reversed: lower", "reversed: higher") for other, arm in
+      (("TED", "ted"), ("MiniLLM", "minillm"))],
+    *[claim("ddk", name, f"γ = 0.2 better than {name.removeprefix('gamma=')}", "Table 3") for name in GAMMAS],
+    *[claim("ddk", name, f"K = 10 better than {name.removeprefix('interval=')}", "Table 6") for name in INTERVALS],
 ]
-# Others: the first arm minus the second
 COMPARISONS = [
-    ("DDK − (α = 0)", "equal sampling after the same first interval", "ddk", "alpha=0.0", BOTH),
-    ("(α = 0) − equal sampling", "the first interval alone", "alpha=0.0", "ddk_es", BOTH),
-    *[(f"DDK − {other}", "", "ddk", arm, ("size_ratio",)) for other, arm in
+    Pair("ddk", "alpha=0.0", "DDK − (α = 0)", "equal sampling after the same first interval"),
+    Pair("alpha=0.0", "ddk_es", "(α = 0) − equal sampling", "the first interval alone"),
+    *[Pair("ddk", arm, f"DDK − {other}", "", ("size_ratio",)) for other, arm in
       (("CPT", "cpt"), ("KD", "kd"), ("equal sampling", "ddk_es"))],
-    ("DDK − KD", "one reading of §1: “gap across domains … reduced”", "ddk", "kd", ("ratio_range",)),
-    ("DDK without FS − equal sampling", "Table 5: lower", "ddk_no_fs", "ddk_es", BOTH),
-    ("equal sampling − KD", "", "ddk_es", "kd", BOTH),
-    ("KD − CPT", "Tables 1, 2: lower", "kd", "cpt", BOTH),
-    ("KD − TED", "§4.2: “similar”", "kd", "ted", BOTH),
-    ("KD − MiniLLM", "§4.2: “similar”", "kd", "minillm", BOTH),
-    ("CPT&DoReMi − CPT", "Tables 1, 2: lower", "cpt_doremi", "cpt", BOTH),
-    ("CPT&DoReMi − KD", "Tables 1, 2: higher", "cpt_doremi", "kd", BOTH),
-    *[("", "", "ddk", name, BOTH) for name in (*ALPHAS, *TEMPERATURES)],  # in tables of their own
+    Pair("ddk", "kd", "DDK − KD", "one reading of §1: “gap across domains … reduced”", ("ratio_range",)),
+    Pair("ddk_es", "kd", "equal sampling − KD"),
+    *[Pair("ddk", name, "") for name in (*ALPHAS, *TEMPERATURES)],  # in tables of their own
 ]
-# The replicates' comparisons, the first arm minus the second, and their number, both written before the first of them
-# was run. Holm's correction is over all rows.
+# The replicates' comparisons and their number, both written before the first of them was run
 N_REPLICATES = 24
 REPLICATED = [
-    ("DDK − KD in DDK's mean mixture, held fixed", "does it matter that r moves?", "ddk", "kd_fixed", ALL),
-    ("DDK − CPT", "Tables 1, 2: lower", "ddk", "cpt", ALL),
-    ("DDK − KD", "Tables 1, 2: lower", "ddk", "kd", ALL),
-    ("DDK − MiniLLM", "Tables 1, 2: lower", "ddk", "minillm", ALL),
-    ("DDK − equal sampling", "Table 5: lower", "ddk", "ddk_es", ALL),
-    ("DDK − (α = 0)", "equal sampling after the same first interval", "ddk", "alpha=0.0", ALL),
-    ("DDK − DDK without FS", "Table 5: lower", "ddk", "ddk_no_fs", ALL),
-    ("DDK − (γ = 0)", "§4.2: the divergence is pivotal", "ddk", "gamma=0.0", ALL),
-    ("(γ = 0) − CPT", "the mixture without the divergence", "gamma=0.0", "cpt", ALL),
-    ("KD in the fixed mixture − KD", "the mixture without its motion", "kd_fixed", "kd", ALL),
-    ("KD in the fixed mixture − equal sampling", "", "kd_fixed", "ddk_es", ALL),
-    ("KD − CPT", "Tables 1, 2: lower", "kd", "cpt", ALL),
-    ("DDK − DDK without FS", "§3.3, Fig. 3: lower", "ddk", "ddk_no_fs", CHANGES),
-    *[(f"DDK − {other}", "what DDK costs Python", "ddk", arm, ("python_ratio",)) for other, arm in
+    Pair("ddk", "kd_fixed", "DDK − KD in DDK's mean mixture, held fixed", "does it matter that r moves?", ALL),
+    Pair("ddk", "cpt", "DDK − CPT", "Tables 1, 2: lower", ALL),
+    Pair("ddk", "kd", "DDK − KD", "Tables 1, 2: lower", ALL),
+    Pair("ddk", "minillm", "DDK − MiniLLM", "Tables 1, 2: lower", ALL),
+    Pair("ddk", "ddk_es", "DDK − equal sampling", "Table 5: lower", ALL),
+    Pair("ddk", "alpha=0.0", "DDK − (α = 0)", "equal sampling after the same first interval", ALL),
+    Pair("ddk", "ddk_no_fs", "DDK − DDK without FS", "Table 5: lower", ALL),
+    Pair("ddk", "gamma=0.0", "DDK − (γ = 0)", "§4.2: the divergence is pivotal", ALL),
+    Pair("gamma=0.0", "cpt", "(γ = 0) − CPT", "the mixture without the divergence", ALL),
+    Pair("kd_fixed", "kd", "KD in the fixed mixture − KD", "the mixture without its motion", ALL),
+    Pair("kd_fixed", "ddk_es", "KD in the fixed mixture − equal sampling", "", ALL),
+    Pair("kd", "cpt", "KD − CPT", "Tables 1, 2: lower", ALL),
+    Pair("ddk", "ddk_no_fs", "DDK − DDK without FS", "§3.3, Fig. 3: lower", CHANGES),
+    *[Pair("ddk", arm, f"DDK − {other}", "what DDK costs Python", ("python_ratio",)) for other, arm in
       (("KD", "kd"), ("KD in the fixed mixture", "kd_fixed"), ("equal sampling", "ddk_es"))],
 ]
 
@@ -135,13 +154,9 @@ def mean_and_error(numbers: list[float]) -> tuple[float, float]:
     return statistics.mean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers))
 
 
-def p_value(differences: list[float]) -> float:
-    """Two-sided, by Student's t, of a mean of 0; its distribution function for whole degrees of freedom is a sum."""
-    mean, error = mean_and_error(differences)
-    degrees = len(differences) - 1
-    if error == 0:
-        return 0.0 if mean else 1.0
-    angle = math.atan(abs(mean) / error / math.sqrt(degrees))
+def student_p(t: float, degrees: int) -> float:
+    """Two-sided p-value of Student's t; its distribution function for whole degrees of freedom is a sum."""
+    angle = math.atan(abs(t) / math.sqrt(degrees))
     odd = degrees % 2
     total = 0.0
     term = math.cos(angle) if odd else 1.0
@@ -152,6 +167,27 @@ def p_value(differences: list[float]) -> float:
     if odd:
         inside = 2 / math.pi * (angle + inside)
     return 1 - inside
+
+
+def p_value(differences: list[float]) -> float:
+    """Two-sided, by Student's t, of a mean of 0."""
+    mean, error = mean_and_error(differences)
+    if error == 0:
+        return 0.0 if mean else 1.0
+    return student_p(mean / error, len(differences) - 1)
+
+
+def interval(numbers: list[float]) -> tuple[float, float]:
+    """The mean's 95 % interval by Student's t, whose quantile is found by bisection."""
+    mean, error = mean_and_error(numbers)
+    low, high = 0.0, 1000.0
+    for _ in range(60):
+        t = (low + high) / 2
+        if student_p(t, len(numbers) - 1) > 0.05:
+            low = t
+        else:
+            high = t
+    return mean - t * error, mean + t * error
 
 
 def sign_flip_p(differences: list[float]) -> float:
@@ -197,47 +233,52 @@ def rows_of(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def decided(results: dict, pairs: list) -> dict:
-    """(first, second, measure) → differences, and whether Holm's correction rejects that they are 0; of the pairs that
-    have MIN_SEEDS or more in common."""
+def decided(results: dict, pairs: list[Pair], test=p_value) -> dict:
+    """(first, second, measure) → differences, and whether Holm's correction of the p-values of `test` rejects that they
+    are 0; of the pairs that have MIN_SEEDS or more in common."""
     differences = {}
-    for _, _, first, second, measures in pairs:
-        for measure in measures:
-            numbers = paired(results, first, second, measure)
+    for pair in pairs:
+        for measure in pair.measures:
+            numbers = paired(results, pair.first, pair.second, measure)
             if len(numbers) >= MIN_SEEDS:
-                differences[first, second, measure] = numbers
-    rejected = holm({key: p_value(numbers) for key, numbers in differences.items()})
+                differences[pair.first, pair.second, measure] = numbers
+    rejected = holm({key: test(numbers) for key, numbers in differences.items()})
     return {key: (numbers, key in rejected) for key, numbers in differences.items()}
+
+
+def verdict(pair: Pair, numbers: list[float], is_decided: bool) -> str:
+    if not is_decided:
+        return "not decided"
+    return f"**{pair.below if statistics.mean(numbers) < 0 else pair.above}**"
+
+
+def pair_name(pair: Pair) -> str:
+    return f"{pair.text} ({pair.where})" if pair.where else pair.text
+
+
+def pairs_table(settings: dict, pairs: list[Pair]) -> str:
+    """A row for each pair, a column for each setting: the difference by each measure, and its verdict. Differences
+    without a text take part in the correction, but stand in tables of their own."""
+    tests = {name: decided(results, pairs) for name, results in settings.items()}
+    rows = []
+    for pair in pairs:
+        cells = []
+        for setting in settings:
+            parts = []
+            for measure in pair.measures:
+                if (pair.first, pair.second, measure) in tests[setting]:
+                    numbers, is_decided = tests[setting][pair.first, pair.second, measure]
+                    parts.append(f"{format_mean(numbers, '+')} {verdict(pair, numbers, is_decided)}")
+            cells.append("; ".join(parts))
+        if pair.text and any(cells):
+            rows.append([pair_name(pair), "; ".join(MEASURES[measure] for measure in pair.measures), *cells])
+    return rows_of(["", "", *settings], rows)
 
 
 def bold_if_decided(cell: str, tests: dict, arm: str, measure: str) -> str:
     """`cell` in bold if `tests`, of `decided`, rejects that `arm` equals DDK by `measure`."""
     _, is_decided = tests.get(("ddk", arm, measure), (None, False))
     return f"**{cell}**" if is_decided else cell
-
-
-def pairs_table(settings: dict, pairs: list, words: tuple[str, str]) -> str:
-    """A row for each pair and measure, a column for each setting: the difference, and of those that are decided the
-    first word if it is below 0, else the second. Differences from ablations take part in the correction, but have a
-    table of their own."""
-    tests = {name: decided(results, pairs) for name, results in settings.items()}
-    rows = []
-    for text, where, first, second, measures in pairs:
-        if second in ABLATED:
-            continue
-        for measure in measures:
-            cells = []
-            for setting in settings:
-                cell = ""
-                if (first, second, measure) in tests[setting]:
-                    numbers, is_decided = tests[setting][first, second, measure]
-                    cell = format_mean(numbers, "+", 4)
-                    if is_decided:
-                        cell += f", **{words[0] if statistics.mean(numbers) < 0 else words[1]}**"
-                cells.append(cell)
-            if any(cells):
-                rows.append([f"{text} ({where})" if where else text, MEASURES[measure], *cells])
-    return rows_of(["", "", *settings], rows)
 
 
 def ratios_row(label: str, ratios: list[list[float]]) -> list[str]:
@@ -248,23 +289,144 @@ def ratios_row(label: str, ratios: list[list[float]]) -> list[str]:
     return [label, str(len(ratios)), format_mean(worst), format_mean(mean), *per_domain]
 
 
+def ratios_of(results: dict, arm: str, ratio) -> list[list[float]]:
+    """`ratio`(run, domain) of each domain in each run of an arm."""
+    return [[ratio(one, domain) for domain in one["end"]] for one in results[arm].values()]
+
+
 def arms_table(settings: dict, arms=ARMS) -> str:
     """Of each setting, which all have the same domains, a row for each arm that has run: worst and mean ratio, and the
-    ratio of each domain, on the test windows; and one for the student bases, on the validation windows."""
-    runs = [one for results in settings.values() for seeds in results.values() for one in seeds.values()]
-    domains = list(runs[0]["end"])
+    ratio of each domain, on the test windows. Before them the student bases: on the same windows where they were
+    measured there, otherwise on the validation windows, beside the first arm at its end on these."""
     rows = []
     for name, results in settings.items():
         setting = f"{name}: " if len(settings) > 1 else ""
-        some_runs = next(iter(results.values())).values()
-        first = [[one["ratio"][domain][0] for domain in domains] for one in some_runs]
-        rows.append(ratios_row(f"{setting}student base", first))
-        for arm in arms:
-            if arm in results:
-                last = [[one["end"][domain]["test_ratio"] for domain in domains] for one in results[arm].values()]
-                rows.append(ratios_row(f"{setting}`{arm}`", last))
+        present = [arm for arm in arms if arm in results]
+        first = present[0]
+        some_run = next(iter(results[first].values()))
+        domains = list(some_run["end"])
+        if "base_ratio" in some_run:
+            rows.append(ratios_row(f"{setting}student base",
+                                   ratios_of(results, first, lambda one, domain: one["base_ratio"][domain])))
+        else:
+            rows.append(ratios_row(f"{setting}student base, validation windows",
+                                   ratios_of(results, first, lambda one, domain: one["ratio"][domain][0])))
+            rows.append(ratios_row(f"{setting}`{first}`, validation windows",
+                                   ratios_of(results, first, lambda one, domain: one["end"][domain]["ratio"])))
+        for arm in present:
+            last = ratios_of(results, arm, lambda one, domain: one["end"][domain]["test_ratio"])
+            rows.append(ratios_row(f"{setting}`{arm}`", last))
     return rows_of(["", "seeds", *[MEASURES[measure] for measure in BOTH], *domains], rows)
 
+
+# ------------ The replicates' tables ----------------------------------------------------------------------------------
+
+REPLICATED_ARMS = ["ddk", "kd_fixed", "ddk_es", "ddk_no_fs", "gamma=0.0", "kd", "minillm", "cpt"]
+# Which arm keeps how much of DDK's gain over which other
+KEPT = [("gamma=0.0", "cpt", "DDK's mixture without the divergence, of DDK's gain over CPT"),
+        ("kd_fixed", "kd", "KD in the fixed mixture, of DDK's gain over KD"),
+        ("ddk_es", "kd", "equal sampling, of DDK's gain over KD")]
+
+
+def format_interval(numbers: list[float], sign: str = "") -> str:
+    low, high = interval(numbers)
+    return f"{statistics.mean(numbers):{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def format_p(p: float) -> str:
+    return "p < 0.0001" if p < 0.0001 else f"p = {p:.4f}"
+
+
+def replicates_table(results: dict) -> str:
+    """A row for each arm: its ratios, and how far DDK's are below or above them, with 95 % intervals."""
+    header = [""]
+    for measure in ALL:
+        header += [MEASURES[measure], "DDK − it"]
+    rows = []
+    for arm in REPLICATED_ARMS:
+        row = [f"`{arm}`"]
+        for measure in ALL:
+            row.append(f"{statistics.mean(values(results, arm, measure)):.3f}")
+            row.append("" if arm == "ddk" else format_interval(paired(results, "ddk", arm, measure), "+"))
+        rows.append(row)
+    return rows_of(header, rows)
+
+
+def difference_cell(pair: Pair, test: tuple) -> str:
+    """Difference, interval, p-value and verdict, from an entry of `decided`."""
+    numbers, is_decided = test
+    return f"{format_interval(numbers, '+')}, {format_p(sign_flip_p(numbers))}, {verdict(pair, numbers, is_decided)}"
+
+
+def replicated_table(results: dict) -> str:
+    """The replicates' pairs by the three ratios."""
+    tests = decided(results, REPLICATED, sign_flip_p)
+    rows = []
+    for pair in REPLICATED:
+        if pair.measures == ALL:
+            cells = [difference_cell(pair, tests[pair.first, pair.second, measure]) for measure in ALL]
+            rows.append([pair_name(pair), *cells])
+    return rows_of(["", *[MEASURES[measure] for measure in ALL]], rows)
+
+
+def replicated_others_table(results: dict) -> str:
+    """The replicates' pairs by other measures: both arms, and their difference."""
+    tests = decided(results, REPLICATED, sign_flip_p)
+    rows = []
+    for pair in REPLICATED:
+        if pair.measures != ALL:
+            for measure in pair.measures:
+                levels = [f"{statistics.mean(values(results, arm, measure)):.3f}" for arm in (pair.first, pair.second)]
+                cell = difference_cell(pair, tests[pair.first, pair.second, measure])
+                rows.append([pair_name(pair), MEASURES[measure], *levels, cell])
+    return rows_of(["", "", "first", "second", "difference"], rows)
+
+
+def share_kept(results: dict, arm: str, other: str, measure: str) -> tuple[float, list[float]]:
+    """The share of DDK's gain over `other` that `arm` has: of the means, and the jackknife's value of each replicate,
+    whose mean and spread give the share's interval."""
+    seeds = common_seeds(results, "ddk", arm)
+
+    def share(left_out):
+        gains = []
+        for name in (arm, "ddk"):
+            gains.append(sum(measured(results[other][seed], measure) - measured(results[name][seed], measure)
+                             for seed in seeds if seed != left_out))
+        return gains[0] / gains[1]
+
+    n = len(seeds)
+    whole = share(None)
+    return whole, [n * whole - (n - 1) * share(seed) for seed in seeds]
+
+
+def kept_table(results: dict) -> str:
+    rows = []
+    for arm, other, text in KEPT:
+        row = [text]
+        for measure in BOTH:
+            whole, of_replicates = share_kept(results, arm, other, measure)
+            low, high = interval(of_replicates)
+            row.append(f"{whole:.1%} [{low:.1%}, {high:.1%}]")
+        rows.append(row)
+    return rows_of(["", *[MEASURES[measure] for measure in BOTH]], rows)
+
+
+def shares_table(results: dict) -> str:
+    """What DDK draws of each domain: mean over the replicates, and from the lowest to the highest of them."""
+    runs = list(results["ddk"].values())
+    rows = []
+    for name in runs[0]["end"]:
+        natural = [one["r"][name][0] for one in runs]
+        whole_run = [one["end"][name]["tokens"] / sum(domain["tokens"] for domain in one["end"].values())
+                     for one in runs]
+        last = [one["r"][name][-2] for one in runs]
+        cells = [f"{statistics.mean(shares):.1%} ({min(shares):.1%} – {max(shares):.1%})"
+                 for shares in (natural, whole_run, last)]
+        rows.append([name, *cells])
+    return rows_of(["", "natural", "whole run", "last interval"], rows)
+
+
+# ------------ The other settings' tables ------------------------------------------------------------------------------
 
 def ablations_table(results: dict) -> str:
     """A row for each value of α, γ and K that has run, and its differences from DDK's runs of the same seeds: in bold
@@ -307,15 +469,21 @@ def temperatures_table(results: dict) -> str:
     return rows_of(["", "T = 0.1", "0.2", "0.5", "1", "2", "best to worst"], rows)
 
 
-def documents_table(settings: dict) -> str:
-    """Documents of the validation and of the test windows, a row for the settings that have the same."""
-    names = {}
+def sizes_table(settings: dict) -> str:
+    """What a run of each setting sees, domain by domain: DDK's seed 0."""
+    rows = []
     for name, results in settings.items():
-        documents = results["ddk"]["0"]["documents"]
-        text = ", ".join(f"{domain} {val} and {test}" for domain, (val, test) in documents.items())
-        names.setdefault(text, []).append(name)
-    rows = [[", ".join(alike), text] for text, alike in names.items()]
-    return rows_of(["", "documents of the validation and of the test windows"], rows)
+        one = results["ddk"]["0"]
+        keys = one["experiment"]["keys"]
+        domains = list(one["end"])
+        natural = " : ".join(f"{100 * one['r'][domain][0]:.1f}" for domain in domains)
+        passes = " : ".join(f"{one['end'][domain]['epochs']:.2f}" for domain in domains)
+        n_trained = keys["max_steps"] * keys["batch_size"]
+        n_evaluated = len(one["steps"]) * len(domains) * keys["val_samples"]
+        documents = ", ".join(f"{val} and {test}" for val, test in one["documents"].values())
+        rows.append([name, natural, passes, f"{n_trained:,}", f"{n_evaluated:,}", documents])
+    return rows_of(["", "natural proportions, %", "passes over each domain by `ddk`", "windows trained on",
+                    "windows evaluated for r", "documents of the validation and test windows"], rows)
 
 
 def first_difference(results: dict) -> float:
@@ -352,15 +520,21 @@ def with_seeds(settings: dict) -> dict:
     return {name: results for name, results in settings.items() if len(results["ddk"]) >= MIN_SEEDS}
 
 
-def make_tables(settings: dict) -> dict[str, str]:
-    """name → table, from what the runs of each setting gave."""
+def make_tables(settings: dict, replicates: dict) -> dict[str, str]:
+    """name → table, from what the runs of each setting gave, and the replicates', once all have run."""
     compared = with_seeds(settings)
-    tables = {"claims": pairs_table(compared, CLAIMS, ("holds", "the reverse")),
-              "comparisons": pairs_table(compared, COMPARISONS, ("lower", "higher")),
-              "gains": gains_table(compared), "documents": documents_table(settings)}
+    tables = {"claims": pairs_table(compared, CLAIMS), "comparisons": pairs_table(compared, COMPARISONS),
+              "gains": gains_table(compared), "sizes": sizes_table(settings)}
     others = {name: results for name, results in settings.items() if name != "quickstart"}
     if others:
         tables["other_settings"] = arms_table(others)
+    if replicates and len(replicates.get("kd_fixed", {})) == N_REPLICATES:
+        tables["replicates"] = replicates_table(replicates)
+        tables["replicated"] = replicated_table(replicates)
+        tables["replicated_others"] = replicated_others_table(replicates)
+        tables["replicates_arms"] = arms_table({"replicates": replicates})
+        tables["kept"] = kept_table(replicates)
+        tables["shares"] = shares_table(replicates)
     if "quickstart" in settings:
         tables["quickstart"] = arms_table({"quickstart": settings["quickstart"]})
         tables["ablations"] = ablations_table(settings["quickstart"])
@@ -392,7 +566,13 @@ def numbers_without_source(page: str, tables: dict[str, str]) -> list[str]:
 
 # ------------ Figures -------------------------------------------------------------------------------------------------
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+# One colour and marker for each arm, from dark to light so that they differ in grey too; one line style a domain
+ARM_STYLES = {"student base": ("#8c8c8c", "s"), "cpt": ("#e6ab02", "v"), "kd": ("#d95f02", "^"),
+              "kd_fixed": ("#f781bf", "P"), "ddk_es": ("#1b9e77", "D"), "alpha=0.0": ("#66c2a5", "X"),
+              "gamma=0.0": ("#a6761d", "<"), "ddk_no_fs": ("#80b1d3", "h"), "ddk": ("#08306b", "o"),
+              "teacher": ("#000000", "*")}
+LINE_STYLES = ("-", "--", "-.", ":")
+SETTING_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def mean_curves(runs: dict, key: str) -> dict[str, list[float]]:
@@ -403,82 +583,99 @@ def mean_curves(runs: dict, key: str) -> dict[str, list[float]]:
 
 def setting_figure(results: dict, path: Path):
     """The paper's Fig. 1 and Fig. 3, and r, of one setting, on validation windows: means over seeds."""
-    figure = import_optional("matplotlib.figure", "figures").Figure(figsize=(13, 3.8), layout="constrained")
+    matplotlib_figure = import_optional("matplotlib.figure", "figures")
+    Line2D = import_optional("matplotlib.lines", "figures").Line2D
+    figure = matplotlib_figure.Figure(figsize=(13, 4.3), layout="constrained")
     fig_1, fig_3, shares = figure.subplots(1, 3)
 
-    # Fig. 1: the perplexity of each domain, of the base, of each arm at its end, and of the teacher
+    # Fig. 1: the perplexity of each domain, of the base, of each arm at its end, and of the teacher; a point is a mean
+    # over seeds, its bar the lowest to the highest seed
     ddk = results["ddk"].values()
     domains = list(results["ddk"]["0"]["end"])
-    bars = {}
-    bars["student base"] = [statistics.mean(one["ratio"][name][0] * one["end"][name]["teacher_ppl"] for one in ddk)
-                            for name in domains]
-    for arm in ("cpt", "kd", "ddk_es", "ddk"):
+    points = {"student base": [[one["ratio"][name][0] * one["end"][name]["teacher_ppl"] for one in ddk]
+                               for name in domains]}
+    for arm in ("cpt", "kd", "kd_fixed", "ddk_es", "ddk"):
         if arm in results:
-            bars[arm] = [statistics.mean(one["end"][name]["student_ppl"] for one in results[arm].values())
-                         for name in domains]
-    bars["teacher"] = [statistics.mean(one["end"][name]["teacher_ppl"] for one in ddk) for name in domains]
-    width = 0.8 / len(bars)
-    for place, ((label, heights), colour) in enumerate(zip(bars.items(), COLOURS)):
-        fig_1.bar([i + (place - len(bars) / 2 + 0.5) * width for i in range(len(domains))], heights, width, label=label,
-                  color=colour)
-    fig_1.set(xticks=range(len(domains)), xticklabels=domains, yscale="log", title="perplexity at the end (Fig. 1)")
+            points[arm] = [[one["end"][name]["student_ppl"] for one in results[arm].values()] for name in domains]
+    points["teacher"] = [[one["end"][name]["teacher_ppl"] for one in ddk] for name in domains]
+    for place, (arm, of_domains) in enumerate(points.items()):
+        colour, marker = ARM_STYLES[arm]
+        for i, numbers in enumerate(of_domains):
+            mean = statistics.mean(numbers)
+            fig_1.errorbar(i + (place - (len(points) - 1) / 2) * 0.11, mean, color=colour, marker=marker,
+                           yerr=[[mean - min(numbers)], [max(numbers) - mean]], label=arm if i == 0 else None)
+    fig_1.set(xticks=range(len(domains)), xticklabels=domains, yscale="log", ylabel="perplexity (log scale)",
+              title="At the end (Fig. 1)")
 
-    # Fig. 3: the ratio over the steps, DDK with and without smoothing, where that has run; and DDK's r
+    # Fig. 3: the ratio over the steps, DDK's and that of the arm without smoothing, or of KD; and DDK's r
     steps = results["ddk"]["0"]["steps"]
-    for (name, ratios), colour in zip(mean_curves(results["ddk"], "ratio").items(), COLOURS):
-        fig_3.plot(steps, ratios, color=colour, label=name)
     other = "ddk_no_fs" if "ddk_no_fs" in results else "kd"
-    for ratios, colour in zip(mean_curves(results[other], "ratio").values(), COLOURS):
-        fig_3.plot(steps, ratios, ":", color=colour)
-    fig_3.set(title=f"student / teacher: ddk, dotted {other} (Fig. 3)", xlabel="step", yscale="log")
-    for (name, r), colour in zip(mean_curves(results["ddk"], "r").items(), COLOURS):
-        shares.plot(steps, r, color=colour, label=name)
-    shares.set(title="r of the next interval: ddk", xlabel="step", ylim=(0, None))
+    for arm in (other, "ddk"):
+        for ratios, style in zip(mean_curves(results[arm], "ratio").values(), LINE_STYLES):
+            fig_3.plot(steps, ratios, style, color=ARM_STYLES[arm][0])
+    fig_3.set(title=f"Ratio: ddk dark, {other} light (Fig. 3)", xlabel="step", yscale="log",
+              ylabel="student's / teacher's perplexity (log scale)")
+    for r, style in zip(mean_curves(results["ddk"], "r").values(), LINE_STYLES):
+        shares.plot(steps, r, style, color=ARM_STYLES["ddk"][0], drawstyle="steps-post")
+    shares.set(title="r under ddk", xlabel="step", ylabel="share of the next interval's windows", ylim=(0, None))
+
+    # Arms and domains in one legend below the panels
+    lines = [Line2D([], [], color="#000000", linestyle=style, label=name) for name, style in zip(domains, LINE_STYLES)]
+    handles, _ = fig_1.get_legend_handles_labels()
+    if other not in points:
+        lines.insert(0, Line2D([], [], color=ARM_STYLES[other][0], label=other))
+    figure.legend(handles=[*handles, *lines], loc="outside lower center", ncols=len(handles) + len(lines),
+                  fontsize="small")
     for ax in (fig_1, fig_3):
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter("{x:g}")
-        ax.legend(fontsize="small")
     for ax in (fig_1, fig_3, shares):
         ax.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
 
 def gains_figure(settings: dict, path: Path):
-    """The gain of DDK over other arms against how unequal the ratios were at the start."""
-    figure = import_optional("matplotlib.figure", "figures").Figure(figsize=(12, 3.6), layout="constrained")
-    for (_, other), ax in zip(PAIRS, figure.subplots(1, len(PAIRS), sharex=True)):
-        for (setting, results), colour in zip(settings.items(), COLOURS):
-            difference = first_difference(results)
-            for measure, marker in zip(BOTH, "os"):
+    """The gain of DDK over other arms against how unequal the ratios were at the start: a panel for each arm, in its
+    colour, all on one scale; full marks are worst ratios, empty ones mean ratios, with ± one standard error."""
+    matplotlib_figure = import_optional("matplotlib.figure", "figures")
+    Line2D = import_optional("matplotlib.lines", "figures").Line2D
+    figure = matplotlib_figure.Figure(figsize=(12, 3.8), layout="constrained")
+    panels = figure.subplots(1, len(PAIRS), sharex=True, sharey=True)
+    for (_, other), ax in zip(PAIRS, panels):
+        colour = ARM_STYLES[other][0]
+        for results, marker in zip(settings.values(), SETTING_MARKERS):
+            for measure, fill in zip(BOTH, (colour, "#ffffff")):
                 numbers = gains(results, other, measure)
                 if numbers:
-                    ax.plot([difference] * len(numbers), numbers, marker, color=colour, alpha=0.3, markersize=3)
-                    ax.plot([difference], [statistics.mean(numbers)], marker, color=colour,
-                            label=f"{setting}, {MEASURES[measure]}")
+                    mean, error = mean_and_error(numbers)
+                    ax.errorbar(first_difference(results), mean, yerr=error, color=colour, marker=marker,
+                                markerfacecolor=fill)
         ax.axhline(0, color="#000000", linewidth=0.5)
-        ax.set(xlabel="first ratios, largest − smallest", title=f"gain of ddk over {other}, %")
+        ax.set(xlabel="first ratios, largest − smallest", title=f"ddk over {other}")
         ax.grid(alpha=0.3)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right", fontsize="small")
+    panels[0].set_ylabel("how much lower the ratio ends, %")
+    handles = [Line2D([], [], color="#000000", linestyle="", marker=marker, label=setting)
+               for setting, marker in zip(settings, SETTING_MARKERS)]
+    handles += [Line2D([], [], color="#000000", linestyle="", marker="o", label="worst ratio"),
+                Line2D([], [], color="#000000", linestyle="", marker="o", markerfacecolor="#ffffff",
+                       label="mean ratio")]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
     figure.savefig(path, dpi=110)
 
 
-def read_settings(folder: Path) -> dict:
-    """SETTING → its results, in the order of the page."""
-    settings = {}
-    for name in ("quickstart", "even", "unequal", "larger", "real"):
-        path = folder / f"{name}.json"
-        if path.is_file():
-            settings[name] = json.loads(path.read_text(encoding="utf-8"))
-    return settings
+def read_results(name: str) -> dict:
+    """A setting's results; empty if there are none yet."""
+    path = ROOT / "assets" / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    settings = read_settings(ROOT / "assets")
-    tables = make_tables(settings)
+    settings = read_settings()
+    replicates = read_results("replicates")
+    tables = make_tables(settings, replicates)
     for page in (ROOT / "README.md", ROOT / "assets" / "RESULTS.md"):
         text = with_tables(page.read_text(encoding="utf-8"), tables)
         write_text(page, text)
@@ -486,7 +683,15 @@ def main():
             print(f"{page}: {number} is in no table")
     for name, results in settings.items():
         setting_figure(results, ROOT / "assets" / f"{name}.png")
+    if "replicates" in tables:
+        setting_figure(replicates, ROOT / "assets" / "replicates.png")
     gains_figure(with_seeds(settings), ROOT / "assets" / "gains.png")
+
+
+def read_settings() -> dict:
+    """SETTING → its results, in the order of the page."""
+    settings = {name: read_results(name) for name in ("quickstart", "even", "unequal", "larger", "real")}
+    return {name: results for name, results in settings.items() if results}
 
 
 if __name__ == "__main__":

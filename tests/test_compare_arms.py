@@ -1,8 +1,11 @@
 """The comparison of arms: what it computes from runs, and a whole one in miniature."""
 
+import itertools
 import json
 import math
+import random
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +13,11 @@ from pathlib import Path
 import compare_arms
 import pytest
 import torch
-from compare_arms import ABLATIONS, ARMS, chosen_arms
-from report_arms import (CLAIMS, COMPARISONS, ablations_table, arms_table, decided, gains_table, holm, mean_and_error,
-                         measured, numbers_without_source, p_value, paired, pairs_table, setting_figure,
-                         temperatures_table, with_tables)
+from compare_arms import ABLATIONS, ALL_ARMS, ARMS, chosen_arms, fixed_mixture
+from report_arms import (ALL, CHANGES, CLAIMS, COMPARISONS, REPLICATED, ablations_table, arms_table, decided,
+                         gains_figure, gains_table, holm, interval, make_tables, mean_and_error, measured,
+                         numbers_without_source, p_value, paired, pairs_table, setting_figure, share_kept, sign_flip_p,
+                         sizes_table, temperatures_table, with_tables)
 from test_forks import patched
 
 import distill
@@ -29,10 +33,12 @@ def made_up(**arms) -> dict:
     for arm, values in arms.items():
         results[arm] = {}
         for seed, value in enumerate(values):
-            domain = {"test_ratio": value, "student_ppl": 2 * value, "teacher_ppl": 2.0, "tokens": 8, "epochs": 0.5}
+            domain = {"test_ratio": value, "ratio": value, "student_ppl": 2 * value, "teacher_ppl": 2.0, "tokens": 8,
+                      "epochs": 0.5}
             end = {"code": domain, "prose": domain}
             results[arm][str(seed)] = {
                 "worst_ratio": value, "mean_ratio": value, "end": end, "steps": [0, 5, 10, 15], "documents": {},
+                "experiment": {"keys": {"max_steps": 15, "batch_size": 2, "val_samples": 4}},
                 "ratio": {"code": [5.0, 1.2 * value, 1.1 * value, value], "prose": [3.0, value, value, value]},
                 "r": {"code": [0.5, 0.6, 0.6, 0.6], "prose": [0.5, 0.4, 0.4, 0.4]}}
     return results
@@ -71,21 +77,41 @@ def test_p_values_are_students(degrees, t):
         assert p_value([sign * (deviation / error + t) for deviation in deviations]) == pytest.approx(0.05, abs=1e-5)
 
 
+@pytest.mark.parametrize("degrees, t", list(enumerate(T95, 1)))
+def test_intervals_are_students(degrees, t):
+    numbers = [math.cos(2 * math.pi * k / (degrees + 1)) for k in range(degrees + 1)]
+    low, high = interval([number + 5 for number in numbers])
+    assert (high + low) / 2 == pytest.approx(5)
+    assert (high - low) / 2 == pytest.approx(t * mean_and_error(numbers)[1], 1e-4)
+
+
+def test_the_sign_flip_test_counts_all_choices_of_signs():
+    generator = random.Random(0)
+    for n in (1, 2, 5, 8):
+        for shift in (0.0, 0.5, 2.0):
+            differences = [generator.gauss(shift, 1) for _ in range(n)]
+            sums = [sum(sign * one for sign, one in zip(signs, differences))
+                    for signs in itertools.product((-1, 1), repeat=n)]
+            extreme = sum(abs(total) >= abs(sum(differences)) - 1e-9 for total in sums)
+            assert sign_flip_p(differences) == extreme / 2 ** n
+    assert sign_flip_p([1.0] * 24) == 2 / 2 ** 24 and sign_flip_p([0.0] * 3) == 1
+
+
 def test_holms_correction_stops_at_the_first_that_is_not_rejected():
     assert holm({"a": 0.012, "b": 0.04, "c": 0.02, "d": 0.3}) == {"a"}  # .05/4, then .02 > .05/3
     assert holm({"a": 0.012, "b": 0.024, "c": 0.016, "d": 0.3}) == {"a", "b", "c"}
     assert holm({}) == set()
 
 
-@pytest.mark.parametrize("kd, cell", [([1.5, 2.501, 3.499], "-0.5000 ± 0.0006, **holds**"),
-                                      ([0.5, 1.501, 2.499], "+0.5000 ± 0.0006, **the reverse**"),
-                                      ([1.1, 2.3, 3.2], "-0.2000 ± 0.0577")])
+@pytest.mark.parametrize("kd, cell", [([1.5, 2.501, 3.499], "-0.500 ± 0.001 **holds**"),
+                                      ([0.5, 1.501, 2.499], "+0.500 ± 0.001 **reversed**"),
+                                      ([1.1, 2.3, 3.2], "-0.200 ± 0.058 not decided")])
 def test_a_pair_is_decided_by_holms_correction_of_students_t(kd, cell):
     results = made_up(ddk=[1.0, 2.0, 3.0], kd=kd)
     two_seeds = made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0])  # which have no cell
-    table = pairs_table({"one": results, "two": two_seeds}, CLAIMS, ("holds", "the reverse"))
-    assert table.splitlines()[2:] == [f"| DDK better than KD (Tables 1, 2) | {measure} ratio | {cell} |  |"
-                                      for measure in ("worst", "mean")]
+    table = pairs_table({"one": results, "two": two_seeds}, CLAIMS)
+    both = "worst ratio; mean ratio"
+    assert table.splitlines()[2:] == [f"| DDK better than KD (Tables 1, 2) | {both} | {cell}; {cell} |  |"]
 
 
 def test_more_claims_make_each_harder_to_decide():
@@ -101,13 +127,18 @@ def test_the_table_has_a_line_for_each_arm_that_ran():
     lines = arms_table({"one": made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0], cpt=[3.0])}).splitlines()
     assert lines[0].endswith("| code | prose |")
     assert lines[2:] == [
-        "| student base | 2 | 5.000 ± 0.000 | 4.000 ± 0.000 | 5.00 | 3.00 |",
+        "| student base, validation windows | 2 | 5.000 ± 0.000 | 4.000 ± 0.000 | 5.00 | 3.00 |",
+        "| `ddk`, validation windows | 2 | 1.500 ± 0.500 | 1.500 ± 0.500 | 1.50 | 1.50 |",
         "| `ddk` | 2 | 1.500 ± 0.500 | 1.500 ± 0.500 | 1.50 | 1.50 |",
         "| `kd` | 2 | 3.000 ± 1.000 | 3.000 ± 1.000 | 3.00 | 3.00 |",
         "| `cpt` | 1 | 3.000 | 3.000 | 3.00 | 3.00 |"]
-    lines = arms_table({"one": made_up(ddk=[1.0]), "two": made_up(kd=[2.0])}).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| one: student base", "| one: `ddk`",
-                                                           "| two: student base", "| two: `kd`"]
+    measured_on_test_windows = made_up(kd=[2.0])
+    measured_on_test_windows["kd"]["0"]["base_ratio"] = {"code": 4.5, "prose": 2.5}
+    lines = arms_table({"one": made_up(ddk=[1.0]), "two": measured_on_test_windows}).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| one: student base, validation windows", "| one: `ddk`, validation windows", "| one: `ddk`",
+        "| two: student base", "| two: `kd`"]
+    assert lines[5] == "| two: student base | 1 | 4.500 | 3.500 | 4.50 | 2.50 |"
 
 
 def test_an_ablation_is_compared_with_ddk_at_the_seeds_that_both_have():
@@ -123,8 +154,7 @@ def test_a_difference_of_an_ablation_is_bold_where_it_is_decided_and_stands_in_n
     results = made_up(**{"ddk": [1.0, 2.0, 3.0], "alpha=1.0": [1.5, 1.5, 4.5], "gamma=0.5": [1.5, 2.501, 3.499]})
     lines = ablations_table(results).splitlines()[2:]
     assert [line.count("**+0.500") for line in lines] == [0, 2]
-    for pairs in (CLAIMS, COMPARISONS):
-        assert len(pairs_table({"one": results}, pairs, ("lower", "higher")).splitlines()) == 2
+    assert len(pairs_table({"one": results}, COMPARISONS).splitlines()) == 2
 
 
 def test_temperatures_are_compared_from_best_to_worst_with_t_squared_and_without():
@@ -154,9 +184,62 @@ def test_a_page_gets_its_tables_and_each_number_of_its_text_has_to_stand_in_one(
     assert numbers_without_source(page, tables) == ["3.75"]
 
 
-def test_a_settings_figure_is_drawn(tmp_path):
-    setting_figure(made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0]), tmp_path / "setting.png")
-    assert (tmp_path / "setting.png").stat().st_size > 5000
+def test_figures_are_drawn(tmp_path):
+    results = made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0])
+    setting_figure(results, tmp_path / "setting.png")
+    gains_figure({"one": results}, tmp_path / "gains.png")
+    for path in tmp_path.iterdir():
+        assert path.stat().st_size > 5000
+
+
+def test_the_fixed_mixture_is_the_mean_of_what_ddk_drew_at_all_other_seeds():
+    runs = {}
+    for seed, (code, prose) in enumerate([(90, 10), (20, 80), (120, 80)]):
+        runs[str(seed)] = {"end": {"code": {"tokens": code}, "prose": {"tokens": prose}}}
+    assert fixed_mixture(runs, 0, 3) == "code=0.40000,prose=0.60000"
+    assert fixed_mixture(runs, 2, 3) == "code=0.55000,prose=0.45000"
+    with pytest.raises(UserError, match="let ddk run first"):
+        fixed_mixture(runs, 0, 4)
+
+
+def test_what_an_arm_keeps_of_a_gain_is_a_share_of_means():
+    results = made_up(ddk=[1.0, 1.0, 1.0, 1.0], kd=[2.0, 2.2, 1.8, 2.0], ddk_es=[1.5, 1.6, 1.4, 1.5])
+    whole, of_replicates = share_kept(results, "ddk_es", "kd", "worst_ratio")
+    assert whole == pytest.approx(0.5)
+    assert statistics.mean(of_replicates) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_the_sizes_of_a_setting_are_those_of_its_runs():
+    results = made_up(ddk=[1.0])
+    results["ddk"]["0"]["documents"] = {"code": [3, 4], "prose": [5, 6]}
+    assert sizes_table({"one": results}).splitlines()[2] == (
+        "| one | 50.0 : 50.0 | 0.50 : 0.50 | 30 | 32 | 3 and 4, 5 and 6 |")
+
+
+def test_changes_are_counted_from_the_first_r_that_draws_or_later():
+    one = made_up(ddk=[1.0])["ddk"]["0"]
+    one["ratio"] = {"code": [9.0, 5.0, 4.0, 2.0, 1.0]}
+    one["r"] = {"code": [0.1, 0.5, 0.4, 0.2, 0.1]}
+    changes = [measured(one, measure) for measure in CHANGES]
+    assert changes == pytest.approx([0.4 / 3, 0.1, 4 / 3, 1.0])
+
+
+def test_the_replicates_tables_come_once_all_have_run():
+    arms = {pair.first for pair in REPLICATED} | {pair.second for pair in REPLICATED}
+    replicates = made_up(**{arm: [1.0 + place + seed % 3 / 10 for seed in range(24)] for place, arm in enumerate(arms)})
+    for runs in replicates.values():
+        for one in runs.values():
+            one["end"] = {"python": one["end"]["code"], "prose": one["end"]["prose"]}
+            for key in ("r", "ratio"):
+                one[key] = {"python": [*one[key]["code"], 1.0], "prose": [*one[key]["prose"], 1.0]}
+    quickstart = {"quickstart": made_up(ddk=[1.0, 2.0, 3.0])}
+    tables = make_tables(quickstart, replicates)
+    assert len(tables["replicates"].splitlines()) == 10 and len(tables["kept"].splitlines()) == 5
+    n_rows = sum(pair.measures == ALL for pair in REPLICATED)
+    assert len(tables["replicated"].splitlines()) == 2 + n_rows
+    assert tables["replicated"].count("p < 0.0001") == 3 * n_rows
+    del replicates["kd_fixed"]["0"]
+    assert "replicates" not in make_tables(quickstart, replicates)
 
 
 def test_arms_and_ablations_by_name():
@@ -164,8 +247,8 @@ def test_arms_and_ablations_by_name():
     arms = chosen_arms("arms")
     assert [name for name in arms if name in own] == own and chosen_arms("all") == [*arms, *ABLATIONS]
     assert chosen_arms("kd,gamma=0.5") == ["kd", "gamma=0.5"]
-    for _, _, first, second, _ in CLAIMS + COMPARISONS:
-        assert {first, second} <= (ARMS | ABLATIONS).keys()
+    for pair in CLAIMS + COMPARISONS + REPLICATED:
+        assert {pair.first, pair.second} <= ALL_ARMS.keys()
 
 
 def test_an_arm_that_is_a_fork_is_asked_for_with_its_diff_and_runs_where_the_code_has_it(monkeypatch):

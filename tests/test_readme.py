@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from compare_arms import SETTINGS, WINDOW_RULE
-from report_arms import make_tables, numbers_without_source, read_settings, results_of, with_tables
+from report_arms import make_tables, numbers_without_source, read_results, read_settings, results_of, with_tables
 
 from distill import ARMS, Config
 
@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BOOKS = [ROOT / "README.md", ROOT / "tests" / "README.md", ROOT / "assets" / "RESULTS.md"]
 RESULTS_PAGE = BOOKS[-1].read_text(encoding="utf-8")
-RESULTS = read_settings(ROOT / "assets")
+RESULTS = read_settings()
 
 
 def test_nothing_is_left_to_be_filled_in():
@@ -69,7 +69,7 @@ def test_the_forks_in_the_readme_are_those_beside_it():
 
 
 def test_the_tables_follow_from_the_results_and_the_text_from_the_tables():
-    tables = make_tables(RESULTS)
+    tables = make_tables(RESULTS, read_results("replicates"))
     for page in (README, RESULTS_PAGE):
         assert with_tables(page, tables) == page
         assert numbers_without_source(results_of(page), tables) == []
