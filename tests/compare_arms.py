@@ -332,7 +332,9 @@ def main():
     todo = [(seed, name) for seed in range(args.first, args.seeds) for name in arms
             if str(seed) not in results.get(args.label + name, {})]
     is_fork = Path(CODE).resolve() != Path(__file__).resolve().parents[1]
-    for _, name in todo:
+    for seed, name in todo:
+        if name == FIXED and "ddk" not in arms:
+            fixed_mixture(results.get("ddk", {}), seed, args.seeds)
         if is_fork and not args.label and (name in OWN_ARMS or name in ABLATIONS):
             raise UserError(f"--code={CODE}: {name} would be kept as a run of the project's own code; give a --label")
 

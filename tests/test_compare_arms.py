@@ -269,7 +269,7 @@ def test_an_arm_that_is_a_fork_is_asked_for_with_its_diff_and_runs_where_the_cod
 def compare(tmp_path):
     """Runs compare_arms.py in miniature: what it prints, or its errors where another status is expected than 0."""
     keys = ("max_steps=2,interval=1,val_samples=2,test_samples=2,batch_size=4,block_size=32,warmup_steps=1,"
-            f"data_dir={tmp_path / 'bins'}")
+            f"data_dir={tmp_path / 'bins{seed}'}")
     command = [sys.executable, ROOT / "tests" / "compare_arms.py", "--steps=2", f"--out_dir={tmp_path / 'out'}",
                f"--keys={keys}"]
 
@@ -308,6 +308,21 @@ def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(compare, 
     replay = subprocess.run([sys.executable, ROOT / "sample_mixture.py", f"--metrics={metrics}"], capture_output=True,
                             text=True)
     assert float(replay.stdout.split("largest difference from the run's own r: ")[1].split()[0]) < 1e-12
+
+
+@pytest.mark.slow
+def test_each_replicate_has_its_own_text_and_teacher_and_the_fixed_mixture_is_that_of_the_others(compare, tmp_path):
+    words = ("--setting=replicates", "--seeds=2")
+    assert "let ddk run first" in compare(*words, "--arms=kd_fixed", status=2)
+    compare(*words, "--first=1", "--arms=ddk")
+    assert "2/2  kd, seed 1" not in compare(*words, "--arms=ddk,kd")
+    compare(*words, "--arms=kd_fixed")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for key in ("windows", "teacher_sha256", "base_ratio"):
+        first, second = [results["ddk"][seed][key] for seed in ("0", "1")]
+        assert first != second and first == results["kd"]["0"][key]
+    config = json.loads((tmp_path / "out" / "kd_fixed-0" / "config.json").read_text())["config"]
+    assert config["mixture"] == fixed_mixture({"1": results["ddk"]["1"]}, 0, 2)
 
 
 @pytest.mark.slow
