@@ -15,7 +15,6 @@ import fcntl
 import glob
 import gzip
 import hashlib
-import heapq
 import importlib.util
 import io
 import json
@@ -32,6 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -277,14 +277,15 @@ class TokenBins:
         return first + np.arange(n) * available // max(n, 1)
 
     def eval_documents(self, name: str, side: str, n: int) -> int:
-        """How many documents the windows of `eval_windows` touch: by the end-of-text ids before them."""
+        """How many distinct documents the windows of `eval_windows` touch: by the end-of-text ids before them."""
         starts = self._eval_ids(name, side, n) * self.block_size
         tokens = self._tokens(name, "val")
         ends = np.flatnonzero(tokens == self.tokenizer["eot"])
         touched = set()
         for first, last in zip(np.searchsorted(ends, starts), np.searchsorted(ends, starts + self.block_size - 1)):
             touched.update(range(first, last + 1))
-        return len(touched)
+        edges = np.concatenate([[-1], ends, [len(tokens)]])
+        return len({hashlib.sha256(tokens[edges[i] + 1:edges[i + 1]]).digest() for i in touched})
 
     def content(self) -> str:
         """Identity of the tokens, independent of the folder: over the bins' entries and the tokenizer."""
@@ -713,6 +714,7 @@ def _open_text(path: Path) -> io.TextIOWrapper:
 BATCH_BYTES = 32 << 20  # of text that is encoded at once: enough for many cores
 FIX_FULL = "make room there, and build again"
 MAX_DOMAINS = 256  # each keeps up to --val_bytes in memory
+MIN_HELD = 8  # documents of a domain, among which validation is chosen however few bytes it may have
 
 
 class BinWriter:
@@ -753,35 +755,61 @@ class DomainBuild:
     def __init__(self, name: str, out_dir: Path, dtype: str):
         self.train = BinWriter(out_dir / f"{name}.train.bin", dtype)
         self.val = BinWriter(out_dir / f"{name}.val.bin", dtype)
-        self.heap = []  # (−hash, document in UTF-8): the largest hash first
-        self.copies = Counter()  # hash → number of equal documents
-        self.held_bytes = 0  # copies included
-        self.total_bytes = 0  # of all documents of the domain
-        self.bound = math.inf  # every document with a smaller hash is held
+        self.held = {}  # hash → document in UTF-8
+        self.copies = Counter()  # hash → number of documents that are equal to the one that is held
+        self.held_bytes = 0  # each document once
+        self.total_bytes = 0  # of all documents of the domain, as often as they come
+        self.bound = b"\xff" * 33  # every document with a smaller hash is held
 
-    def add(self, raw: bytes, limit: int) -> list[bytes]:
-        """Take the next document and hold at most `limit` bytes. Returns what is released, which is train text."""
+    def add(self, raw: bytes, limit: int) -> Iterator[bytes]:
+        """Take the next document and hold about `limit` bytes. Yields what is released, which is train text."""
         # Documents below the bound are held, all others are released at once.
-        key = int.from_bytes(hashlib.sha256(raw).digest()[:16], "big")
+        key = hashlib.sha256(raw).digest()
         self.total_bytes += len(raw)
         if key >= self.bound:
-            return [raw]
-        if key not in self.copies:
-            heapq.heappush(self.heap, (-key, raw))
-        self.copies[key] += 1
-        self.held_bytes += len(raw)
-        return self.shrink(limit)
+            yield raw
+        elif key in self.held:
+            self.copies[key] += 1
+        else:
+            self.held[key] = raw
+            self.held_bytes += len(raw)
+            if self.held_bytes > 1.1 * limit:
+                yield from self.shrink(limit)
 
-    def shrink(self, limit: float) -> list[bytes]:
-        """Release the documents with the largest hashes, each with all its copies. One document is always held."""
-        released = []
-        while self.held_bytes > limit and len(self.heap) > 1:
-            negated, raw = heapq.heappop(self.heap)
-            self.bound = -negated
-            copies = self.copies.pop(self.bound)
-            self.held_bytes -= copies * len(raw)
-            released += [raw] * copies
-        return released
+    def release(self, key: bytes) -> Iterator[bytes]:
+        """Hold a document no longer. Yields it as often as it came."""
+        raw = self.held.pop(key)
+        self.held_bytes -= len(raw)
+        yield from repeat(raw, 1 + self.copies.pop(key, 0))
+
+    def shrink(self, limit: int) -> Iterator[bytes]:
+        """Release the documents with the largest hashes, until at most `limit` bytes or MIN_HELD documents are held."""
+        for key in sorted(self.held, reverse=True):
+            if self.held_bytes <= limit or len(self.held) <= MIN_HELD:
+                return
+            self.bound = key
+            yield from self.release(key)
+
+    def choose(self, limit: float) -> list[bytes]:
+        """The hashes of validation, in order: of at most `limit` bytes with all copies, but one document at least.
+
+        A document that exceeds the limit by itself or by its copies is skipped, so it is train text."""
+        keys = sorted(self.held)
+        sizes = {key: len(self.held[key]) * (1 + self.copies[key]) for key in keys}
+        chosen = []
+        free = limit
+        for key in keys:
+            if sizes[key] > limit:
+                continue
+            free -= sizes[key]
+            if free < 0:
+                break
+            chosen.append(key)
+        if chosen:
+            return chosen
+        # All exceed the limit. The first is taken that does so without copies, or else the one with the fewest bytes.
+        single = [key for key in keys if key not in self.copies]
+        return single[:1] or [min(keys, key=sizes.get)]
 
 
 def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, DomainBuild], out_dir: Path, dtype: str,
@@ -795,16 +823,19 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
                 raise UserError(f"domain {name}: at most {MAX_DOMAINS} domains fit into memory; merge some")
             domains[name] = DomainBuild(name, out_dir, dtype)
         # What the domain releases is train text: documents with smaller hashes fill all that validation may have.
-        raw = text.encode()
-        for released in domains[name].add(raw, val_bytes):
-            yield domains[name].train, released
+        for raw in domains[name].add(text.encode(), val_bytes):
+            yield domains[name].train, raw
 
-    # The size of each domain is known now, so what it holds shrinks to its validation.
-    for name, domain in domains.items():
-        for released in domain.shrink(val_fraction * domain.total_bytes):
-            yield domain.train, released
-        for negated, raw in sorted(domain.heap, reverse=True):
-            for _ in range(domain.copies[-negated]):
+    # The size of each domain is known now, so its validation can be chosen among what it holds.
+    for domain in domains.values():
+        for raw in domain.shrink(val_bytes):
+            yield domain.train, raw
+        chosen = domain.choose(min(val_bytes, val_fraction * domain.total_bytes))
+        for key in sorted(domain.held.keys() - chosen, reverse=True):
+            for raw in domain.release(key):
+                yield domain.train, raw
+        for key in chosen:
+            for raw in domain.release(key):
                 yield domain.val, raw
 
 

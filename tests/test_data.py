@@ -716,8 +716,20 @@ def test_duplicates_never_straddle_the_split_and_no_copy_is_lost(tmp_path, val_b
     for name, texts in domains.items():
         train, val = (bin_texts(tmp_path / f"{name}.{side}.bin") for side in ("train", "val"))
         assert Counter(train + val) == Counter(texts) and not set(train) & set(val)
-        assert val[0] == min(texts, key=by_hash)
         assert sum(map(len, val)) <= val_bytes or len(set(val)) == 1
+
+
+@pytest.mark.parametrize("limits", [{}, {"val_bytes": 1500}, {"val_fraction": 0.4}])
+def test_a_text_whose_copies_exceed_the_limit_is_train_text_and_others_are_validation(tmp_path, limits):
+    first, second, *others = sorted(ARTICLES, key=by_hash)
+    texts = ARTICLES + [first] * 300  # more than half of all
+    train, val = sides(tmp_path, texts, **limits)
+    assert first not in val and val[0] == second and Counter(train + val) == Counter(texts)
+    most = limits.get("val_fraction", 0.05) * len("".join(texts).encode())
+    assert 0.5 < len("".join(val).encode()) / min(most, limits.get("val_bytes", most)) <= 1
+    # Where every text exceeds it, the first without copies is validation, or else the one with the fewest bytes.
+    assert sides(tmp_path / "a", [first] * 9 + [second, others[0]], val_fraction=0)[1] == [second]
+    assert sides(tmp_path / "b", [first] * 20 + ["x"] * 9 + [second] * 30, val_fraction=0)[1] == ["x"] * 9
 
 
 BY_HASH = sorted(ARTICLES * 2, key=by_hash)  # copies count as often as they come
@@ -945,6 +957,12 @@ def test_the_documents_that_windows_touch_are_counted(made):
             touched = {d for i in ids for d in document[i * 16:i * 16 + 16].tolist()}
             assert bins.eval_documents("code", side, n) == len(touched)
     assert bins.eval_documents("code", "val", W // 2) > 1
+
+
+def test_copies_of_one_text_count_as_one_document_of_the_windows(tmp_path):
+    build(tmp_path, ["text of 20 letters"] * 600 + ["x" * 20_000, "y" * 20_000], val_fraction=0.3)
+    assert set(bin_texts(tmp_path / "code.val.bin")) == {"text of 20 letters"}
+    assert TokenBins(tmp_path, 256).eval_documents("code", "val", 7) == 1
 
 
 def test_domains_are_selected_by_name(made):
