@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import repeat
+from itertools import repeat, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -329,6 +329,7 @@ class Tokenizer:
     fingerprint: str  # of everything that decides the encoding, however the files are serialised
     encode_batch: Callable[[list[str]], list[np.ndarray]]
     decode: Callable[[list[int]], str]
+    normalize: Callable[[str], str] = str  # what is done to a text by design, before it is split into tokens
     files: tuple[Path, ...] = ()  # none: it is loaded by its name
 
 
@@ -413,23 +414,58 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
-    largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    tokens = {}  # id → token
+    for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
+        if tokens.setdefault(i, token) != token:
+            raise UserError(f"--tokenizer={path}: {tokens[i]!r} and {token!r} have one id, {i}; name another")
+    normalizer = tokenizer.normalizer
     files = [path.with_name(name) for name in TOKENIZER_FILES if path.with_name(name).is_file()]
-    return Tokenizer(name=name, vocab_size=largest_id + 1, eot=eot_id, eot_token=eot,
+    return Tokenizer(name=name, vocab_size=max(tokens) + 1, eot=eot_id, eot_token=eot,
                      fingerprint=settings_digest(json.loads(tokenizer.to_str())), encode_batch=encode_batch,
-                     decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False), files=tuple(files))
+                     decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
+                     normalize=normalizer.normalize_str if normalizer else str, files=tuple(files))
 
 
 PROBE_TEXT = "".join(map(chr, range(33, 127))) + "éßΩЖ漢か한ع≈👩"
 
 
+# Characters that have, together with PROBE_TEXT, all bytes of UTF-8.
+PROBE_BYTES = "".join(map(chr, [*range(0x900), *range(0x1400, 0xFC00, 0x1000), *range(0x40000, 0x110000, 0x40000)]))
+
+
 def check_characters(tokenizer: Tokenizer):
-    """UserError if a character of PROBE_TEXT alone, or a part of its bytes, has no id: it would vanish from a text."""
+    """UserError if the tokenizer loses a character or a byte of it, so that it would vanish from a text."""
+    # What a normalizer takes out, as many do with control characters, is not lost but left out by design.
+    kept = [c for c in PROBE_BYTES if c in " \t\n" or tokenizer.normalize(f"a{c}b") != tokenizer.normalize("ab")]
+    inside = [*PROBE_TEXT, *kept]
+    texts = [*PROBE_TEXT, "ab", "ba", *(f"a{c}b" for c in inside)]
     with user_errors(f"--tokenizer={tokenizer.name}", "name another one"):
-        decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(list(PROBE_TEXT))]
-    lost = [c for c, text in zip(PROBE_TEXT, decoded, strict=True) if not text.strip() or "\ufffd" in text]
+        decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(texts)]
+    alone = decoded[:len(PROBE_TEXT)]
+    ab, ba, *between = decoded[len(PROBE_TEXT):]
+
+    # A character is lost if nothing comes back, or only what surrounds it. That says nothing if ab and ba are unknown.
+    lost = [c for c, text in zip(PROBE_TEXT, alone) if not text.strip() or "\ufffd" in text]
+    if not lost and ab != ba:
+        lost = [c for c, text in zip(inside, between, strict=True) if text == ab or "\ufffd" in text]
     if lost:
-        raise UserError(f"--tokenizer={tokenizer.name}: loses {' '.join(lost)}, without an unknown token; name another")
+        shown = " ".join(c if c.isprintable() and c != " " else repr(c) for c in lost[:20])
+        raise UserError(f"--tokenizer={tokenizer.name}: loses {shown}, without an unknown token; name another")
+
+
+def print_changes(name: str, texts: list[str], tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer changes some of a domain's first texts by design. If so, a note says what happens."""
+    changes = []
+    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        words = re.findall(r"\s+|\S+", text)
+        decoded = re.findall(r"\s+|\S+", tokenizer.decode(ids.tolist()))
+        pairs = zip_longest(words, decoded, fillvalue="")
+        changes += [(before, after) for before, after in pairs if before != after][:1]
+    if changes:
+        before, after = changes[0]
+        print(f"note: the tokenizer changes {len(changes)} of the first {len(texts)} documents of {name}: "
+              f"{before[:40]!r} comes back as {after[:40]!r}")
+    return bool(changes)
 
 
 def settings_digest(settings: dict) -> str:
@@ -755,6 +791,7 @@ class DomainBuild:
     def __init__(self, name: str, out_dir: Path, dtype: str):
         self.train = BinWriter(out_dir / f"{name}.train.bin", dtype)
         self.val = BinWriter(out_dir / f"{name}.val.bin", dtype)
+        self.first = []  # how its first documents begin
         self.held = {}  # hash → document in UTF-8
         self.copies = Counter()  # hash → number of documents that are equal to the one that is held
         self.held_bytes = 0  # each document once
@@ -812,21 +849,26 @@ class DomainBuild:
         return single[:1] or [min(keys, key=sizes.get)]
 
 
-def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, DomainBuild], out_dir: Path, dtype: str,
-                    val_fraction: float, val_bytes: int) -> Iterator[tuple[BinWriter, bytes]]:
+def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, DomainBuild], out_dir: Path,
+                    tokenizer: Tokenizer, val_fraction: float, val_bytes: int) -> Iterator[tuple[BinWriter, bytes]]:
     """Read a stream of (domain, text) once, and yield (bin, document in UTF-8) as soon as a document's bin is known.
 
     A domain is added to `domains` at its first document."""
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     for name, text in documents:
         if name not in domains:
             if len(domains) == MAX_DOMAINS:
                 raise UserError(f"domain {name}: at most {MAX_DOMAINS} domains fit into memory; merge some")
             domains[name] = DomainBuild(name, out_dir, dtype)
+        if len(domains[name].first) < 20:
+            domains[name].first.append(text[:1000])
         # What the domain releases is train text: documents with smaller hashes fill all that validation may have.
         for raw in domains[name].add(text.encode(), val_bytes):
             yield domains[name].train, raw
 
-    # The size of each domain is known now, so its validation can be chosen among what it holds.
+    # Each domain is known now. A note of the first that the tokenizer changes is enough.
+    any(print_changes(name, domain.first, tokenizer) for name, domain in domains.items())
+    # The size of each domain is known too, so its validation can be chosen among what it holds.
     for domain in domains.values():
         for raw in domain.shrink(val_bytes):
             yield domain.train, raw
@@ -864,26 +906,33 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         raise UserError(f"--val_fraction={val_fraction}: must be at least 0 and below 1")
     if val_bytes < 0:
         raise UserError(f"--val_bytes={val_bytes}: must be at least 0")
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     domains = {}
     with locked(out_dir):
         if (out_dir / "meta.json").exists():
             raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
         try:
             # Encode a batch over all domains at a time, and append each document to its bin.
-            assigned = split_documents(documents, domains, out_dir, dtype, val_fraction, val_bytes)
+            assigned = split_documents(documents, domains, out_dir, tokenizer, val_fraction, val_bytes)
             n_bytes = 0
+            n_with_end = 0
             while batch := list(take_batch(assigned)):
                 encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
                 for (writer, raw), ids in zip(batch, encoded, strict=True):
-                    writer.append(ids, tokenizer.eot, len(raw))
                     n_bytes += len(raw)
+                    if tokenizer.eot in ids:
+                        n_with_end += 1  # it would end in the middle
+                    else:
+                        writer.append(ids, tokenizer.eot, len(raw))
                 print(f"{n_bytes / 1e6:,.0f} MB of text", flush=True)
+
+            if n_with_end:
+                print(f"note: {n_with_end:,} documents left out, which hold {tokenizer.eot_token}, the end of text")
 
             # Every bin is complete, and gets its name. meta.json comes last: a folder that has it is complete.
             entries = {}
             for name, domain in domains.items():
-                if domain.train.counts:
+                if domain.train.counts and domain.val.counts:
+                    dtype = domain.train.dtype.name
                     entries[name] = {"dtype": dtype, "train": domain.train.publish(), "val": domain.val.publish()}
                 else:
                     print(f"note: {name}: left out; a domain requires two distinct documents, to train and to validate")

@@ -336,22 +336,94 @@ def test_dropout_of_merges_is_switched_off(tmp_path, bpe_settings):
 
 
 @pytest.mark.parametrize("kind, missing, normalizer, unknown, refusal", [
-    ("ByteLevel", "", "Lowercase", None, None), ("ByteLevel", "", "NFKD", None, None),
+    ("ByteLevel", "", "Lowercase", None, None), ("ByteLevel", "Ā", "BertNormalizer", None, None),  # which takes it out
     ("Metaspace", "éΩ", "NFC", "<unk>", None), ("Metaspace", "éΩ", "NFC", None, "loses é Ω,"),
-    ("ByteLevel", "Ã", "NFC", None, "loses é ß,")])  # of bytes, Ã stands for the first of é
+    ("Metaspace", "\t", "NFC", None, r"loses '\t',"), ("Split", " ", "NFC", None, "loses ' ',"),
+    ("ByteLevel", "Ã", "NFC", None, "loses é ß,"),  # of bytes, Ã stands for the first of é,
+    ("ByteLevel", "Ċ", "NFC", None, r"loses '\n',"), ("ByteLevel", "Ā", "NFC", None, r"loses '\x00',"),  # and these too
+    ("ByteLevel", "ô", "NFC", None, "loses '\\U00100000',"), ("ByteLevel", "a", "NFC", None, "loses a,")])
 def test_a_tokenizer_that_loses_characters_is_refused(tmp_path, kind, missing, normalizer, unknown, refusal):
     tokenizers = pytest.importorskip("tokenizers")
-    alphabet = {*tokenizers.pre_tokenizers.ByteLevel.alphabet(), *data.PROBE_TEXT, "▁"} - {*missing}
-    vocab = {token: i for i, token in enumerate(["<s>", "<unk>", *sorted(alphabet)])}
+    byte_level = kind == "ByteLevel"
+    alphabet = {*(tokenizers.pre_tokenizers.ByteLevel.alphabet() if byte_level else data.PROBE_TEXT + data.PROBE_BYTES)}
+    vocab = {token: i for i, token in enumerate(["<s>", "<unk>", *sorted({*alphabet, "▁"} - {*missing})])}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token=unknown))
-    bpe.pre_tokenizer = getattr(tokenizers.pre_tokenizers, kind)()
-    bpe.decoder = getattr(tokenizers.decoders, kind)()
+    if kind == "Split":
+        bpe.decoder = tokenizers.decoders.Fuse()
+    else:
+        bpe.pre_tokenizer = getattr(tokenizers.pre_tokenizers, kind)()
+        bpe.decoder = getattr(tokenizers.decoders, kind)()
     bpe.normalizer = getattr(tokenizers.normalizers, normalizer)()
     tokenizer = load_tokenizer(save_bpe(tmp_path / "bpe", json.loads(bpe.to_str()), eos="<s>"))
     if refusal:
         assert refusal in refused(data.check_characters, tokenizer)
     else:
         data.check_characters(tokenizer)
+
+
+def word_pieces(tokenizers):
+    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece(
+        {token: i for i, token in enumerate(["</s>", "[UNK]", "the", "cat", "a", "b", "##b"])}, unk_token="[UNK]"))
+    pieces.normalizer = tokenizers.normalizers.BertNormalizer()
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = tokenizers.decoders.WordPiece()
+    return pieces
+
+
+def words(tokenizers):
+    level = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "[UNK]": 1, "The": 2, "cat": 3}, "[UNK]"))
+    level.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return level
+
+
+@pytest.mark.parametrize("make, text, change", [
+    (word_pieces, "The cat", "'The' comes back as 'the'"), (word_pieces, "the\tcat", r"'\t' comes back as ' '"),
+    (words, "The dog", "'dog' comes back as '[UNK]'"), (words, "The cat\n", r"'\n' comes back as ''")])
+def test_what_a_tokenizer_changes_by_design_is_told_once(program, tmp_path, make, text, change):
+    made = make(pytest.importorskip("tokenizers"))
+    save_bpe(tmp_path / "tokenizer", json.loads(made.to_str()), eos="</s>")
+    for name, first in (("x", ["cat"] * 8 + [text] * 12 + ["The dog"]), ("y", [text, "cat"])):
+        records = "".join(json.dumps({"text": text}) + "\n" for text in first)
+        (tmp_path / f"{name}.jsonl").write_text(records)
+    status, stdout, _ = program(f"--tokenizer={tmp_path}/tokenizer", f"--out_dir={tmp_path}/bins",
+                                f"x={tmp_path}/x.jsonl", f"y={tmp_path}/y.jsonl")
+    [note] = [line for line in stdout.splitlines() if "note" in line]
+    assert status == 0 and note == f"note: the tokenizer changes 12 of the first 20 documents of x: {change}"
+
+
+def special_by_its_text(tokenizers):
+    """A Unigram that holds </s> as an entry."""
+    entries = [(token, -1.0) for token in ["<unk>", "</s>", "▁", *map(chr, range(33, 127))]]
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram(entries, unk_id=0))
+    unigram.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    unigram.decoder = tokenizers.decoders.Metaspace()
+    return unigram
+
+
+def not_special(tokenizers):
+    level = words(tokenizers)
+    level.model = tokenizers.models.WordLevel({"[UNK]": 0, "one": 1, "two": 2, "three": 3}, "[UNK]")
+    level.add_tokens(["</s>"])
+    return level
+
+
+@pytest.mark.parametrize("make", [special_by_its_text, words, not_special])
+def test_a_document_that_holds_the_end_of_text_is_left_out_and_counted(tmp_path, capsys, make):
+    made = make(pytest.importorskip("tokenizers"))
+    tokenizer = load_tokenizer(save_bpe(tmp_path / "tokenizer", json.loads(made.to_str()), eos="</s>"))
+    build(tmp_path / "bins", ["one", "two", "three </s> three", "one two", "two one"], tokenizer, val_fraction=0.4)
+    assert "note: 1 documents left out, which hold </s>, the end of text\n" in capsys.readouterr().out
+    n_ends = sum((read_bin(path) == tokenizer.eot).sum() for path in (tmp_path / "bins").glob("*.bin"))
+    domain = read_meta(tmp_path / "bins")["domains"]["code"]
+    assert n_ends == domain["train"]["documents"] + domain["val"]["documents"] == 4
+
+
+def test_an_id_that_two_tokens_have_is_refused(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    level = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 1, "b": 2, "c": 3}, "c"))
+    level.add_special_tokens(["</s>"])  # gets the id 3: the vocabulary has 3 tokens
+    message = refused(load_tokenizer, save_bpe(tmp_path, json.loads(level.to_str()), eos="</s>"))
+    assert "have one id, 3" in message and "'</s>'" in message and "'c'" in message
 
 
 @pytest.mark.parametrize("content", [None, '{"model": '])
@@ -722,7 +794,7 @@ def test_duplicates_never_straddle_the_split_and_no_copy_is_lost(tmp_path, val_b
 @pytest.mark.parametrize("limits", [{}, {"val_bytes": 1500}, {"val_fraction": 0.4}])
 def test_a_text_whose_copies_exceed_the_limit_is_train_text_and_others_are_validation(tmp_path, limits):
     first, second, *others = sorted(ARTICLES, key=by_hash)
-    texts = ARTICLES + [first] * 300  # more than half of all
+    texts = ARTICLES + [first] * 1000  # more than half of all
     train, val = sides(tmp_path, texts, **limits)
     assert first not in val and val[0] == second and Counter(train + val) == Counter(texts)
     most = limits.get("val_fraction", 0.05) * len("".join(texts).encode())
@@ -795,13 +867,13 @@ def test_the_memory_of_a_build_does_not_grow_with_its_input(tmp_path, monkeypatc
                                                       (151_936, "uint32", 4)])
 def test_ids_are_little_endian_uint16_where_they_fit(tmp_path, vocab_size, dtype, width):
     ids = [1, 256, vocab_size - 1]
-    tokenizer = dataclasses.replace(load_tokenizer("bytes"), vocab_size=vocab_size, eot=ids[-1], encode_batch=lambda
+    tokenizer = dataclasses.replace(load_tokenizer("bytes"), vocab_size=vocab_size, eot=2, encode_batch=lambda
                                     texts: [np.array(ids, np.uint32)] * len(texts))
     meta = build(tmp_path, ["one", "two"], tokenizer)
     assert meta["domains"]["code"]["dtype"] == dtype
-    expected = b"".join(i.to_bytes(width, "little") for i in (*ids, ids[-1]))
+    expected = b"".join(i.to_bytes(width, "little") for i in (*ids, 2))
     assert (tmp_path / "code.train.bin").read_bytes() == (tmp_path / "code.val.bin").read_bytes() == expected
-    assert TokenBins(tmp_path, 3).train_windows(np.array([0]), np.array([0])).tolist() == [[*ids, ids[-1]]]
+    assert TokenBins(tmp_path, 3).train_windows(np.array([0]), np.array([0])).tolist() == [[*ids, 2]]
 
 
 def test_meta_json_says_what_the_bins_are(tmp_path):
