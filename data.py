@@ -174,6 +174,13 @@ def locked(folder: Path):
 FORMAT_VERSION = 2
 
 
+def require(entry: dict, where: str, *keys: str):
+    """ValueError that names the keys that an entry lacks, or that have nothing."""
+    missing = [key for key in keys if entry.get(key) in (None, "", {})]
+    if missing:
+        raise ValueError(f"{where} lacks {' '.join(missing)}")
+
+
 def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
     """meta.json of a bins folder, checked against the files beside it. UserError names the `option` that gave it."""
     data_dir = Path(data_dir)
@@ -184,6 +191,8 @@ def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
+        require(meta, "it", "tokenizer", "domains")
+        require(meta["tokenizer"], "the tokenizer", "name", "vocab_size", "eot", "eot_token", "fingerprint", "files")
         ids = range(meta["tokenizer"]["vocab_size"])
         if meta["tokenizer"]["eot"] not in ids:
             raise ValueError(f"the end of text {meta['tokenizer']['eot']} is not one of {len(ids)} ids")
@@ -193,6 +202,7 @@ def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
             if ids[-1] > np.iinfo(domain["dtype"]).max:
                 raise ValueError(f"domain {name}: {domain['dtype']} cannot hold {len(ids)} ids")
             for entry in (domain["train"], domain["val"]):
+                require(entry, f"domain {name}", "file", "tokens", "sha256")
                 if type(entry["tokens"]) is not int or entry["file"] in sizes:
                     raise ValueError(f"domain {name}: tokens are no integer, or {entry['file']} is named twice")
                 sizes[entry["file"]] = entry["tokens"] * np.dtype(domain["dtype"]).itemsize
@@ -293,19 +303,25 @@ class TokenBins:
 
 
 def verify(data_dir: str | Path):
-    """Hash every bin of a folder again. UserError names those that changed, or the tokenizer if its files did."""
+    """Hash every bin of a folder again. UserError names what changed: bins, meta.json, or the tokenizer's files."""
     meta = read_meta(data_dir, "--verify")
     changed = []
     for domain in meta["domains"].values():
         for entry in (domain["train"], domain["val"]):
-            unchanged = file_sha256(Path(data_dir, entry["file"])) == entry["sha256"]
-            print(f"{entry['file']:32} {'ok' if unchanged else 'CHANGED'}")
-            if not unchanged:
+            path = Path(data_dir, entry["file"])
+            state = "ok"
+            if file_sha256(path) != entry["sha256"]:
+                state = "CHANGED"
+            elif entry["tokens"] and np.memmap(path, domain["dtype"], "r").max() >= meta["tokenizer"]["vocab_size"]:
+                state = "HAS IDS BEYOND THE VOCABULARY"
+            print(f"{entry['file']:32} {state}")
+            if state != "ok":
                 changed.append(entry["file"])
     if changed:
         raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins again")
-    if meta["tokenizer"]["files"]:
-        saved_tokenizer(Path(data_dir), meta["tokenizer"])
+    saved_tokenizer(Path(data_dir), meta["tokenizer"])
+    if meta.pop("digest", None) not in (None, digest(meta)):  # one that a person wrote has none
+        raise UserError(f"{data_dir}/meta.json: was changed; copy it again, or make the bins again")
 
 
 # ------------ Tokenizers ----------------------------------------------------------------------------------------------
@@ -498,13 +514,16 @@ def bytes_settings() -> dict:
             "decoder": byte_level, "model": model}
 
 
-def saved_tokenizer(folder: Path, entry: dict) -> Tokenizer:
-    """The tokenizer of an entry of meta.json: from its files in `folder`, or by its name. UserError if it changed."""
+def saved_tokenizer(folder: Path, entry: dict, eot: str = "") -> Tokenizer:
+    """The tokenizer of an entry of meta.json: from its files in `folder`, or by its name. UserError if it changed.
+    `eot` as in load_tokenizer; default: the entry's."""
     source = folder if entry["files"] else entry["name"]
-    tokenizer = load_tokenizer(source, entry["eot_token"])
-    if tokenizer.fingerprint != entry["fingerprint"]:
+    tokenizer = load_tokenizer(source, eot or entry["eot_token"])
+    differs = [key for key in ("fingerprint", "vocab_size", "eot") if getattr(tokenizer, key) != entry[key]]
+    if differs and not (eot and differs == ["eot"]):
         fix = "copy it again" if entry["files"] else "install the version that was used then, or make the bins again"
-        raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with; {fix}")
+        raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with, by its "
+                        f"{' '.join(differs)}; {fix}")
     return tokenizer
 
 
@@ -518,12 +537,16 @@ def save_tokenizer(folder: Path, bins: TokenBins):
     entry = bins.tokenizer
     for name in entry["files"]:
         shutil.copyfile(bins.dir / name, folder / name)
-    # transformers loads a tokenizer from files only, so `bytes` gets some.
+    # transformers loads a tokenizer from files only, so `bytes` gets some, and takes the end of text from one of them.
     if entry["name"] == "bytes" and not entry["files"]:
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": entry["eot_token"],
-                  "eos_token": entry["eot_token"], "clean_up_tokenization_spaces": False}  # both alike, as GPT-2's
         write_text(folder / "tokenizer.json", json.dumps(bytes_settings()))
-        write_text(folder / "tokenizer_config.json", json.dumps(config))
+    path = folder / "tokenizer_config.json"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": entry["eot_token"],  # both alike, as GPT-2's
+              "clean_up_tokenization_spaces": False}
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+    if not config.get("eos_token") and not is_tiktoken(entry["name"], entry["files"]):
+        write_text(path, json.dumps({**config, "eos_token": entry["eot_token"]}))
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
     # config.json and generation_config.json name the bins' end of text, whatever the model named before.
@@ -542,9 +565,7 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
     # The folder was written by a run.
     if path.is_file():
         with user_errors(path, "copy it again from the folder that a run wrote"):
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            entry["eot_token"] = eot or entry["eot_token"]
-            return saved_tokenizer(folder, entry)
+            return saved_tokenizer(folder, json.loads(path.read_text(encoding="utf-8")), eot)
     # The folder comes from elsewhere.
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder, eot)
@@ -957,6 +978,7 @@ def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], mad
     tokenizer_entry = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
                        "eot_token": tokenizer.eot_token, "fingerprint": tokenizer.fingerprint, "files": files}
     meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer_entry, "domains": domains, "made_by": made_by}
+    meta["digest"] = digest(meta)
     fsync(folder)
     write_text(folder / "meta.json", json.dumps(meta, indent=1))
     return meta

@@ -1102,6 +1102,10 @@ BAD_FOLDERS = {
     "no meta": (lambda folder: (folder / "meta.json").unlink(), "--data_dir="),
     "meta not JSON": (lambda folder: (folder / "meta.json").write_text("{"), "meta.json: "),
     "meta not text": (lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe"), "meta.json: "),
+    "no domains": (in_meta(lambda meta: meta.update(domains={})), "it lacks domains"),
+    "no sha256": (in_meta(lambda meta: meta["domains"]["code"]["val"].pop("sha256")), "domain code lacks sha256"),
+    "half a tokenizer": (in_meta(lambda meta: meta["tokenizer"].update(name="", fingerprint=None, eot_token="")),
+                         "the tokenizer lacks name eot_token fingerprint"),
     "other version": (in_meta(lambda meta: meta.update(format_version=1)), "format version 1, but 2 is known"),
     "no tokenizer": (in_meta(lambda meta: meta.pop("tokenizer")), "meta.json: "),
     "no tokens": (train_entry(tokens=None), "meta.json: "),
@@ -1138,6 +1142,17 @@ def test_verify_names_the_bins_that_changed(program, copied):
     status, stdout, stderr = program(f"--verify={copied}")
     assert status == 2 and stdout.count(" ok\n") == 3
     assert "code.val.bin not as in meta.json" in stderr and "train" not in stderr
+
+
+@pytest.mark.parametrize("part, change, named", [
+    ("tokenizer", dict(eot=10), "not the one that it was made with, by its eot;"),
+    ("tokenizer", dict(vocab_size=300), "by its vocab_size"), ("tokenizer", dict(fingerprint="f"), "its fingerprint"),
+    ("tokenizer", dict(name="other"), "--tokenizer=other"), ("tokenizer", dict(vocab_size=99, eot=9), "code.train.bin"),
+    ("made_by", dict(text_key="body"), "meta.json: was changed")])
+def test_verify_names_what_is_not_as_it_was_written(made, copied, part, change, named):
+    verify(copied)
+    in_meta(lambda meta: meta.update({part: {**(meta[part] or {}), **change}}))(copied)
+    assert named in refused(verify, copied)
 
 
 def test_the_quickstart_has_four_domains_of_about_the_size_asked_without_licence_headers():
