@@ -12,6 +12,7 @@ tokenizer, and gives the size and sha256 of each bin. Helpers that all four prog
 import argparse
 import ast
 import fcntl
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -575,7 +576,8 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
 # ------------ Documents -----------------------------------------------------------------------------------------------
 
 PIECE = 8_000_000  # characters, about: a longer text becomes several documents, so that memory stays bounded
-JSON_LINES = (".json", ".jsonl", ".ndjson")  # suffixes of files with one record a line
+UNREADABLE = "unreadable folders left out"
+JSON_LINES = (".json", ".jsonl", ".jsonlines", ".ndjson")  # suffixes of files with one record a line
 
 
 def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Counter]) -> dict[str, list[Path]]:
@@ -584,56 +586,99 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
     A folder stands for all files below it that are not hidden. A domain has each file once, whatever links lead to it.
     `left_out` as in read_documents. UserError if a word matches no file, or one whose suffix says that it is not read.
     """
-    domains = {}  # name → real path → the first path that leads there
+    domains = {}  # name → device and number of a file → the path by which it is read
     for word in sources:
         named = re.fullmatch("([A-Za-z0-9][A-Za-z0-9_-]*)=(.*)", word)
         # With labels, a word such as year=2023/*.jsonl may be a glob as it stands.
-        if labelled and (not named or any(find_files(word, Counter()))):
+        if labelled and (not named or find_files(word, Counter())):
             name = ""
             pattern = word
         elif named:
             name, pattern = named.groups()
         else:
             raise UserError(f"{word!r}: write NAME=GLOB, with letters, digits, - and _ in NAME, or name a --domain_key")
-        files = sorted(find_files(pattern, left_out[name]))
+        files = find_files(pattern, left_out[name])
         if not files:
-            raise UserError(f"{word}: no file matches {pattern!r}; name a folder or a glob of files")
+            reason = "no permission to read a folder, and " if left_out[name][UNREADABLE] else ""
+            raise UserError(f"{word}: {reason}no file matches {pattern!r}; name a folder or a glob of files")
         for path in files:
+            # Of the names of a file, one may say how it is read.
+            real = Path(os.path.realpath(path))
+            if is_known(real) and not is_known(path):
+                path = real
             suffix = uncompressed_suffix(path)
             if suffix in (".csv", ".tsv"):
                 raise UserError(f"{path}: write its rows to .jsonl or .parquet, or name the other files")
             if suffix == ".parquet" or path.suffix == ".zst":
                 import_optional("pyarrow", str(path))
-            if not name and suffix not in (*JSON_LINES, ".parquet"):
-                raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet, or NAME=GLOB")
-            domains.setdefault(name, {}).setdefault(os.path.realpath(path), path)
+            found = domains.setdefault(name, {})
+            status = path.stat()
+            key = (status.st_dev, status.st_ino)
+            if key not in found or is_known(path) and not is_known(found[key]):
+                found[key] = path
+    for path in domains.get("", {}).values():
+        if uncompressed_suffix(path) not in (*JSON_LINES, ".parquet"):
+            raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet, or NAME=GLOB")
     return {name: sorted(files.values()) for name, files in domains.items()}
 
 
-def find_files(pattern: str, left_out: Counter) -> Iterator[Path]:
-    """The files that a folder or a glob stands for. Folders are entered once each, so that links in a circle end."""
-    if os.path.isdir(pattern):
-        pattern = os.path.join(glob.escape(pattern), "**")
-    recursive = re.fullmatch(r"(|.*?/)\*\*(/.*)?", pattern, re.DOTALL)
-    if not recursive:
-        for match in glob.glob(pattern):  # without names that begin with a dot
-            if os.path.isfile(match):
-                yield Path(match)
-            elif not os.path.isdir(match):
-                left_out["links to nothing, pipes and devices left out"] += 1
-        return
+def find_files(pattern: str, left_out: Counter) -> list[Path]:
+    """The files that a name, a folder or a glob stands for. A glob of folders alone stands for what is in them."""
+    paths = set(find_paths(os.path.expanduser(pattern), left_out))
+    if not any(map(os.path.isfile, paths)):
+        entered = set()
+        for top in filter(os.path.isdir, sorted(paths)):
+            for folder in folders_below(top, left_out, entered):
+                paths.update(find_paths(os.path.join(glob.escape(folder), "*"), left_out))
+    others = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
+    if others:
+        left_out["links to nothing, pipes and devices left out"] += len(others)
+    return sorted(Path(path) for path in paths if os.path.isfile(path))
 
-    # The folders that ** stands for, and what the rest of the pattern matches in each.
-    entered = set()
-    for top in glob.glob(recursive[1] or "."):
-        walk = os.walk(top, followlinks=True, onerror=lambda _: left_out.update(["unreadable folders left out"]))
-        for folder, subfolders, _ in walk:
-            if os.path.realpath(folder) in entered:
-                subfolders.clear()
-                continue
-            entered.add(os.path.realpath(folder))
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            yield from find_files(glob.escape(folder) + (recursive[2] or "/*"), left_out)
+
+def find_paths(pattern: str, left_out: Counter) -> Iterator[str]:
+    """What glob.glob finds, but a name that exists is that name, and folders that cannot be read are counted."""
+    if os.path.lexists(pattern):
+        yield pattern
+        return
+    head, tail = os.path.split(pattern)
+    if not tail or head == pattern:
+        return
+    for folder in find_paths(head or ".", left_out):
+        if tail == "**":
+            yield from folders_below(folder, left_out, set())
+        elif os.path.isdir(folder):
+            for name in fnmatch.filter(list_folder(folder, left_out), tail):
+                if tail.startswith(".") or not name.startswith("."):
+                    yield os.path.join(folder, name)
+
+
+def folders_below(folder: str, left_out: Counter, entered: set[str]) -> Iterator[str]:
+    """The folder and those below it that are not hidden, each once, so that links in a circle end."""
+    real = os.path.realpath(folder)
+    if real not in entered and os.path.isdir(folder):
+        entered.add(real)
+        names = list_folder(folder, left_out)
+        if names:
+            yield folder
+        for name in names:
+            if not name.startswith("."):
+                yield from folders_below(os.path.join(folder, name), left_out, entered)
+
+
+def list_folder(folder: str, left_out: Counter) -> list[str]:
+    """The names in a folder; none, and counted, if it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries)
+    except OSError:
+        left_out[UNREADABLE] += 1
+        return []
+
+
+def is_known(path: Path) -> bool:
+    """Whether the suffix of a file says how it is read."""
+    return path.suffix in (".gz", ".zst") or uncompressed_suffix(path) in (*JSON_LINES, ".parquet", ".csv", ".tsv")
 
 
 def uncompressed_suffix(path: Path) -> str:
@@ -661,9 +706,11 @@ def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
 
                 # Leave out what is not a document.
                 reason = None
-                if not isinstance(text, str):
+                if isinstance(text, bytes):
+                    reason = f"records left out, with bytes in place of text under the key {text_key}"
+                elif not isinstance(text, str):
                     reason = f"records left out, without a text under the key {text_key}"
-                elif label is None or not domain:
+                elif type(label) not in (str, int, float) or label != label or not domain:  # NaN is not equal to itself
                     reason = f"records left out, without a letter or digit of ASCII under the key {domain_key}"
                 elif not text or text.isspace():
                     reason = "empty documents left out"
@@ -704,19 +751,23 @@ def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> 
             if suffix in JSON_LINES:
                 yield from json_records(file, path, left_out)
                 return
+            taken = 0
             while piece := file.read(PIECE) + file.readline(PIECE):
                 # Text has no NUL characters.
-                if "\0" in piece[:65536]:
-                    left_out["binary files left out"] += 1
+                if "\0" in piece:
+                    where = f" after {taken:,} characters, which were taken: {path}" if taken else ""
+                    left_out[f"binary files left out{where}"] += 1
                     return
+                taken += len(piece)
                 yield {text_key: piece}
 
 
 def json_records(lines: Iterable[str], path: Path, left_out: Counter) -> Iterator[dict]:
-    """The records of lines of JSON, without broken ones. UserError if there are no others, or if they are an array."""
+    """The records of lines of JSON, without broken ones. UserError if there are more of these than of others."""
     reason = "broken records left out"
     first = ""  # what is wrong with the first broken one of the file
-    found = False
+    n_broken = 0
+    n_whole = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -729,12 +780,11 @@ def json_records(lines: Iterable[str], path: Path, left_out: Counter) -> Iterato
             if left_out[reason] == 0:
                 print(f"note: {first}", flush=True)
             left_out[reason] += 1
-            if number == 1 and line.startswith("[") and not line.rstrip().endswith("]"):
-                break
+            n_broken += 1
         else:
-            found = True
+            n_whole += 1
             yield record
-    if first and not found:
+    if n_broken > n_whole:
         raise UserError(f"{first}; jq -c '.[]' FILE writes the records of one array so, or name the other files")
 
 
@@ -749,6 +799,9 @@ def value_at(record: dict, key: str):
     return record
 
 
+BYTE_ORDER_MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
+
+
 def _open_text(path: Path) -> io.TextIOWrapper:
     """Open a text file, compressed or not, without a byte order mark. Bytes that are not UTF-8 are lone surrogates."""
     if path.suffix == ".gz":
@@ -761,8 +814,11 @@ def _open_text(path: Path) -> io.TextIOWrapper:
         file = open(path, "rb")
     if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
         raise ValueError("a compressed file is never empty")
-    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: is UTF-16, expected UTF-8; convert it:  iconv -f UTF-16 -t UTF-8 {path} > NEW")
+    start = file.peek(4)[:4]
+    for encoding, marks in BYTE_ORDER_MARKS.items():
+        if start.startswith(marks):
+            raise UserError(f"{path}: is {encoding}, expected UTF-8; convert it:  "
+                            f"iconv -f {encoding} -t UTF-8 {path} > NEW")
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
@@ -1072,18 +1128,18 @@ def main():
     add = parser.add_argument
     add("sources", nargs="*", metavar="NAME=GLOB", help="a domain and its files, or a folder of them; with "
         "--domain_key also a GLOB alone, of records that say their domain")
-    add("--out_dir", default="", help="folder to write the bins to")
-    add("--tokenizer", default="bytes", help="bytes, a tiktoken encoding, a folder or file with a tokenizer.json, or a "
+    add("--out_dir", default="", type=os.path.expanduser, help="folder to write the bins to")
+    add("--tokenizer", default="bytes", type=os.path.expanduser, help="bytes, a tiktoken encoding, a folder or file with a tokenizer.json, or a "
         "model's name on the Hugging Face Hub")
     add("--eot", default="", help="token that ends a document; empty: the tokenizer's own")
     add("--text_key", default="text", help="where the text is in a record of .jsonl, .ndjson, .json or .parquet")
     add("--domain_key", default="", help="where the domain is in a record, such as meta.source; empty: from NAME=GLOB")
     add("--val_fraction", type=float, default=0.05, help="share of a domain's bytes for validation, at most")
     add("--val_bytes", type=int, default=32_000_000, help="validation bytes of a domain, at most")
-    add("--verify", default="", metavar="DIR", help="only hash the bins of this folder again")
+    add("--verify", default="", type=os.path.expanduser, metavar="DIR", help="only hash the bins of this folder again")
     arguments = parser.parse_intermixed_args()
-    if not arguments.verify and not (arguments.out_dir and arguments.sources):
-        parser.error("requires --out_dir=DIR and NAME=GLOB for each domain, or --verify=DIR")
+    if bool(arguments.verify) == bool(arguments.sources) or arguments.sources and not arguments.out_dir:
+        parser.error("requires --out_dir=DIR and NAME=GLOB for each domain, or --verify=DIR alone")
     if arguments.verify:
         verify(arguments.verify)
         return
