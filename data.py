@@ -328,6 +328,7 @@ def verify(data_dir: str | Path):
 # ------------ Tokenizers ----------------------------------------------------------------------------------------------
 
 END_OF_TEXT = "<|endoftext|>"
+PART = 4 << 20  # characters that a tokenizer.json encodes at once, since its library holds about 100 bytes an id
 TOKENIZER_META = "tokenizer_meta.json"  # in a model's folder: the tokenizer's entry of meta.json
 # The files of a tokenizer. They are copied to the bins, and from there to the student.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -428,8 +429,11 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
                         "--eot=TOKEN (data.py and model.py); a run requires bins of its models' own tokenizer")
 
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        ids = []
+        for part in batches(texts, len, PART):
+            encodings = tokenizer.encode_batch_fast(part, add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return ids
 
     tokens = {}  # id → token
     for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
@@ -741,9 +745,13 @@ def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> 
     suffix = uncompressed_suffix(path)
     with user_errors(path, "copy it again"):
         if suffix == ".parquet":
-            file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
+            file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path, buffer_size=PIECE)
+            # Few rows at a time, if they are long.
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            longest = max([group.total_byte_size // max(group.num_rows, 1) for group in groups], default=0)
+            n_rows = max(1, min(64, PIECE // (longest + 1)))
             # Columns that the file lacks are left out.
-            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=64):
+            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=n_rows):
                 yield from rows.to_pylist()
             return
 
@@ -825,37 +833,44 @@ def _open_text(path: Path) -> io.TextIOWrapper:
 # ------------ The build: one pass over a stream of documents ----------------------------------------------------------
 
 BATCH_BYTES = 32 << 20  # of text that is encoded at once: enough for many cores
+BATCH_DOCUMENTS = 100_000  # at most, however short they are
 FIX_FULL = "make room there, and build again"
 MAX_DOMAINS = 256  # each keeps up to --val_bytes in memory
 MIN_HELD = 8  # documents of a domain, among which validation is chosen however few bytes it may have
 
 
 class BinWriter:
-    """A bin that is being written, under a temporary name until `publish`."""
+    """A bin that is being written, under a temporary name until `publish`. No file stays open: domains may be many."""
 
     def __init__(self, path: Path, dtype: str):
         self.path = path
+        self.temporary = path.with_name(path.name + ".tmp")
+        self.temporary.write_bytes(b"")
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.file = open(path.with_name(path.name + ".tmp"), "wb")
+        self.waiting = []  # documents that are not written yet
         self.sha256 = hashlib.sha256()
         self.counts = Counter()
 
     def append(self, ids: np.ndarray, eot: int, n_bytes: int):
-        """Write a document: its ids and the end of text. `n_bytes` is its length in UTF-8."""
+        """Add a document: its ids and the end of text. `n_bytes` is its length in UTF-8."""
         encoded = np.empty(len(ids) + 1, dtype=self.dtype)
         encoded[:-1] = ids
         encoded[-1] = eot
-        with user_errors(self.path, FIX_FULL):
-            self.file.write(encoded)
+        self.waiting.append(encoded)
         self.sha256.update(encoded)
         self.counts.update(tokens=len(encoded), documents=1, bytes=n_bytes)
+
+    def flush(self):
+        """Write the documents that wait."""
+        with user_errors(self.path, FIX_FULL), open(self.temporary, "ab") as file:
+            file.writelines(self.waiting)
+        self.waiting.clear()
 
     def publish(self) -> dict:
         """Give the bin its name. Returns its entry of meta.json."""
         with user_errors(self.path, FIX_FULL):
-            self.file.close()
-            fsync(self.file.name)
-            os.replace(self.file.name, self.path)
+            fsync(self.temporary)
+            os.replace(self.temporary, self.path)
         return {"file": self.path.name, **self.counts, "sha256": self.sha256.hexdigest()}
 
 
@@ -958,14 +973,19 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
                 yield domain.val, raw
 
 
-def take_batch(assigned: Iterator[tuple[BinWriter, bytes]]) -> Iterator[tuple[BinWriter, bytes]]:
-    """The next BATCH_BYTES, about, of what split_documents yields."""
-    batch_bytes = 0
-    for writer, raw in assigned:
-        yield writer, raw
-        batch_bytes += len(raw)
-        if batch_bytes >= BATCH_BYTES:
-            return
+def batches(items: Iterable, size: Callable, limit: int) -> Iterator[list]:
+    """Cut a stream into lists whose items have a `size` of about `limit` together. Short items are not too many."""
+    batch = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= limit or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch = []
+            total = 0
+    if batch:
+        yield batch
 
 
 def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tuple[str, str]], *,
@@ -976,23 +996,33 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     val_fraction (below 1) of the domain's bytes and val_bytes, and at least one distinct document on each side. A
     domain with a single one is left out. Memory is at most val_bytes a domain, a few hundred bytes for each document
     that is held, and a batch: BATCH_BYTES and one document, with 4 bytes for each of its ids, or about 100 while a
-    tokenizer.json encodes it. A build that is killed leaves only temporary files, and has to start again. `made_by` is
-    kept in meta.json. UserError if out_dir holds bins or is in use, or if no domain is left."""
+    tokenizer.json encodes a part of it. A build that is killed leaves only temporary files, and has to start again.
+    `made_by` is kept in meta.json. UserError if out_dir holds bins or other files of their names, or is in use, or if
+    no domain is left."""
     out_dir = Path(out_dir)
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: must be at least 0 and below 1")
     if val_bytes < 0:
         raise UserError(f"--val_bytes={val_bytes}: must be at least 0")
+    # What a killed build left is written again. It left the lock file too.
+    meta_path = out_dir / "meta.json"
+    names = ["*.train.bin*", "*.val.bin*", "meta.json.tmp"]
+    present = [*files_to_copy(out_dir, tokenizer), *(path for name in names for path in sorted(out_dir.glob(name)))]
+    present = [path.name for path in present if path.is_file()]
+    if present and not meta_path.exists() and not (out_dir / LOCK).exists():
+        raise UserError(f"--out_dir={out_dir}: holds {present[0]}, which no build has left; name another folder")
+
     domains = {}
     with locked(out_dir):
-        if (out_dir / "meta.json").exists():
+        if meta_path.exists():
             raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
+        made = [meta_path.with_name("meta.json.tmp"), *files_to_copy(out_dir, tokenizer)]
         try:
             # Encode a batch over all domains at a time, and append each document to its bin.
             assigned = split_documents(documents, domains, out_dir, tokenizer, val_fraction, val_bytes)
             n_bytes = 0
             n_with_end = 0
-            while batch := list(take_batch(assigned)):
+            for batch in batches(assigned, lambda pair: len(pair[1]), BATCH_BYTES):
                 encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
                 for (writer, raw), ids in zip(batch, encoded, strict=True):
                     n_bytes += len(raw)
@@ -1000,8 +1030,12 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                         n_with_end += 1  # it would end in the middle
                     else:
                         writer.append(ids, tokenizer.eot, len(raw))
+                for domain in domains.values():
+                    domain.train.flush()
+                    domain.val.flush()
                 print(f"{n_bytes / 1e6:,.0f} MB of text", flush=True)
-
+                batch.clear()
+                encoded.clear()
             if n_with_end:
                 print(f"note: {n_with_end:,} documents left out, which hold {tokenizer.eot_token}, the end of text")
 
@@ -1015,11 +1049,28 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                     print(f"note: {name}: left out; a domain requires two distinct documents, to train and to validate")
             if not entries:
                 raise UserError(f"--out_dir={out_dir}: no domain has two distinct documents")
-            with user_errors(out_dir / "meta.json", FIX_FULL):
-                return write_meta(out_dir, tokenizer, entries, made_by)
+            with user_errors(meta_path, FIX_FULL):
+                meta = write_meta(out_dir, tokenizer, entries, made_by)
+            made.clear()
+            return meta
         finally:
-            for path in [*out_dir.glob("*.bin.tmp"), out_dir / "meta.json.tmp"]:
+            for domain in domains.values():
+                for writer in (domain.train, domain.val):
+                    writer.temporary.unlink(missing_ok=True)
+                    if made:
+                        writer.path.unlink(missing_ok=True)
+            for path in made:
                 path.unlink(missing_ok=True)
+
+
+def files_to_copy(folder: Path, tokenizer: Tokenizer) -> dict[Path, Path]:
+    """The tokenizer's files that are not in the folder already: where each is copied to → where it is."""
+    found = {}
+    for path in tokenizer.files:
+        copy = folder / path.name
+        if not copy.exists() or not copy.samefile(path):
+            found[copy] = path
+    return found
 
 
 def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], made_by: dict | None = None) -> dict:
@@ -1027,9 +1078,8 @@ def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], mad
 
     `domains`: name → {"dtype": "uint16" or "uint32", "train": side, "val": side}, each side {"file", "tokens",
     "sha256"}. This opens nanoGPT's train.bin and val.bin, too, as one domain."""
-    for path in tokenizer.files:
-        if path.parent.resolve() != folder.resolve():
-            shutil.copyfile(path, folder / path.name)
+    for copy, path in files_to_copy(folder, tokenizer).items():
+        shutil.copyfile(path, copy)
     files = [path.name for path in tokenizer.files]
     tokenizer_entry = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
                        "eot_token": tokenizer.eot_token, "fingerprint": tokenizer.fingerprint, "files": files}
@@ -1129,8 +1179,8 @@ def main():
     add("sources", nargs="*", metavar="NAME=GLOB", help="a domain and its files, or a folder of them; with "
         "--domain_key also a GLOB alone, of records that say their domain")
     add("--out_dir", default="", type=os.path.expanduser, help="folder to write the bins to")
-    add("--tokenizer", default="bytes", type=os.path.expanduser, help="bytes, a tiktoken encoding, a folder or file with a tokenizer.json, or a "
-        "model's name on the Hugging Face Hub")
+    add("--tokenizer", default="bytes", type=os.path.expanduser, help="bytes, a tiktoken encoding, a folder or file "
+        "with a tokenizer.json, or a model's name on the Hugging Face Hub")
     add("--eot", default="", help="token that ends a document; empty: the tokenizer's own")
     add("--text_key", default="text", help="where the text is in a record of .jsonl, .ndjson, .json or .parquet")
     add("--domain_key", default="", help="where the domain is in a record, such as meta.source; empty: from NAME=GLOB")
