@@ -65,6 +65,9 @@ def run_program(main: Callable):
     others while they wait."""
     rank = os.environ.get("RANK")
     status = 0
+    if sys.stdout is None:  # it was closed by the shell
+        sys.stdout = open(os.devnull, "w")
+    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     try:
         main()
         sys.stdout.flush()
@@ -236,8 +239,9 @@ class TokenBins:
                 raise UserError(f"{option}: {self.dir} has no {name}; it has {' '.join(meta['domains'])}")
             self.domains[name] = meta["domains"][name]
             self.n_windows[name] = self._count(name, "train")
-            if self.n_windows[name] == 0:
-                raise UserError(f"--block_size={block_size}: no train text that long in domain {name} of {self.dir}")
+        empty = " ".join(name for name in self.names if self.n_windows[name] == 0)
+        if empty:
+            raise UserError(f"--block_size={block_size}: no train text that long in domain {empty} of {self.dir}")
 
     def _count(self, name: str, side: str) -> int:
         return max(self.domains[name][side]["tokens"] - 1, 0) // self.block_size
@@ -277,15 +281,20 @@ class TokenBins:
         return self._windows(name, "val", self._eval_ids(name, side, n))
 
     def _eval_ids(self, name: str, side: str, n: int) -> np.ndarray:
-        n_windows = self._count(name, "val")
-        half = n_windows // 2
-        first = 0 if side == "val" else half
-        available = half if side == "val" else n_windows - half
-        if n > available:
-            raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {available} windows of "
-                            f"{self.block_size} tokens in that half of its validation bin; lower --{side}_samples or "
-                            "--block_size, or make bins of more text or with a larger --val_fraction")
-        return first + np.arange(n) * available // max(n, 1)
+        # One half of the windows is "val", the other, which is the larger one of an odd number, is "test".
+        available = {}
+        for other in self.names:
+            n_windows = self._count(other, "val")
+            available[other] = n_windows // 2 if side == "val" else n_windows - n_windows // 2
+        if n > available[name]:
+            too_few = [f"{other} {count}" for other, count in available.items() if count < n and other != name]
+            others = f" (others: {', '.join(too_few)})" if too_few else ""
+            raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {available[name]} windows of "
+                            f"{self.block_size} tokens in that half of its validation bin{others}; lower "
+                            f"--{side}_samples or --block_size, or make bins of more text or with a larger "
+                            "--val_fraction")
+        first = 0 if side == "val" else self._count(name, "val") // 2
+        return first + np.arange(n) * available[name] // max(n, 1)
 
     def eval_documents(self, name: str, side: str, n: int) -> int:
         """How many distinct documents the windows of `eval_windows` touch: by the end-of-text ids before them."""
@@ -425,8 +434,9 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
         tokenizer.model.dropout = None
     eot_id = tokenizer.token_to_id(eot) if isinstance(eot, str) else None
     if eot_id is None:
-        raise UserError(f"--eot={eot}: not a token of {path.parent}; name the token that ends a document with "
-                        "--eot=TOKEN (data.py and model.py); a run requires bins of its models' own tokenizer")
+        raise UserError(f"--eot={eot}: not a token of {path.parent}, whose tokenizer_config.json should name the one "
+                        "that ends a document as eos_token; name it with --eot=TOKEN (data.py and model.py); a run "
+                        "requires bins of its models' own tokenizer")
 
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
         ids = []
@@ -818,6 +828,8 @@ def _open_text(path: Path) -> io.TextIOWrapper:
         # Not by zstandard, whose reader takes a file that is cut off for a whole one.
         pyarrow = import_optional("pyarrow", str(path))
         file = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+        with user_errors(path, "expected zstd, of a window no larger than the reader takes, which is --long=27"):
+            file.peek(1)
     else:
         file = open(path, "rb")
     if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
@@ -1033,7 +1045,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                 for domain in domains.values():
                     domain.train.flush()
                     domain.val.flush()
-                print(f"{n_bytes / 1e6:,.0f} MB of text", flush=True)
+                print(f"{n_bytes / 1e6:,.1f} MB of text", flush=True)
                 batch.clear()
                 encoded.clear()
             if n_with_end:
@@ -1213,7 +1225,7 @@ def main():
             for reason, count in reasons.items():
                 print(f"note: {name or 'records'}: {count:,} {reason}")
 
-    # Show what was built.
+    # Show what was built, and where it is little.
     rows = [["domain", "documents", "MB of text", "train tokens", "val tokens"]]
     for name, domain in meta["domains"].items():
         train = domain["train"]
@@ -1221,6 +1233,9 @@ def main():
         megabytes = (train["bytes"] + val["bytes"]) / 1e6
         rows.append([name, f"{train['documents'] + val['documents']:,}", f"{megabytes:,.1f}", f"{train['tokens']:,}",
                      f"{val['tokens']:,}"])
+        if val["documents"] < 20 or val["tokens"] < 20_000:
+            print(f"WARNING: {name} has only {val['documents']} documents, {val['tokens']:,} tokens, for validation, "
+                  "and r follows what these are like; give it more text or shorter documents, or raise --val_fraction")
     print_table(rows)
     print(f"wrote {arguments.out_dir}")
 

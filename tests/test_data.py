@@ -149,6 +149,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(program):
     (["--out_dir=x", "../a=a.txt"], ["'../a=a.txt'", "letters"]),
     (["--out_dir=a.txt", "a=a.txt"], ["a.txt", "File exists"]),
     (["--out_dir=bins", "a=a.txt"], ["--out_dir=bins", "holds bins"]),
+    (["--verify=bins", "a=a.txt"], ["--verify=DIR alone"]),
     (["--verify=no_such_folder"], ["--verify=no_such_folder", "meta.json"])])
 def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
         program, made, copied, monkeypatch, arguments, named):
@@ -321,7 +322,8 @@ def test_the_end_of_text_is_eos_token_of_the_config_or_eot(tmp_path, bpe_setting
     folder = save_bpe(tmp_path, bpe_settings, eos)
     for source in (folder, folder / "tokenizer.json"):
         if ends is None:
-            assert f"--eot={eos or ''}: " in refused(load_tokenizer, source, eot)
+            message = refused(load_tokenizer, source, eot)
+            assert f"--eot={eos or ''}: " in message and "tokenizer_config.json should name" in message
         else:
             assert load_tokenizer(source, eot).eot == ends
 
@@ -537,7 +539,7 @@ def compressed(name: str, raw: bytes) -> bytes:
     return raw
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.zst", "a.json", "c4-train.00000.json.gz"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonlines", "a.ndjson", "a.jsonl.zst", "a.json", "c4.00000.json.gz"])
 def test_each_json_record_of_a_line_is_a_document(tmp_path, name):
     (tmp_path / name).write_bytes(compressed(name, RECORDS.encode()))
     assert documents(tmp_path / name) == (["one é", "two\nlines\0"], Counter())
@@ -573,7 +575,8 @@ def test_a_long_text_is_cut_at_the_ends_of_lines_in_a_record_too(tmp_path):
 @pytest.mark.parametrize("name, raw, texts, reason", [
     ("a.txt", b"bad \xff byte", ["bad \ufffd byte"], "UTF-8"),
     ("a.txt", b" \n\t", [], "empty"),
-    ("a.png", b"\x89PNG\0\0\xff", [], "binary"),
+    ("a.png", b"\x89PNG\0\0\xff", [], "binary"), ("a.txt", b"a" * 70_000 + b"\0", [], "binary"),
+    ("a.txt", b"a" * 8_000_000 + b"\nb\0", ["a" * 8_000_000 + "\n"], "after 8,000,001 characters, which were taken: /"),
     ("a.jsonl", b'{"text": "bad \xff byte"}\n', ["bad \ufffd byte"], "UTF-8"),
     ("a.jsonl", b'{"text": "half \\ud800"}\n', ["half \ufffd"], "UTF-8"),
     ("a.jsonl", b'{"text": ""}\n', [], "empty"),
@@ -590,7 +593,11 @@ def test_what_is_left_out_or_replaced_is_counted(tmp_path, name, raw, texts, rea
 @pytest.mark.parametrize("name, raw, named", [
     ("a.jsonl", b'\n[{"text": "x"}]\n{"text": \n', "a.jsonl, line 2"),
     ("a.jsonl", b'[{"text": "x"},\n{"text": "y"}\n,{"text": "z"}]', "a.jsonl, line 1"),
+    ("a.jsonl", b'\n [\n{"text": "x"},\n{"text": "y"}\n]\n', "a.jsonl, line 2"),
+    ("a.json", b'{"data": [\n{"text": "x"},\n{"text": "y"}\n]}', "jq -c '.[]'"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n{"text": \n', "a.jsonl, line 2"),
     ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "a.jsonl: is UTF-16"),
+    ("a.txt", "text".encode("utf-32"), "iconv -f UTF-32 -t UTF-8"),
     ("a.txt", "\ufefftext".encode("utf-16-be"), "iconv -f UTF-16 -t UTF-8"),
     ("a.txt.gz", b"", "a.txt.gz"), ("a.txt.zst", b"", "a.txt.zst"),
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz"), ("a.jsonl.zst", b"no zstd", "a.jsonl.zst"),
@@ -612,6 +619,19 @@ def test_broken_records_are_left_out_and_the_first_is_told(program, tmp_path):
     assert f"{tmp_path}/a.jsonl, line 4: " in notes[0] and notes[1] == "note: x: 5 broken records left out"
     domain = read_meta(tmp_path / "bins")["domains"]["x"]
     assert domain["train"]["documents"] + domain["val"]["documents"] == 6
+
+
+def test_a_zst_of_a_larger_window_and_parquet_of_bytes_are_told(tmp_path):
+    zstandard, parquet = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow.parquet")
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=31)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.txt.zst").write_bytes(writer.compress(b"text" * 1000) + writer.flush())
+    message = refused(documents, tmp_path / "a.txt.zst")
+    assert "a.txt.zst: " in message and "window" in message and "--long=27" in message and "copy" not in message
+    parquet.write_table(sys.modules["pyarrow"].table({"text": [b"one", b"two"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("b")
+    assert documents(tmp_path / "a.parquet", tmp_path / "b.txt") == (["b"], {
+        "records left out, with bytes in place of text under the key text": 2})
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
@@ -670,6 +690,34 @@ def test_links_lead_to_each_file_once_and_what_cannot_be_read_is_counted(tmp_pat
     assert left_out["all"] == {"links to nothing, pipes and devices left out": 3, "unreadable folders left out": 1}
 
 
+def test_a_file_is_read_by_the_name_that_says_what_it_is_and_a_name_is_no_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("hub/blobs", "hub/snapshots", "man/man1", "man/man5", "~"):
+        Path(folder).mkdir(parents=True)
+    for name in ("hub/blobs/9f86", "part[1].jsonl", "part1.jsonl", "man/man5/passwd", "~/home.txt", "d.jsonl"):
+        Path(name).write_text(RECORDS)
+    Path("hub/snapshots/train.jsonl").symlink_to("../blobs/9f86")
+    Path("latest").symlink_to("d.jsonl")
+    os.link("d.jsonl", "hard.txt")
+    monkeypatch.setenv("HOME", str(tmp_path / "~"))
+    words = ["hub=hub", "link=latest", "hard=*d*", "name=part[1].jsonl", "man=man/man[15]", "home=~/*.txt"]
+    found = expand_sources(words, False, defaultdict(Counter))
+    found = {name: [Path(os.path.abspath(path)) for path in paths] for name, paths in found.items()}
+    assert names(found, tmp_path) == {
+        "hub": ["hub/snapshots/train.jsonl"], "link": ["d.jsonl"], "hard": ["d.jsonl"], "name": ["part[1].jsonl"],
+        "man": ["man/man5/passwd"], "home": ["~/home.txt"]}
+
+
+def test_no_permission_is_said_where_that_is_why_nothing_matches(tmp_path, monkeypatch):
+    def closed(folder):
+        raise PermissionError(13, "Permission denied", folder)
+    monkeypatch.setattr(os, "scandir", closed)
+    for pattern in ("*.txt", "a/*.txt", ""):
+        left_out = defaultdict(Counter)
+        assert "no permission" in refused(expand_sources, [f"x={tmp_path}/{pattern}"], False, left_out)
+        assert left_out["x"] == {"unreadable folders left out": 1}
+
+
 def test_the_documents_of_all_domains_are_one_stream_and_an_empty_domain_is_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text(RECORDS)
     (tmp_path / "b.txt").write_text(" ")
@@ -725,6 +773,7 @@ def test_the_domain_may_be_what_each_record_says(program, tmp_path, name):
 
 @pytest.mark.parametrize("records, named", [
     ([{"text": "no label"}], "records: no document in its 1 files"),
+    ([labelled(1, label) for label in (["a"], {"b": 1}, True, float("nan"))], "records: no document in its 1 files"),
     ([labelled(i, f"d{i % 257}") for i in range(600)], "at most 256"),
 ])
 def test_labels_that_make_no_domains_are_refused(program, tmp_path, records, named):
@@ -734,7 +783,8 @@ def test_labels_that_make_no_domains_are_refused(program, tmp_path, records, nam
 
 
 @pytest.mark.parametrize("labels, domains, merged", [
-    ([0, 1], ["0", "1"], []), (["a b", "a-b"], ["a_b"], ["10 records in the domain a_b with another label than 'a b'"]),
+    ([0, 1.5], ["0", "1_5"], []),
+    (["a b", "a-b"], ["a_b"], ["10 records in the domain a_b with another label than 'a b'"]),
     (["x" * 300, "y"], ["x" * 100, "y"], [])])
 def test_any_label_makes_a_name_and_those_that_make_the_same_are_merged(program, tmp_path, labels, domains, merged):
     records = [labelled(i, labels[i % 2]) for i in range(20)]
@@ -802,6 +852,13 @@ def test_a_text_whose_copies_exceed_the_limit_is_train_text_and_others_are_valid
     # Where every text exceeds it, the first without copies is validation, or else the one with the fewest bytes.
     assert sides(tmp_path / "a", [first] * 9 + [second, others[0]], val_fraction=0)[1] == [second]
     assert sides(tmp_path / "b", [first] * 20 + ["x"] * 9 + [second] * 30, val_fraction=0)[1] == ["x"] * 9
+
+
+def test_texts_whose_hashes_begin_alike_are_two_documents(tmp_path):
+    alike = ["text number 43376", "text number 65761"]
+    assert len({by_hash(text)[:8] for text in alike}) == 1
+    train, val = sides(tmp_path, [*alike, "other"], val_fraction=0.5)
+    assert sorted(train + val) == sorted([*alike, "other"])
 
 
 BY_HASH = sorted(ARTICLES * 2, key=by_hash)  # copies count as often as they come
@@ -949,6 +1006,41 @@ def test_a_killed_build_leaves_no_half_written_bin_and_starts_again(tmp_path, mo
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
 
 
+@pytest.mark.parametrize("name", ["x.train.bin", "x.val.bin.tmp", "tokenizer.json", "meta.json.tmp", "notes.bin.tmp"])
+def test_files_of_the_user_are_not_overwritten_or_removed(tmp_path, bpe_settings, name):
+    tokenizer = load_tokenizer(save_bpe(tmp_path / "tokenizer", bpe_settings))
+    (tmp_path / "bins").mkdir()
+    (tmp_path / "bins" / name).write_text("mine")
+    if name == "notes.bin.tmp":
+        build(tmp_path / "bins", ["one", "two"], tokenizer)
+        assert (tmp_path / "bins" / name).read_text() == "mine"
+    else:
+        assert f"holds {name}, which no build" in refused(build, tmp_path / "bins", ["one", "two"], tokenizer)
+        assert contents(tmp_path / "bins") == {name: b"mine"}
+    # The tokenizer's own folder may hold the bins.
+    files = contents(tmp_path / "tokenizer")
+    assert "no domain" in refused(build, tmp_path / "tokenizer", ["one"], tokenizer)
+    assert {**contents(tmp_path / "tokenizer"), ".lock": b""} == {**files, ".lock": b""}
+    build(tmp_path / "tokenizer", ["one", "two"], tokenizer)
+    verify(tmp_path / "tokenizer")
+
+
+def test_hundreds_of_domains_need_few_open_files_and_names_that_a_terminal_lacks_are_shown(tmp_path):
+    resource = pytest.importorskip("resource")
+    records = [labelled(i, f"d{i % 200}") for i in range(400)]
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, 1]))
+    command = [sys.executable, data.__file__, str(path), "--domain_key=meta.set", f"--out_dir={tmp_path}/bins"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    assert (run.returncode, run.stderr) == (0, "") and "\\udcff.jsonl, line 401: no record" in run.stdout
+    assert len(read_meta(tmp_path / "bins")["domains"]) == 200 and "WARNING: d7 has only 1 documents" in run.stdout
+    # With its output closed
+    command = f"{sys.executable} {data.__file__} --verify={tmp_path}/bins >&-"
+    run = subprocess.run(command, shell=True, capture_output=True)
+    assert (run.returncode, run.stderr) == (0, b"")
+
+
 def test_two_builds_do_not_share_a_folder(tmp_path):
     def documents():
         yield "code", "one"
@@ -968,6 +1060,34 @@ def test_a_full_disk_is_told_with_the_file_and_what_was_begun_is_removed(tmp_pat
     message = refused(build, tmp_path, ["one" * length, "two" * length])
     assert f"{tmp_path / file}: OSError: [Errno 28] No space left on device" in message
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "meta.json").exists()
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_is_copied_keeps_no_bins(tmp_path, bpe_settings, monkeypatch):
+    def full(source, target):
+        Path(target).touch()
+        raise OSError(28, "No space left on device", target)
+    tokenizer = load_tokenizer(save_bpe(tmp_path / "tokenizer", bpe_settings))
+    monkeypatch.setattr(shutil, "copyfile", full)
+    assert "No space left on device" in refused(build, tmp_path / "bins", ["one", "two"], tokenizer)
+    assert os.listdir(tmp_path / "bins") == [".lock"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Bins, and what write_text writes: meta.json, and metrics.jsonl at the start of a run."""
+    safe = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: safe.add(os.fstat(descriptor).st_ino))
+    replace = os.replace
+    named = []
+
+    def checked(source, target):
+        assert os.stat(source).st_ino in safe, target
+        named.append(Path(target).name)
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", checked)
+    build(tmp_path, ["one", "two"])
+    data.write_text(tmp_path / "metrics.jsonl", "{}")
+    assert named == ["code.train.bin", "code.val.bin", "meta.json", "metrics.jsonl"]
 
 
 # ----------------------------------------------- Windows --------------------------------------------------------------
@@ -990,6 +1110,9 @@ def test_a_bin_of_n_tokens_has_n_less_1_over_b_windows(tmp_path):
                 assert windows.dtype == np.int64
                 assert windows.tolist() == [tokens[i * size:i * size + size + 1].tolist()]
         assert f"--block_size={n}" in refused(TokenBins, tmp_path, n, [f"d{n}"])
+    assert "in domain d2 d3 d4 of" in refused(TokenBins, tmp_path, 4)  # all at once
+    message = refused(TokenBins(tmp_path, 2, ["d5", "d6", "d11"]).eval_windows, "d5", "val", 2)
+    assert "domain d5 of" in message and "(others: d6 1)" in message
 
 
 def test_train_windows_come_in_the_order_asked(made):
