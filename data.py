@@ -638,12 +638,13 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
 
 def find_files(pattern: str, left_out: Counter) -> list[Path]:
     """The files that a name, a folder or a glob stands for. A glob of folders alone stands for what is in them."""
-    paths = set(find_paths(os.path.expanduser(pattern), left_out))
+    pattern = os.path.expanduser(pattern)
+    if pattern.endswith("**"):
+        pattern = os.path.join(pattern, "*")
+    paths = set(find_paths(pattern, left_out))
     if not any(map(os.path.isfile, paths)):
-        entered = set()
-        for top in filter(os.path.isdir, sorted(paths)):
-            for folder in folders_below(top, left_out, entered):
-                paths.update(find_paths(os.path.join(glob.escape(folder), "*"), left_out))
+        for folder in list(filter(os.path.isdir, paths)):
+            paths.update(find_paths(os.path.join(glob.escape(folder), "**", "*"), left_out))
     others = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
     if others:
         left_out["links to nothing, pipes and devices left out"] += len(others)
@@ -651,43 +652,29 @@ def find_files(pattern: str, left_out: Counter) -> list[Path]:
 
 
 def find_paths(pattern: str, left_out: Counter) -> Iterator[str]:
-    """What glob.glob finds, but a name that exists is that name, and folders that cannot be read are counted."""
+    """What glob.glob finds, but a name that exists is that name, links in a circle end, and folders that cannot be
+    read are counted."""
     if os.path.lexists(pattern):
         yield pattern
         return
     head, tail = os.path.split(pattern)
-    if not tail or head == pattern:
+    if not tail:
         return
-    for folder in find_paths(head or ".", left_out):
-        if tail == "**":
-            yield from folders_below(folder, left_out, set())
-        elif os.path.isdir(folder):
-            for name in fnmatch.filter(list_folder(folder, left_out), tail):
-                if tail.startswith(".") or not name.startswith("."):
-                    yield os.path.join(folder, name)
-
-
-def folders_below(folder: str, left_out: Counter, entered: set[str]) -> Iterator[str]:
-    """The folder and those below it that are not hidden, each once, so that links in a circle end."""
-    real = os.path.realpath(folder)
-    if real not in entered and os.path.isdir(folder):
-        entered.add(real)
-        names = list_folder(folder, left_out)
-        if names:
-            yield folder
-        for name in names:
-            if not name.startswith("."):
-                yield from folders_below(os.path.join(folder, name), left_out, entered)
-
-
-def list_folder(folder: str, left_out: Counter) -> list[str]:
-    """The names in a folder; none, and counted, if it cannot be read."""
-    try:
-        with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries)
-    except OSError:
-        left_out[UNREADABLE] += 1
-        return []
+    entered = set()
+    for top in find_paths(head or ".", left_out):
+        walk = os.walk(top, followlinks=True, onerror=lambda _: left_out.update([UNREADABLE]))
+        for folder, subfolders, files in walk:
+            real = os.path.realpath(folder)
+            if tail != "**":
+                for name in fnmatch.filter(subfolders + files, tail):
+                    if tail.startswith(".") or not name.startswith("."):
+                        yield os.path.join(folder, name)
+            elif real not in entered:
+                entered.add(real)
+                yield folder
+                subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+                continue
+            subfolders.clear()
 
 
 def is_known(path: Path) -> bool:
@@ -946,11 +933,8 @@ class DomainBuild:
             if free < 0:
                 break
             chosen.append(key)
-        if chosen:
-            return chosen
-        # All exceed the limit. The first is taken that does so without copies, or else the one with the fewest bytes.
-        single = [key for key in keys if key not in self.copies]
-        return single[:1] or [min(keys, key=sizes.get)]
+        # If all exceed it, the first without copies is taken, or else the one with the fewest bytes.
+        return chosen or [min(keys, key=lambda key: sizes[key] if key in self.copies else 0)]
 
 
 def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, DomainBuild], out_dir: Path,
@@ -1018,9 +1002,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         raise UserError(f"--val_bytes={val_bytes}: must be at least 0")
     # What a killed build left is written again. It left the lock file too.
     meta_path = out_dir / "meta.json"
-    names = ["*.train.bin*", "*.val.bin*", "meta.json.tmp"]
-    present = [*files_to_copy(out_dir, tokenizer), *(path for name in names for path in sorted(out_dir.glob(name)))]
-    present = [path.name for path in present if path.is_file()]
+    present = [path.name for path in own_files(out_dir, tokenizer) if path.is_file()]
     if present and not meta_path.exists() and not (out_dir / LOCK).exists():
         raise UserError(f"--out_dir={out_dir}: holds {present[0]}, which no build has left; name another folder")
 
@@ -1028,7 +1010,6 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     with locked(out_dir):
         if meta_path.exists():
             raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
-        made = [meta_path.with_name("meta.json.tmp"), *files_to_copy(out_dir, tokenizer)]
         try:
             # Encode a batch over all domains at a time, and append each document to its bin.
             assigned = split_documents(documents, domains, out_dir, tokenizer, val_fraction, val_bytes)
@@ -1058,31 +1039,31 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                     dtype = domain.train.dtype.name
                     entries[name] = {"dtype": dtype, "train": domain.train.publish(), "val": domain.val.publish()}
                 else:
+                    domain.train.temporary.unlink()
+                    domain.val.temporary.unlink()
                     print(f"note: {name}: left out; a domain requires two distinct documents, to train and to validate")
             if not entries:
                 raise UserError(f"--out_dir={out_dir}: no domain has two distinct documents")
             with user_errors(meta_path, FIX_FULL):
-                meta = write_meta(out_dir, tokenizer, entries, made_by)
-            made.clear()
-            return meta
-        finally:
-            for domain in domains.values():
-                for writer in (domain.train, domain.val):
-                    writer.temporary.unlink(missing_ok=True)
-                    if made:
-                        writer.path.unlink(missing_ok=True)
-            for path in made:
-                path.unlink(missing_ok=True)
+                return write_meta(out_dir, tokenizer, entries, made_by)
+        except BaseException:
+            for path in own_files(out_dir, tokenizer):
+                path.unlink()
+            raise
+
+
+def own_files(folder: Path, tokenizer: Tokenizer) -> list[Path]:
+    """What there is in a folder by the names that a build would use; not the tokenizer's files where they lie."""
+    found = [copy for copy in files_to_copy(folder, tokenizer) if copy.exists()]
+    for pattern in ("*.train.bin*", "*.val.bin*", "meta.json.tmp"):
+        found += sorted(folder.glob(pattern))
+    return found
 
 
 def files_to_copy(folder: Path, tokenizer: Tokenizer) -> dict[Path, Path]:
     """The tokenizer's files that are not in the folder already: where each is copied to → where it is."""
-    found = {}
-    for path in tokenizer.files:
-        copy = folder / path.name
-        if not copy.exists() or not copy.samefile(path):
-            found[copy] = path
-    return found
+    copies = {folder / path.name: path for path in tokenizer.files}
+    return {copy: path for copy, path in copies.items() if not copy.exists() or not copy.samefile(path)}
 
 
 def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], made_by: dict | None = None) -> dict:
