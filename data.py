@@ -281,14 +281,11 @@ class TokenBins:
         return self._windows(name, "val", self._eval_ids(name, side, n))
 
     def _eval_ids(self, name: str, side: str, n: int) -> np.ndarray:
-        # One half of the windows is "val", the other, which is the larger one of an odd number, is "test".
-        available = {}
-        for other in self.names:
-            n_windows = self._count(other, "val")
-            available[other] = n_windows // 2 if side == "val" else n_windows - n_windows // 2
+        # One half of the windows is "val", the other is "test", and is the larger one if their number is odd.
+        available = {other: (self._count(other, "val") + (side == "test")) // 2 for other in self.names}
         if n > available[name]:
-            too_few = [f"{other} {count}" for other, count in available.items() if count < n and other != name]
-            others = f" (others: {', '.join(too_few)})" if too_few else ""
+            too_few = {other: count for other, count in available.items() if count < n and other != name}
+            others = "".join(f", {other} {count}" for other, count in too_few.items())
             raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {available[name]} windows of "
                             f"{self.block_size} tokens in that half of its validation bin{others}; lower "
                             f"--{side}_samples or --block_size, or make bins of more text or with a larger "
@@ -645,9 +642,9 @@ def find_files(pattern: str, left_out: Counter) -> list[Path]:
     if not any(map(os.path.isfile, paths)):
         for folder in list(filter(os.path.isdir, paths)):
             paths.update(find_paths(os.path.join(glob.escape(folder), "**", "*"), left_out))
-    others = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
-    if others:
-        left_out["links to nothing, pipes and devices left out"] += len(others)
+    for path in paths:
+        if not os.path.isfile(path) and not os.path.isdir(path):
+            left_out["links to nothing, pipes and devices left out"] += 1
     return sorted(Path(path) for path in paths if os.path.isfile(path))
 
 
@@ -743,12 +740,11 @@ def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> 
     with user_errors(path, "copy it again"):
         if suffix == ".parquet":
             file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path, buffer_size=PIECE)
-            # Few rows at a time, if they are long.
+            # Rows of PIECE together, about, are read at once.
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-            longest = max([group.total_byte_size // max(group.num_rows, 1) for group in groups], default=0)
-            n_rows = max(1, min(64, PIECE // (longest + 1)))
+            n_rows = min([PIECE * group.num_rows // (group.total_byte_size + 1) for group in groups], default=1)
             # Columns that the file lacks are left out.
-            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=n_rows):
+            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=min(max(n_rows, 1), 64)):
                 yield from rows.to_pylist()
             return
 
@@ -1093,11 +1089,6 @@ def without_licence(text: str) -> str:
     return text
 
 
-def definitions(text: str) -> list[str]:
-    """Python source as a document per class or function, about: cut where two lines are blank."""
-    return text.split("\n\n\n")
-
-
 def docstrings(text: str) -> list[str]:
     """Python source as a document per docstring."""
     found = []
@@ -1109,9 +1100,11 @@ def docstrings(text: str) -> list[str]:
 
 # Where a domain's text is: files below the folder of a module that comes with Python, torch, or what torch requires.
 # `left_out` is a regular expression of paths, `extract` makes documents of a file's text. Those longer than `longest`
-# characters are left out, so that the few windows of validation are of many.
+# characters are left out, so that the few windows of validation are of many. Python source is cut where two lines are
+# blank: a document per class or function, about.
 QUICKSTART = {
-    "python": {"module": "argparse", "suffix": ".py", "extract": definitions, "longest": 20_000,
+    "python": {"module": "argparse", "suffix": ".py", "longest": 20_000,
+               "extract": lambda text: text.split("\n\n\n"),
                "left_out": r"(^|/)(site-packages|tests?|idlelib|encodings|pydoc_data)/"},
     "cpp": {"module": "torch", "suffix": ".h", "extract": lambda text: [text], "longest": 6_000,
             "left_out": r"^(?!include/)|ATen/(ops|[^/]*$)|google/|sleef"},

@@ -1112,7 +1112,7 @@ def test_a_bin_of_n_tokens_has_n_less_1_over_b_windows(tmp_path):
         assert f"--block_size={n}" in refused(TokenBins, tmp_path, n, [f"d{n}"])
     assert "in domain d2 d3 d4 of" in refused(TokenBins, tmp_path, 4)  # all at once
     message = refused(TokenBins(tmp_path, 2, ["d5", "d6", "d11"]).eval_windows, "d5", "val", 2)
-    assert "domain d5 of" in message and "(others: d6 1)" in message
+    assert "domain d5 of" in message and "bin, d6 1; lower" in message
 
 
 def test_train_windows_come_in_the_order_asked(made):
