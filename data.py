@@ -661,17 +661,18 @@ def find_paths(pattern: str, left_out: Counter) -> Iterator[str]:
     for top in find_paths(head or ".", left_out):
         walk = os.walk(top, followlinks=True, onerror=lambda _: left_out.update([UNREADABLE]))
         for folder, subfolders, files in walk:
-            real = os.path.realpath(folder)
+            names = [*subfolders, *files]
+            # Only ** goes down.
+            subfolders[:] = [name for name in subfolders if tail == "**" and not name.startswith(".")]
             if tail != "**":
-                for name in fnmatch.filter(subfolders + files, tail):
+                for name in fnmatch.filter(names, tail):
                     if tail.startswith(".") or not name.startswith("."):
                         yield os.path.join(folder, name)
-            elif real not in entered:
-                entered.add(real)
+            elif os.path.realpath(folder) in entered:
+                subfolders.clear()
+            else:
+                entered.add(os.path.realpath(folder))
                 yield folder
-                subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-                continue
-            subfolders.clear()
 
 
 def is_known(path: Path) -> bool:
@@ -1010,6 +1011,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
             # Encode a batch over all domains at a time, and append each document to its bin.
             assigned = split_documents(documents, domains, out_dir, tokenizer, val_fraction, val_bytes)
             n_bytes = 0
+            n_told = 0
             n_with_end = 0
             for batch in batches(assigned, lambda pair: len(pair[1]), BATCH_BYTES):
                 encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
@@ -1022,7 +1024,9 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                 for domain in domains.values():
                     domain.train.flush()
                     domain.val.flush()
-                print(f"{n_bytes / 1e6:,.1f} MB of text", flush=True)
+                if n_bytes >= n_told + PIECE:  # short documents make small batches
+                    n_told = n_bytes
+                    print(f"{n_bytes / 1e6:,.1f} MB of text", flush=True)
                 batch.clear()
                 encoded.clear()
             if n_with_end:
