@@ -67,7 +67,8 @@ def run_program(main: Callable):
     status = 0
     if sys.stdout is None:  # it was closed by the shell
         sys.stdout = open(os.devnull, "w")
-    sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
+    elif isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     try:
         main()
         sys.stdout.flush()
