@@ -546,30 +546,51 @@ def is_tiktoken(name: str, files: Iterable) -> bool:
 
 
 def save_tokenizer(folder: Path, bins: TokenBins):
-    """Write the bins' tokenizer to a model's folder: its files, byte for byte, and its entry of meta.json."""
+    """Write the bins' tokenizer to a model's folder: files, and its entry of meta.json. transformers is told to take
+    its tokenizer.json as it is."""
     entry = bins.tokenizer
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name in entry["files"]:
         shutil.copyfile(bins.dir / name, folder / name)
-    # transformers loads a tokenizer from files only, so `bytes` gets some, and takes the end of text from one of them.
+    # transformers loads a tokenizer from files only, so `bytes` gets one.
     if entry["name"] == "bytes" and not entry["files"]:
         write_text(folder / "tokenizer.json", json.dumps(bytes_settings()))
-    path = folder / "tokenizer_config.json"
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": entry["eot_token"],  # both alike, as GPT-2's
-              "clean_up_tokenization_spaces": False}
-    if path.is_file():
-        config = json.loads(path.read_text(encoding="utf-8"))
-    if not config.get("eos_token") and not is_tiktoken(entry["name"], entry["files"]):
-        write_text(path, json.dumps({**config, "eos_token": entry["eot_token"]}))
+    if (folder / "tokenizer.json").is_file():
+        write_tokenizer_config(folder, config["model_type"], entry["eot_token"])
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
     # config.json and generation_config.json name the bins' end of text, whatever the model named before.
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     bos = config.get("bos_token_id")
     if bos is None:
         bos = entry["eot"]
     ids = {"bos_token_id": bos, "eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
     write_text(folder / "generation_config.json", json.dumps(ids))
     write_text(folder / "config.json", json.dumps({**config, **ids}, indent=2, sort_keys=True))
+
+
+def write_tokenizer_config(folder: Path, model_type: str, eot_token: str):
+    """Name the end of text in tokenizer_config.json, and the class with which transformers encodes by tokenizer.json.
+
+    Most other classes, and those of model types where none is named, keep its vocabulary in transformers 5, but split
+    text in their own way. Qwen's class is right for Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever
+    is named, unless `auto_map` names code too. Without trust_remote_code that is not run, but the named class counts."""
+    path = folder / "tokenizer_config.json"
+    before = {}
+    config = {"bos_token": eot_token, "clean_up_tokenization_spaces": False}  # the beginning is the end, as GPT-2's
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        config = dict(before)
+    if not config.get("eos_token"):
+        config["eos_token"] = eot_token
+    if not str(config.get("tokenizer_class")).startswith("Qwen2Tokenizer"):
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # what a model takes
+        if model_type == "qwen2":
+            config["auto_map"] = {"AutoTokenizer": [None, "tokenizer_as_saved.TokenizerAsSaved"]}
+            write_text(folder / "tokenizer_as_saved.py", "from transformers import PreTrainedTokenizerFast\n\n\n"
+                       "class TokenizerAsSaved(PreTrainedTokenizerFast):\n    pass\n")
+    if config != before:
+        write_text(path, json.dumps(config, indent=2))
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:

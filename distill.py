@@ -24,10 +24,9 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -57,18 +56,19 @@ from sample_mixture import RULES, MixtureSampler, parse_mixture, read_metrics
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
-# Sets of defaults. Config's own are the paper's values, so the presets of the paper's pairs only name the models. Where
-# the paper gives none the choice is ours: how a step's tokens are cut into windows, weight decay, clipping, the betas.
+# Sets of defaults. Config's own are the paper's values. The presets of the paper's pairs only name the models, and how
+# many windows per forward pass fit 8 GPUs of 80 GB. Where the paper gives no value the choice is ours: how a step's
+# tokens are cut into windows, weight decay, clipping, the betas.
 PRESETS = {
     "quickstart": dict(interval=10, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300,
                        lr=1e-3, min_lr=1e-4, warmup_steps=20, save_every=100),
     "paper": {},
-    "qwen1.5-14b-1.8b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-1.8B"),
-    "qwen1.5-14b-4b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-4B"),
-    "qwen1.5-7b-1.8b": dict(teacher="Qwen/Qwen1.5-7B", student="Qwen/Qwen1.5-1.8B"),
-    "llama2-13b-tinyllama-1.1b": dict(teacher="meta-llama/Llama-2-13b-hf",
+    "qwen1.5-14b-1.8b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-1.8B", micro_batch_size=8),
+    "qwen1.5-14b-4b": dict(teacher="Qwen/Qwen1.5-14B", student="Qwen/Qwen1.5-4B", micro_batch_size=4),
+    "qwen1.5-7b-1.8b": dict(teacher="Qwen/Qwen1.5-7B", student="Qwen/Qwen1.5-1.8B", micro_batch_size=8),
+    "llama2-13b-tinyllama-1.1b": dict(teacher="meta-llama/Llama-2-13b-hf", micro_batch_size=8,
                                       student="TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T"),
-    "starcoder-15.5b-3b": dict(teacher="bigcode/starcoder", student="bigcode/starcoderbase-3b"),
+    "starcoder-15.5b-3b": dict(teacher="bigcode/starcoder", student="bigcode/starcoderbase-3b", micro_batch_size=8),
 }
 
 
@@ -128,7 +128,7 @@ class Config:
     seed: int = 0  # order of the data, and initial weights of a scratch student
 
     # How it is computed
-    micro_batch_size: int = 0  # windows per forward pass; 0: all of a rank's windows
+    micro_batch_size: int = 0  # windows per forward pass, fewer in the last one; 0: all of a rank's windows
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on cuda, else float32
     compile: Literal["auto", "true", "false"] = "auto"  # the blocks; auto: on cuda. A large loss is compiled anyway
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that there is
@@ -432,9 +432,9 @@ def train(config: Config) -> Path:
         else:
             state.teacher_ppl = measure(teacher, val_windows)
             state.test_teacher_ppl = measure(teacher, test_windows)
-            run.log("run", 0, config=asdict(config), command=sys.argv, rule=arm.rule,
-                    natural=dict(zip(bins.names, natural.tolist())), versions=environment(),
-                    parameters=count_parameters(models))
+            run.log("run", 0, config=asdict(config), content=run.content, may_change=sorted(MAY_CHANGE),
+                    command=sys.argv, rule=arm.rule, natural=dict(zip(bins.names, natural.tolist())),
+                    versions=environment(), parameters=count_parameters(models))
         if not arm.trains_with_teacher:  # it has been measured, and its memory is free for training
             teacher = None
             models.pop("teacher", None)
@@ -447,7 +447,7 @@ def train(config: Config) -> Path:
         # The loop. From here on a signal only sets a flag, which the step "Save" reads.
         run.catch_signals()
         first_step = state.step
-        step_times = deque(maxlen=50)  # of the latest steps, in seconds
+        step_times = []  # in seconds
         while True:
             # Every K steps: measure ℓ_S, update r, log. At the end: measure. A resumed run did so here before its
             # checkpoint was written.
@@ -540,6 +540,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
     per_token = {"targets": targets.flatten()}
     if teacher_hidden is not None:
+        assert teacher_hidden.shape[:-1] == targets.shape, (teacher_hidden.shape, targets.shape)
         per_token["teacher_hidden"] = teacher_hidden.flatten(0, -2)
     for name, value in list(equation.items()):
         if torch.is_tensor(value) and value.dim() > 0:
@@ -726,20 +727,22 @@ def planned_world_size(config: Config) -> int:
 def on_rank_0(function: Callable, *args, share: bool = True):
     """What `function(*args)` returns on rank 0, on every rank; without `share`, None on the others.
 
-    A UserError or OSError is raised on every rank."""
+    An error ends every rank. A UserError or OSError is raised on all of them; any other is a bug, and rank 0 alone has
+    its traceback."""
     result = None
     error = None
     if rank() == 0:
         try:
             result = function(*args)
-        except (UserError, OSError) as exception:
+        except Exception as exception:
             error = exception
     if dist.is_initialized():
         shared = [result if share else None, error]
+        if error is not None and not isinstance(error, (UserError, OSError)):
+            shared[1] = SystemExit(1)
         dist.broadcast_object_list(shared)
-        error = shared[1]
         if rank() != 0:
-            result = shared[0]
+            result, error = shared
     if error is not None:
         raise error
     return result
@@ -758,7 +761,7 @@ def process_group(config: Config):
         backend = "nccl"
         device_id = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device_id)
-    with user_errors("RANK is set", "start with torchrun --nproc_per_node=N distill.py, or unset RANK"):
+    with user_errors("the processes cannot meet", "start them with torchrun --nproc_per_node=N, or unset RANK"):
         dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout), device_id=device_id)
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
         try:
@@ -842,13 +845,14 @@ def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Pa
         model.requires_grad_(role == "student")
         models[role] = model
 
-    # A module that is trained with the student, and is no part of its model, is made here, on every rank:
-    # models["student"].extra["name"] = … It is saved beside the model, and read again.
-    extra = models["student"].extra
-    if extra and resumed is not None:
-        on_rank_0(read_saved, resumed / "extra.safetensors", lambda path: extra.load_state_dict(load_file(path)),
-                  share=False)
-    for role, model in models.items():
+        # A module that is trained with the student, and is no part of its model, is made here, on every rank, if role
+        # is "student": model.extra["name"] = … It is saved beside the model, and read again.
+        extra = model.extra
+        if extra and resumed is not None:
+            on_rank_0(read_saved, resumed / "extra.safetensors", lambda path: extra.load_state_dict(load_file(path)),
+                      share=False)
+
+        # Before the next model is read, so that rank 0 never holds two in its memory
         place(model, config, shard=config.parallel == "fsdp" and (role == "student" or config.shard_teacher))
     return models
 
@@ -893,8 +897,10 @@ def place(model: GPT, config: Config, shard: bool):
             fully_shard(layer, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)
         model.to_empty(device=config.device)
+    else:
+        model.norm.to_empty(device=config.device)  # torch assigns the other weights, without a copy, on this device
 
-    # Rank 0 hands the weights out, one tensor at a time. Where there is no memory yet, they are assigned.
+    # Rank 0 hands the weights out, one tensor at a time.
     set_model_state_dict(model, whole_state, options=whole_tensor_options())
 
 
@@ -921,6 +927,7 @@ class RunFolder(ExitStack):
     def __init__(self, out_dir: Path):
         super().__init__()
         self.out_dir = out_dir
+        self.content = {}
         self.metrics = None
         self.wandb = None
         self.received_signal = 0
@@ -928,18 +935,17 @@ class RunFolder(ExitStack):
     def lock_and_find_checkpoint(self, config: Config, bins: TokenBins) -> tuple[TrainState, Path | None]:
         """Lock the folder, refuse another experiment, drop what was logged after the checkpoint to continue from →
         the training state, and that checkpoint's folder (None: start)."""
-        record = {"config": asdict(config), "content": experiment_content(config, bins)}
+        self.content = experiment_content(config, bins)
+        record = {"config": asdict(config), "content": self.content}
 
         # Take the folder for this process alone, if it is a run's.
-        files = set()
-        if self.out_dir.exists():
-            files = set(os.listdir(self.out_dir)) - {LOCK}
-        if files and "metrics.jsonl" not in files:
+        metrics_path = self.out_dir / "metrics.jsonl"
+        files = [path for path in self.out_dir.glob("*") if path.name != LOCK]
+        if files and metrics_path not in files:
             raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; name another one")
         self.enter_context(locked(self.out_dir))
 
         # Refuse to continue another experiment.
-        metrics_path = self.out_dir / "metrics.jsonl"
         metrics_path.touch()
         if metrics_path.stat().st_size > 0 or list_checkpoints(self.out_dir):
             check_same_experiment(self.out_dir, record)
@@ -967,7 +973,7 @@ class RunFolder(ExitStack):
         The step is a value that is logged, since wandb's own cannot go back to a checkpoint's."""
         id_path = self.out_dir / "wandb_id"
         if not id_path.exists():
-            write_text(id_path, uuid.uuid4().hex)
+            write_text(id_path, os.urandom(16).hex())
         with user_errors("--wandb", "run wandb login, or set WANDB_MODE=offline"):
             self.wandb = import_optional("wandb", "--wandb").init(
                 project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", dir=config.out_dir,
@@ -1004,8 +1010,8 @@ def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
         if not is_recipe(source):
             print(f"hashing the {role}: {source}", flush=True)
             folder = model_folder(source, f"--{role}", MODEL_FILES)
-            files = [folder / "config.json", *weight_files(folder)]
-            content[role] = digest([(path.name, file_sha256(path)) for path in files])
+            hashes = file_hashes([folder / "config.json", *weight_files(folder)])
+            content[role] = digest(list(hashes.items()))
     return content
 
 
@@ -1025,7 +1031,7 @@ def check_same_experiment(out_dir: Path, record: dict):
     if "domains" in changed and "data_dir" in changed:
         changed.remove("data_dir")  # other domains are another content of the same folder
     if changed:
-        differences = [f"--{name}={now[name]}: the run in {out_dir} has another {name}, {before[name]}"
+        differences = [f"--{name}={now[name]}: the run in {out_dir} has another, --{name}={before[name]}"
                        for name in changed]
         differences.append(f"--out_dir={out_dir}: keep the keys of its run, name another folder, or delete this one. "
                            "To train a finished student further, name its folder as --student")
@@ -1072,10 +1078,10 @@ def write_checkpoint(folder: Path, state: TrainState, student: GPT, weights: dic
         if extra:
             save_file(extra, temporary / "extra.safetensors")
         save_tokenizer(temporary, bins)
+        torch.serialization.set_crc32_options(False)  # the manifest has a better checksum
         torch.save(optimizer_state, temporary / "optimizer.pt")
         write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
-        manifest = {path.name: file_sha256(path) for path in sorted(temporary.iterdir())}
-        write_text(temporary / "manifest.json", json.dumps(manifest, indent=1))
+        write_text(temporary / "manifest.json", json.dumps(file_hashes(sorted(temporary.iterdir())), indent=1))
         # The log too: a checkpoint is to have all lines before it.
         for path in (*temporary.iterdir(), temporary, folder.parent / "metrics.jsonl"):
             fsync(path)
@@ -1090,6 +1096,12 @@ def write_checkpoint(folder: Path, state: TrainState, student: GPT, weights: dic
     if keep > 0:
         for old in list_checkpoints(folder.parent)[:-keep]:
             shutil.rmtree(old)
+
+
+def file_hashes(paths: list[Path]) -> dict[str, str]:
+    """name → sha256 of files, which are hashed side by side."""
+    with ThreadPoolExecutor() as threads:
+        return dict(zip([path.name for path in paths], threads.map(file_sha256, paths)))
 
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
@@ -1120,8 +1132,8 @@ def damaged_files(folder: Path) -> list[str]:
     """The files of a checkpoint that are missing, or not as its manifest says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return [name for name, sha256 in manifest.items()
-                if not (folder / name).is_file() or file_sha256(folder / name) != sha256]
+        hashes = file_hashes([folder / name for name in manifest if (folder / name).is_file()])
+        return [name for name, sha256 in manifest.items() if sha256 != hashes.get(name)]
     except (OSError, ValueError, AttributeError):
         return ["manifest.json"]
 
@@ -1156,12 +1168,8 @@ def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
         saved_tokenizer(bins.dir, bins.tokenizer)
     fixed_windows(bins, "val", config.val_samples)
     fixed_windows(bins, "test", config.test_samples)
-    mixture = parse_mixture(config.mixture)
-    if mixture and set(mixture) != set(bins.names):
-        unknown = " ".join(name for name in mixture if name not in bins.names)
-        missing = " ".join(name for name in bins.names if name not in mixture)
-        raise UserError(f"--mixture={config.mixture}: the domains of {config.data_dir} are {' '.join(bins.names)}; "
-                        f"unknown: {unknown or '–'}, missing: {missing or '–'}")
+    with user_errors(f"--mixture={config.mixture}", f"name each domain of {config.data_dir} once"):
+        make_sampler(config, bins)
 
     # The models against the bins
     model_configs = {}
@@ -1236,7 +1244,6 @@ def contradictions(config: Config) -> list[str]:
     needs_models = config.preset != "quickstart"
     launched = "RANK" in os.environ
     world = planned_world_size(config)
-    per_pass = max(1, config.micro_batch_size)
     too_few_gpus = (launched and config.device in ("auto", "cuda") and torch.cuda.is_available()
                     and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count())
     recipe = r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*"
@@ -1262,8 +1269,8 @@ def contradictions(config: Config) -> list[str]:
          f"--mixture={config.mixture}: --method={config.method} draws all domains alike"),
         (0 < config.max_steps <= config.warmup_steps,
          f"--warmup_steps={config.warmup_steps}: must be below --max_steps={config.max_steps}, a tenth of it perhaps"),
-        (config.batch_size % (per_pass * world) != 0,
-         f"--batch_size={config.batch_size}: must be a multiple of micro_batch_size={per_pass} × {world} processes"),
+        (config.batch_size % world != 0,
+         f"--batch_size={config.batch_size}: must be a multiple of {world}, the number of processes"),
         (config.parallel == "none" and world > 1,
          f"--parallel=none: there are {world} processes; take ddp or fsdp"),
         (config.parallel in ("ddp", "fsdp") and not launched and not config.dry_run,
@@ -1319,12 +1326,13 @@ def format_bytes(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.2f} GiB"
 
 
-def log_step(run: RunFolder, step: int, step_log: dict, step_times: deque, config: Config):
+def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float], config: Config):
     """Log a step: its speed too, and what the rest takes at the latest pace, both without evaluations and saves. Print
     a line after the first step and the last, and every log_every; on GPUs with the peak of memory."""
     tokens = config.batch_size * config.block_size
     tokens_per_s = tokens / step_times[-1]
-    eta_s = sum(step_times) / len(step_times) * (config.max_steps - step)
+    latest = step_times[-50:]
+    eta_s = sum(latest) / len(latest) * (config.max_steps - step)
     run.log("train", step, **step_log, tokens=step * tokens, tokens_per_s=tokens_per_s, eta_s=eta_s)
     if step not in (1, config.max_steps) and step % config.log_every != 0:
         return
@@ -1440,12 +1448,10 @@ def quickstart_models(pretrain_steps: int) -> dict[str, dict]:
 
     The teacher learns all domains alike, the student base hardly any C++: small models are strong in some domains and
     weak in others."""
-    teacher = dict(student="scratch:4x128", max_steps=pretrain_steps, lr=3e-3, min_lr=3e-4,
-                   mixture="python=1,cpp=1,math=1,prose=1")
-    student = dict(student="scratch:2x96", max_steps=pretrain_steps // 4, lr=2e-3, min_lr=2e-4,
-                   mixture="python=.50,cpp=.01,math=.25,prose=.24")
-    for keys in (teacher, student):
-        keys["warmup_steps"] = min(50, keys["max_steps"] // 10)
+    teacher = dict(student="scratch:4x128", max_steps=pretrain_steps, warmup_steps=min(50, pretrain_steps // 10),
+                   lr=3e-3, min_lr=3e-4, mixture="python=1,cpp=1,math=1,prose=1")
+    student = dict(student="scratch:2x96", max_steps=pretrain_steps // 4, warmup_steps=min(50, pretrain_steps // 40),
+                   lr=2e-3, min_lr=2e-4, mixture="python=.50,cpp=.01,math=.25,prose=.24")
     return {"teacher": teacher, "student": student}
 
 
@@ -1496,9 +1502,12 @@ def check_pretraining(role: str, run: Config, config: Config):
     if config.block_size > context:
         raise UserError(f"--block_size={config.block_size}: the quickstart's {role} reads at most {context} tokens")
     saved = Path(run.out_dir) / "config.json"
-    if saved.is_file() and json.loads(saved.read_text(encoding="utf-8"))["config"]["max_steps"] != run.max_steps:
-        raise UserError(f"--pretrain_steps={config.pretrain_steps}: {run.out_dir} has a {role} that is half made, with "
-                        "another number of steps; give that number, or delete the folder")
+    if saved.is_file():
+        with user_errors(saved, "not as a run writes it; delete the folder"):
+            begun = json.loads(saved.read_text(encoding="utf-8"))["config"]
+        if begun["max_steps"] != run.max_steps:
+            raise UserError(f"--pretrain_steps={config.pretrain_steps}: {run.out_dir} has a {role} that is half made, "
+                            f"in a run of {begun['max_steps']} steps; give that time's number, or delete the folder")
 
 
 def finished_run(out_dir: Path) -> Path | None:
@@ -1576,9 +1585,11 @@ def main():
     config = parse_config()
     with process_group(config):
         config = resolve_auto(config)
+        defaults = Config()
         for name, value in asdict(config).items():
-            print(f"{name} = {value}")
-        print(flush=True)
+            if value != getattr(defaults, name):
+                print(f"{name} = {value}")
+        print(f"The other keys have their defaults. All will stand in {config.out_dir}/config.json.\n", flush=True)
         if config.preset == "quickstart":
             config = quickstart(config)
         elif config.dry_run:

@@ -608,16 +608,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Generate text with the model of a folder.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Generate text with the model of a folder.", allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="model folder, or the model's name on the Hugging Face Hub")
     add("--prompt", required=True, help="text to continue")
     add("--tokenizer", help="bytes, a tiktoken encoding, a tokenizer.json or a name on the Hub, if not in the folder")
     add("--eot", default="", help="token that ends a text, if not the tokenizer's own")
-    add("--max_new_tokens", type=int, default=200, help="maximum number of new tokens")
-    add("--temperature", type=float, default=0.8, help="0 takes the most likely token each time")
-    add("--seed", type=int, default=0, help="selects the random numbers")
+    add("--max_new_tokens", type=int, default=200, help="of new tokens, at most (default: %(default)s)")
+    add("--temperature", type=float, default=0.8, help="0: the most likely token (default: %(default)s)")
+    add("--seed", type=int, default=0, help="selects the random numbers (default: %(default)s)")
     add("--device", default="auto", help="cuda, mps, cpu, or auto for the first of these")
     args = parser.parse_args()
 

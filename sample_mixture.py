@@ -2,8 +2,7 @@
 
 `discrepancy_factor` is Eq. 1 and `smooth_update` is Eq. 2. RULES is the table of mixture rules: what each arm draws by.
 `MixtureSampler` draws the batches. Nothing here depends on torch, on models or on ranks. As a program, this file shows
-how batches are drawn from a folder of bins, replays r from the perplexities that a run logged, and puts runs side by
-side, in a table and in the paper's Fig. 1 and Fig. 3:
+how batches are drawn from bins, replays r from the perplexities of a run, and compares runs, in a table and a figure:
 
     python sample_mixture.py --data_dir=data/quickstart
     python sample_mixture.py --metrics=out/quickstart-ddk-0/metrics.jsonl --alpha=0.8 --plot=mixture.png
@@ -26,8 +25,7 @@ def discrepancy_factor(student_ppl, teacher_ppl) -> np.ndarray:
 
     Takes N perplexities of the student and N of the teacher, one per domain. Returns (N,) float64, which sums to 1.
     Raises ValueError if the lists are empty or differ in length, or if a perplexity is not finite or is below 1."""
-    ratios = perplexity_ratios(student_ppl, teacher_ppl)
-    return softmax(ratios)
+    return softmax(perplexity_ratios(student_ppl, teacher_ppl))
 
 
 def smooth_update(factor, student_ppl, teacher_ppl, alpha: float = 0.5) -> np.ndarray:
@@ -93,8 +91,7 @@ def parse_mixture(text: str) -> dict[str, float]:
 # (None at t = 0), the perplexities just measured (those of the teacher are None if the run has no teacher), the natural
 # proportions (or --mixture's in their place) and α. Lists are in the order of the domains. It returns r, which the next
 # K steps draw by, and its new state: a dict of lists and numbers, empty if there is nothing to remember, saved in every
-# checkpoint.
-# The training loop and `--metrics` both call it through RULES: a new rule is one function and one line of the table.
+# checkpoint. The loop and `--metrics` both call it through RULES: a new rule is one function and one line of the table.
 # Write a rule's own coefficients into it as constants: another argument would change every rule and both calls.
 # Between evaluations, the loop of distill.py may also set `sampler.probs` at every step.
 
@@ -159,11 +156,8 @@ class MixtureSampler:
         self.probs = self.n_windows  # the natural proportions
 
         # A number for each domain, made from its name: the order of its windows does not depend on the other domains.
-        domain_keys = []
-        for name in self.names:
-            name_hash = hashlib.sha256(name.encode()).digest()
-            domain_keys.append(int.from_bytes(name_hash[:8], "little"))
-        self.domain_keys = np.array(domain_keys, dtype=np.uint64)
+        digests = [hashlib.sha256(name.encode()).digest() for name in self.names]
+        self.domain_keys = np.array([int.from_bytes(digest[:8], "little") for digest in digests], dtype=np.uint64)
 
     @property
     def probs(self) -> np.ndarray:
@@ -175,8 +169,10 @@ class MixtureSampler:
     @probs.setter
     def probs(self, weights: dict[str, float] | np.ndarray):
         if isinstance(weights, dict):
-            if set(weights) != set(self.names):
-                raise ValueError(f"probs name {sorted(weights)}, but the domains are {sorted(self.names)}")
+            unknown = weights.keys() - set(self.names)
+            missing = set(self.names) - weights.keys()
+            if unknown or missing:
+                raise ValueError(f"probs have unknown domains {sorted(unknown)}, and lack {sorted(missing)}")
             weights = [weights[name] for name in self.names]
         self._weights = checked_weights("probs", weights, len(self.names))
 
@@ -213,17 +209,15 @@ class MixtureSampler:
         return domain_ids, self.windows(domain_ids, positions)
 
     def windows(self, domain_ids: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        """The windows at `positions` (0 first) of the domains' endless walks, (B,) int64.
-
-        A walk visits every window of its domain once per epoch, in a new order for each epoch."""
+        """The windows at `positions` (0 first) of the domains' endless walks, (B,) int64. A walk visits every window of
+        its domain once per epoch, in a new order for each epoch."""
         n = self.n_windows[domain_ids]
         epoch = positions // n
         keys = random_hash(self.seed, WALK, self.domain_keys[domain_ids], epoch)
         return keyed_permutation(positions % n, n, keys).astype(np.int64)
 
     def state_dict(self) -> dict:
-        """Everything besides the constructor's arguments that the next batches depend on: a few numbers, JSON-able.
-        `probs` are the weights as they were set."""
+        """What the next batches depend on besides the constructor's arguments, JSON-able; `probs` as they were set."""
         return {"step": self.step, "probs": dict(zip(self.names, self._weights.tolist())),
                 "drawn": dict(zip(self.names, self.drawn.tolist()))}
 
@@ -235,22 +229,18 @@ class MixtureSampler:
 
 
 def random_hash(*words) -> np.ndarray:
-    """A pseudo-random uint64 that depends on all `words`: integers, or arrays of them that broadcast. Returns an array
-    of the broadcast shape, (1,) for integers alone."""
+    """Pseudo-random uint64s that depend on all `words`: integers, or arrays that broadcast; (1,) for integers alone."""
     state = np.zeros(1, dtype=np.uint64)
     for word in words:
         if isinstance(word, int):
             word %= 2**64
         word = np.asarray(word, dtype=np.uint64)
-        state = mix_bits((state ^ word) + 0x9E3779B97F4A7C15)
+        # A round of splitmix64, a bijection in which every input bit affects every output bit
+        state = (state ^ word) + 0x9E3779B97F4A7C15
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB
+        state = state ^ (state >> 31)
     return state
-
-
-def mix_bits(x: np.ndarray) -> np.ndarray:
-    """The finalizer of splitmix64: a bijection of 64 bits in which every input bit affects every output bit."""
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    return x ^ (x >> 31)
 
 
 def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
@@ -259,10 +249,7 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.n
     The arguments are arrays of integers that broadcast. Nothing is stored, so a domain of 1e9 windows costs no more
     than one of ten. A Feistel network permutes the cells of a grid of at least n cells: each round shifts one
     coordinate by a hash of the other. That can be undone, so the whole is a bijection."""
-    index, n, key = np.broadcast_arrays(index, n, key)
-    index = index.astype(np.uint64)
-    n = n.astype(np.uint64)
-    key = key.astype(np.uint64)
+    index, n, key = [array.astype(np.uint64) for array in np.broadcast_arrays(index, n, key)]
 
     # The grid: about √n rows, and as many columns as it takes to hold n cells
     rows = np.ceil(np.sqrt(n)).astype(np.uint64)
@@ -284,12 +271,11 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.n
     return permuted
 
 
-# ------------ The program: replay, plot, show -------------------------------------------------------------------------
+# ------------ The program: compare, replay, plot, draw ----------------------------------------------------------------
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl. A torn last line, left by a run that was killed, is dropped.
-
-    Raises UserError if the file cannot be read, or if a whole line is not JSON."""
+    """The lines of a run's metrics.jsonl, without a torn last line that a killed run left. Raises UserError if the file
+    cannot be read, or if a whole line is not JSON."""
     with user_errors(path, "name the metrics.jsonl of a run's out_dir"):
         text = Path(path).read_text(encoding="utf-8")
         whole_lines = text[:text.rfind("\n") + 1].splitlines()
@@ -309,122 +295,162 @@ def replay(mixture_lines: list[dict], rule: str, natural: dict[str, float], alph
     return replayed
 
 
-def read_run(path: str) -> tuple[str, list[dict]]:
-    """A run's name, which is its folder's, and its evaluations: the lines of metrics.jsonl that have `domains`."""
-    lines = [line for line in read_metrics(path) if line["kind"] in ("mixture", "end")]
-    return Path(path).absolute().parent.name, lines
+class Run:
+    """A run, as its metrics.jsonl tells. Raises UserError if there is no evaluation in it yet."""
+
+    def __init__(self, path: str):
+        self.path = path
+        self.name = Path(path).absolute().parent.name
+        with user_errors(f"--metrics={path}", "name the metrics.jsonl of a run that has been evaluated"):
+            lines = read_metrics(path)
+            self.mixture_lines = [line for line in lines if line["kind"] == "mixture"]
+            self.evaluations = [line for line in lines if line["kind"] in ("mixture", "end")]
+            self.last = self.evaluations[-1]
+            self.domains = list(self.last["domains"])
+            self.curves = {f"r of {self.name}": [line["r"] for line in self.mixture_lines]}  # title → r
+            # An older run has the hashes of bins and models in config.json, and does not say which keys may change
+            # within a run: those that name folders are taken to.
+            self.start = {"content": {}, "may_change": ["data_dir", "teacher", "student", "out_dir"]}
+            config_path = Path(path).with_name("config.json")
+            if config_path.is_file():
+                self.start.update(json.loads(config_path.read_text(encoding="utf-8")))
+            self.start.update(next(line for line in lines if line["kind"] == "run"))
+        # What runs are compared by, which windows the last numbers are of, and what keeps them out of means
+        self.keys = {**self.start["config"], "domains": ",".join(self.domains), "step": self.last["step"]}
+        self.keys["parameters"] = self.start.get("parameters", {}).get("student")
+        for key, sha256 in self.start["content"].items():
+            self.keys[key] = sha256[:16]
+        self.prefix = "test_" if "test_ratio" in self.last["domains"][self.domains[0]] else ""
+        self.note = ""
+        if self.last["kind"] == "mixture":
+            self.note = f"unfinished at step {self.last['step']:,} of {self.keys.get('max_steps', 0):,}"
 
 
-def show_replay(args: argparse.Namespace) -> dict[str, float]:
-    """Print r as the rule and α make it from the perplexities that a run logged. Returns the last r."""
-    # Replay with what the run used, unless the command line says otherwise
-    path = args.metrics[0]
-    with user_errors(f"--metrics={path}", "name the metrics.jsonl of a run with a teacher"):
-        metrics = read_metrics(path)
-        run = next((line for line in metrics if line["kind"] == "run"), None)
-        mixture_lines = [line for line in metrics if line["kind"] == "mixture"]
-        if run is None or not mixture_lines:
-            raise ValueError("no run and no evaluation in it")
-        rule = args.rule or run["rule"]
+def numbers(lines: list[dict], key: str) -> np.ndarray:
+    """A number of each domain at each evaluation, (evaluations, N) float64; NaN where it is None."""
+    return np.array([[domain[key] for domain in line["domains"].values()] for line in lines], dtype=np.float64)
+
+
+def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The mean over n runs and its standard error, (n, …) → (…), (…); the error is 0 for one run."""
+    n = len(values)
+    return values.mean(axis=0), values.std(axis=0, ddof=min(1, n - 1)) / np.sqrt(n)
+
+
+def differing_keys(runs: list[Run]) -> list[str]:
+    """What runs differ in besides the method and seed: keys that may not change within a run, and the student, by
+    content, unless each seed has its own. Raises UserError if bins, teacher or windows differ, and names the runs."""
+    left_out = {"method", "seed", "step"}.union(*[run.start["may_change"] for run in runs])
+    pairs = {(run.keys["seed"], run.keys["student"]) for run in runs}
+    seeds, students = map(set, zip(*pairs))
+    if not len(seeds) == len(students) == len(pairs):
+        left_out.discard("student")
+    keys = []
+    problems = []
+    other = next((run for run in runs if run.keys["test_samples"] > 0), runs[0])  # none is no reason to refuse
+    for run in runs:
+        if not run.start["content"]:
+            raise UserError(f"{run.path}: neither it nor a config.json beside it says which bins and models it is of")
+        for key in other.keys | run.keys:
+            value = run.keys.get(key)
+            if value == other.keys.get(key) or (key, value) == ("test_samples", 0):
+                continue
+            if key in ("domains", "data_dir", "teacher", "block_size", "val_samples", "test_samples"):
+                problems.append(f"{run.path}: its {key} is {value}, that of {other.path} is {other.keys[key]}")
+            elif key not in left_out:
+                keys.append(key)
+    if problems:
+        raise UserError("\n".join([*problems, "--metrics: these cannot be compared; name runs that can"]))
+    return list(dict.fromkeys(keys))
+
+
+def show_metrics(args: argparse.Namespace) -> dict[str, float] | None:
+    """Print the last perplexities and ratios of runs, and plot them. Of a single run replay r, and return the last."""
+    runs = [Run(path) for path in args.metrics]
+    columns = ["method", "seed", "step"]
+    if len(runs) > 1:
+        columns[1:1] = differing_keys(runs)
+    # A row for each run. On the test windows, if a run was measured there; one that was not is in no mean then.
+    measured = max(runs, key=lambda run: run.prefix)
+    side = "test windows" if measured.prefix else "validation windows"
+    rows = [["", *columns, *measured.domains, "worst ratio", "mean ratio", ""]]
+    groups = {}  # what is alike → seed → run: of a seed that was run twice the last one
+    for run in runs:
+        if run.prefix != measured.prefix:
+            run.note += " on validation windows"
+        values = [str(run.keys.get(key)) for key in columns]
+        ppl = numbers([run.last], run.prefix + "student_ppl")[0]
+        ratios = numbers([run.last], run.prefix + "ratio")[0]
+        cells = [f"{one:.2f} ({ratio:.2f})" for one, ratio in zip(ppl, ratios)]
+        rows.append([run.name, *values, *cells, f"{ratios.max():.3f}", f"{ratios.mean():.3f}", run.note])
+        groups.setdefault((run.note and run.path, *values[:-2]), {})[run.keys.get("seed")] = run
+
+    # A row for the mean of each group of several. In Fig. 1 a bar for each student base, each group, and the teacher.
+    bars = []
+    bases = {}
+    for group in [list(by_seed.values()) for by_seed in groups.values()]:
+        label = f"{group[0].name} {group[0].note}".strip()
+        last_lines = [run.last for run in group]
+        if len(group) > 1:
+            label = f"{group[0].name} …: mean of {len(group)} seeds"
+            ratios = numbers(last_lines, measured.prefix + "ratio")
+            cells = ["{:.3f} ± {:.3f}".format(*mean_and_error(one)) for one in (ratios.max(1), ratios.mean(1))]
+            rows.append([label, *[""] * (len(rows[0]) - 4), *cells, ""])
+        bars.append((label, *mean_and_error(numbers(last_lines, group[0].prefix + "student_ppl"))))
+        before, error = mean_and_error(numbers([run.evaluations[0] for run in group], "student_ppl"))
+        bases.setdefault(str(before.round(2)), (f"student base of {group[0].name}, validation windows", before, error))
+    teacher_ppl = numbers([measured.last], measured.prefix + "teacher_ppl")[0]
+    rows.append(["teacher", *[""] * len(columns), *[f"{ppl:.2f}" for ppl in teacher_ppl], "", "", ""])
+    print(f"perplexity (ratio to the teacher's) on the {side}:\n")
+    print_table(rows)
+    r = show_replay(runs[0], args) if len(runs) == 1 else None
+    if args.plot:
+        plot(args.plot, side, [*bases.values(), *bars, ("teacher", teacher_ppl, 0)], runs)
+    return r
+
+
+def show_replay(run: Run, args: argparse.Namespace) -> dict[str, float]:
+    """Print r as the rule and α, by default the run's, make it from the logged perplexities. Returns the last r."""
+    with user_errors(f"--metrics={run.path}", "name the metrics.jsonl of a run with a teacher"):
+        rule = args.rule or run.start["rule"]
         if rule not in RULES:
             raise ValueError(f"its rule {rule} is a fork's; replay it there, or name one with --rule")
-        alpha = run["config"]["alpha"] if args.alpha is None else args.alpha
-        replayed = replay(mixture_lines, rule, run["natural"], alpha)
-
-        # How far the replay is from what the run drew by
-        largest = 0.0
-        for line, r in zip(mixture_lines, replayed):
-            for name in r:
-                largest = max(largest, abs(line["r"][name] - r[name]))
-
-    print(f"r by the rule {rule}, α = {alpha}")
-    rows = [["step", *run["natural"]]]
-    for line, r in zip(mixture_lines, replayed):
-        rows.append([str(line["step"])] + [f"{share:.4f}" for share in r.values()])
+        alpha = run.keys["alpha"] if args.alpha is None else args.alpha
+        replayed = replay(run.mixture_lines, rule, run.start["natural"], alpha)
+        rows = [["step", *run.domains]]
+        differences = []
+        for line, r in zip(run.mixture_lines, replayed):
+            rows.append([str(line["step"])] + [f"{share:.4f}" for share in r.values()])
+            differences += [abs(line["r"][name] - r[name]) for name in r]
+    title = f"r replayed with α = {alpha}, rule {rule}"
+    run.curves[title] = replayed
+    print(f"\n{title}:")
     print_table(rows)
-    print(f"largest difference from the run's own r: {largest:.1e}\n")
-    if args.plot:
-        plot([read_run(path)], args.plot, replayed)
+    print(f"largest difference from the run's own r: {max(differences):.1e}\n")
     return replayed[-1]
 
 
-def show_runs(args: argparse.Namespace):
-    """Print the last perplexities and ratios of several runs side by side: on the test windows if all have some."""
-    runs = []
-    prefix = "test_"
-    for path in args.metrics:
-        with user_errors(f"--metrics {path}", "name the metrics.jsonl of runs on the same domains, with a teacher"):
-            name, lines = read_run(path)
-            if not lines:
-                raise ValueError("no evaluation in it yet")
-            runs.append((name, lines))
-            domains = lines[-1]["domains"]
-            first_run = runs[0][1][-1]["domains"]
-            if list(domains) != list(first_run) or np.isnan(column(domains, "ratio")).any():
-                raise ValueError("other domains than the run before, or in another order, or no teacher")
-            if "test_ratio" not in next(iter(domains.values())):
-                prefix = ""
-
-    # The table: a row per run
-    side = "test" if prefix else "validation"
-    print(f"perplexity (ratio to the teacher's) on the {side} windows:\n")
-    rows = [["", *first_run, "worst ratio", "mean ratio"]]
-    for name, lines in runs:
-        domains = lines[-1]["domains"]
-        ratios = column(domains, prefix + "ratio")
-        ppl = column(domains, prefix + "student_ppl")
-        cells = [f"{one:.2f} ({ratio:.2f})" for one, ratio in zip(ppl, ratios)]
-        rows.append([name, *cells, f"{ratios.max():.3f}", f"{ratios.mean():.3f}"])
-    teacher = [f"{ppl:.2f}" for ppl in column(first_run, prefix + "teacher_ppl")]
-    print_table([*rows, ["teacher", *teacher, "", ""]])
-    if args.plot:
-        plot(runs, args.plot)
-
-
-def column(domains: dict[str, dict], key: str) -> np.ndarray:
-    """One number of each domain, (N,) float64; NaN where it is None."""
-    return np.array([domain[key] for domain in domains.values()], dtype=np.float64)
-
-
-def total_tokens(lines: list[dict]) -> list[float]:
-    """Tokens that a run had seen at each of its evaluations."""
-    return [column(line["domains"], "tokens").sum() for line in lines]
-
-
-def plot(runs: list[tuple[str, list[dict]]], path: str, r: list[dict[str, float]] | None = None):
-    """The paper's Fig. 1 and Fig. 3, on the validation windows, and r if it is given. `runs` as read_run gives them."""
+def plot(path: str, side: str, bars: list[tuple], runs: list[Run]):
+    """The paper's Fig. 1, of bars (label, heights, errors); of each run Fig. 3, its r, and the one replayed."""
     matplotlib_figure = import_optional("matplotlib.figure", f"--plot={path}")
-    n_rows = 1 + len(runs) // 3
-    figure = matplotlib_figure.Figure(figsize=(12, 3.2 * n_rows), layout="constrained")
-
-    # Fig. 1: bars side by side in each domain, for the student before, each run and the teacher
-    first = runs[0][1][0]["domains"]
-    bars = [("student before", column(first, "student_ppl"))]
-    for name, lines in runs:
-        bars.append((name, column(lines[-1]["domains"], "student_ppl")))
-    bars.append(("teacher", column(first, "teacher_ppl")))
-    panel = figure.add_subplot(n_rows, 3, 1, title="perplexity, last evaluation")
-    left = np.arange(len(first))
-    width = 0.8 / len(bars)
-    for i, (name, heights) in enumerate(bars):
-        panel.bar(left + i * width, heights, width, align="edge", label=name)
-    panel.set_xticks(left + 0.4, list(first))
+    rows = 1 + len(runs)
+    n = 1 + len(runs[0].curves)  # panels in a row
+    figure = matplotlib_figure.Figure(figsize=(6 * n, 4 * rows), layout="constrained")
+    panel = figure.add_subplot(rows, n, (1, n), title="last evaluation", xlabel="domain", ylabel=f"perplexity, {side}")
     panel.margins(y=0.3)  # room for the legend
-
-    # Fig. 3: the ratio of each domain over tokens, a panel per run
-    panel = None
-    for i, (name, lines) in enumerate(runs):
-        panel = figure.add_subplot(n_rows, 3, i + 2, sharey=panel, xlabel="tokens",
-                                   title=f"{name}: perplexity, student / teacher")
-        ratios = [column(line["domains"], "ratio") for line in lines]
-        panel.plot(total_tokens(lines), ratios, label=list(first))
-
-    # r, which holds until the next evaluation
-    if r is not None:
-        panel = figure.add_subplot(n_rows, 3, 3, xlabel="tokens", title="r")
-        shares = [[probs[name] for name in first] for probs in r]
-        panel.step(total_tokens(runs[0][1])[:len(r)], shares, where="post", label=list(first))
-
+    left = np.arange(len(runs[0].domains))
+    width = 0.8 / len(bars)
+    for i, (label, heights, errors) in enumerate(bars):
+        panel.bar(left + i * width, heights, width, yerr=errors, align="edge", label=label)
+    panel.set_xticks(left + 0.4, runs[0].domains)
+    # The ratio of each domain over tokens, and r, which holds until the next evaluation
+    for i, run in enumerate(runs, 1):
+        tokens = numbers(run.evaluations, "tokens").sum(axis=1)
+        panel = figure.add_subplot(rows, n, n * i + 1, title=run.name, xlabel="tokens", ylabel="ratio, validation")
+        panel.plot(tokens, numbers(run.evaluations, "ratio"), label=run.domains)
+        for column, (title, r) in enumerate(run.curves.items(), 2):
+            panel = figure.add_subplot(rows, n, n * i + column, title=title, xlabel="tokens", ylabel="r")
+            panel.step(tokens[:len(r)], [list(shares.values()) for shares in r], where="post", label=run.domains)
     for panel in figure.axes:
         panel.legend(fontsize="small", ncols=2)
     with user_errors(f"--plot={path}", "name a .png in a folder that exists"):
@@ -436,30 +462,26 @@ def show_draws(args: argparse.Namespace, r: dict[str, float] | None):
     """Print what `--steps` batches draw from each domain, and the domain's next window as text."""
     names = list(r) if r else None
     bins = TokenBins(args.data_dir, args.block_size, names, f"--metrics={' '.join(args.metrics)}")
-    tokenizer = saved_tokenizer(bins.dir, bins.tokenizer)
-
-    # Draw by r, or by the natural proportions
     sampler = MixtureSampler(bins.n_windows, args.batch_size, args.seed)
     if r:
         sampler.probs = r
     for _ in range(args.steps):
         sampler.next_batch()
 
-    # The table: wanted and drawn share, tokens, epochs
     print(f"{args.steps} steps of {args.batch_size} windows of {args.block_size} tokens:\n")
     rows = [["domain", "windows", "wanted", "drawn", "tokens", "epochs"]]
-    drawn_shares = sampler.drawn / sampler.drawn.sum()
+    shares = sampler.drawn / sampler.drawn.sum()
+    tokens = sampler.drawn * args.block_size
     for i, name in enumerate(bins.names):
-        tokens = sampler.drawn[i] * args.block_size
-        rows.append([name, f"{sampler.n_windows[i]:,}", f"{sampler.probs[i]:.2%}", f"{drawn_shares[i]:.2%}",
-                     f"{tokens:,}", f"{sampler.epochs[i]:.3f}"])
+        rows.append([name, f"{sampler.n_windows[i]:,}", f"{sampler.probs[i]:.2%}", f"{shares[i]:.2%}", f"{tokens[i]:,}",
+                     f"{sampler.epochs[i]:.3f}"])
     print_table(rows)
 
     # The next window of each domain
+    tokenizer = saved_tokenizer(bins.dir, bins.tokenizer)
     domain_ids = np.arange(len(bins.names))
     window_ids = sampler.windows(domain_ids, sampler.drawn)
-    windows = bins.train_windows(domain_ids, window_ids)
-    for name, window_id, ids in zip(bins.names, window_ids, windows):
+    for name, window_id, ids in zip(bins.names, window_ids, bins.train_windows(domain_ids, window_ids)):
         print(f"\n--- {name}, window {window_id}\n{tokenizer.decode(ids.tolist())}")
 
 
@@ -491,11 +513,7 @@ def main():
     if len(args.metrics) != 1 and (args.rule or args.alpha is not None):
         parser.error("--rule and --alpha replay one run: name one --metrics")
 
-    r = None
-    if len(args.metrics) > 1:
-        show_runs(args)
-    elif args.metrics:
-        r = show_replay(args)
+    r = show_metrics(args) if args.metrics else None
     if args.data_dir:
         show_draws(args, r)
 

@@ -1,6 +1,7 @@
 """Eq. 3 from hidden states to gradients, beside the matrix products that it cannot avoid; in time and in memory.
 
-    python tests/bench_loss.py [--autocast] [--device=cuda]      about ten minutes on two cores
+    python tests/bench_loss.py                                   about ten minutes on two cores
+    python tests/bench_loss.py --device=cuda                     bfloat16, several chunks; 80 GB for the dense equation
 
 The floor is four products: the logits of student and teacher, and the gradients of hidden states and head, written
 into memory that is there already. Every implementation runs in a fresh process of its own, where it takes turns with
@@ -42,14 +43,15 @@ from data import UserError, run_program
 from distill import dense_distillation_loss, distillation_loss
 
 NAMES = ["dense", "ours", "ours eager", "liger"]
+SIZES = {"cpu": "2048x49152x256x576,1024x151936x512x1024", "cuda": "16384x49152x576x2048,4096x151936x2048x5120"}
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}  # glibc's; no others read them
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="2048x49152x256x576,1024x151936x512x1024",
-                        help="tokens x rows of the heads x student's x teacher's width,… (default: %(default)s)")
+    parser.add_argument("--sizes", help="tokens x rows of the heads x student's x teacher's width,… (default: "
+                        f"{SIZES['cpu']}; on cuda {SIZES['cuda']})")
     parser.add_argument("--run", default=",".join(NAMES), help="implementations (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7,
                         help="pairs of floor and implementation (default: %(default)s)")
@@ -60,12 +62,15 @@ def parse_arguments() -> argparse.Namespace:
                         help="of the divergence (default: %(default)s)")
     parser.add_argument("--padded_rows", type=int, default=0,
                         help="rows of the heads beyond the tokenizer's ids (default: %(default)s)")
-    parser.add_argument("--autocast", action="store_true", help="bfloat16 products, of float32 inputs")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"],
+                        help="of the products, by autocast of float32 inputs (default: float32; on cuda bfloat16)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default: %(default)s)")
     parser.add_argument("--threads", type=int, default=0,
                         help="CPU threads; 0: torch's default; 1: timed in CPU time (default: %(default)s)")
     parser.add_argument("--alone", default="", help=argparse.SUPPRESS)  # one implementation, in this process
     args = parser.parse_args()
+    args.sizes = args.sizes or SIZES[args.device]
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     for name in args.run.split(","):
         if name not in NAMES:
             parser.error(f"--run={args.run}: {name!r} must be one of {', '.join(NAMES)}")
@@ -167,13 +172,14 @@ def measure(args: argparse.Namespace):
         return clock() - started
 
     # The first run compiles; the second is that whose memory counts.
-    first = seconds(gradients, loss_fn, args.autocast)
+    autocast = args.dtype == "bfloat16"
+    first = seconds(gradients, loss_fn, autocast)
     memory = PeakMemory(args.device)
-    results = gradients(loss_fn, args.autocast)
+    results = gradients(loss_fn, autocast)
     peak = memory.rise() - sum(result.nbytes for result in results) / 2**20
 
     # The floor in the dtype of the products, and the implementation, in turns
-    dtype = torch.bfloat16 if args.autocast else torch.float32
+    dtype = getattr(torch, args.dtype)
     operands = [tensor.detach().to(dtype) for tensor in inputs[:4]]
     logits = torch.zeros(2, tokens, rows, dtype=dtype, device=args.device)
     grad_hidden = torch.zeros_like(operands[0])
@@ -183,7 +189,7 @@ def measure(args: argparse.Namespace):
     times = []
     for _ in range(args.repeats):
         floor = seconds(four_products, *products)
-        times.append((floor, seconds(gradients, loss_fn, args.autocast)))
+        times.append((floor, seconds(gradients, loss_fn, autocast)))
     del logits, products
 
     exact = gradients(functions["dense"], autocast=False)
@@ -193,12 +199,7 @@ def measure(args: argparse.Namespace):
 
 def run_alone(args: argparse.Namespace, name: str, size: str) -> dict:
     """What `measure` finds in a process of its own."""
-    words = []
-    for key, value in {**vars(args), "alone": name, "sizes": size}.items():
-        if key != "autocast":
-            words.append(f"--{key}={value}")
-        elif value:
-            words.append("--autocast")
+    words = [f"--{key}={value}" for key, value in {**vars(args), "alone": name, "sizes": size}.items()]
     process = subprocess.run([sys.executable, __file__, *words], env={**os.environ, **KEEP_MEMORY},
                              stdout=subprocess.PIPE, text=True)
     if process.returncode != 0:
@@ -213,8 +214,7 @@ def print_heading(args: argparse.Namespace):
     timed = f"{args.threads or torch.get_num_threads()} threads"
     if uses_cpu_time(args):
         timed = "CPU time of 1 thread"
-    dtype = "bfloat16 autocast" if args.autocast else "float32"
-    print(f"{machine}, {timed}, {dtype}, torch {torch.__version__}, {date.today()}, {args.repeats} pairs; "
+    print(f"{machine}, {timed}, {args.dtype}, torch {torch.__version__}, {date.today()}, {args.repeats} pairs; "
           f"{args.direction}, T = {args.temperature}, {args.padded_rows} padded rows; "
           f"load at the start {os.getloadavg()[0]:.1f}\n")
     print("| tokens × rows, widths | | s | × floor | least … most | peak, MiB | error of loss, gradients | first, s |\n"
@@ -239,8 +239,8 @@ def main():
             floor_seconds, seconds = zip(*result["times"])
             ratios = [mine / floor for floor, mine in result["times"]]
             error_of_loss, *errors_of_gradients = result["errors"]
-            print(f"| {label} | floor | {statistics.median(floor_seconds):.3f} | 1 | | | | |\n"
-                  f"| | {name} | {statistics.median(seconds):.3f} | **{statistics.median(ratios):.2f}** | "
+            print(f"| {label} | floor | {statistics.median(floor_seconds):.4g} | 1 | | | | |\n"
+                  f"| | {name} | {statistics.median(seconds):.4g} | **{statistics.median(ratios):.2f}** | "
                   f"{min(ratios):.2f} … {max(ratios):.2f} | {result['peak']:,.0f} | {error_of_loss:.0e}, "
                   f"{max(errors_of_gradients):.0e} | {result['first']:.1f} |", flush=True)
 

@@ -232,9 +232,10 @@ def simulate(preset: str, micro_batch_size: int, args: argparse.Namespace, mesh)
     """A whole step of a pair. Prints what it takes → bytes at the peak, bytes moved, FLOPs."""
     names = PRESETS[preset]
     model_configs = {role: MODELS[names[role]] for role in ("teacher", "student")}
-    config = Config(preset=preset, **names, device="cpu", dtype="bfloat16", compile="false", parallel="fsdp",
-                    batch_size=args.batch_size, block_size=args.block_size, micro_batch_size=micro_batch_size,
-                    shard_teacher=args.shard_teacher == "true", checkpoint_activations=args.checkpoint_activations)
+    config = Config(preset=preset, teacher=names["teacher"], student=names["student"], device="cpu", dtype="bfloat16",
+                    compile="false", parallel="fsdp", batch_size=args.batch_size, block_size=args.block_size,
+                    micro_batch_size=micro_batch_size, shard_teacher=args.shard_teacher == "true",
+                    checkpoint_activations=args.checkpoint_activations)
     vocab_size = TOKENIZER_IDS[names["teacher"].split("/")[0]]
 
     tracker = Tracker()

@@ -10,6 +10,8 @@ All of them train the same student from the same teacher on the same windows. Ea
 - parts: what no step can do without, each measured alone: the teacher's forward pass, the student's forward and
   backward pass, the loss from hidden states to gradients, and the optimizer; compiled where ours is.
 - ours: `distill.train`, as a run logs it: reading the data and clipping included.
+- fsdp: the same under torchrun, sharded by FSDP2 over all GPUs, or two processes that share the CPU, each with as many
+  windows as the others have; tokens/s are of all of them.
 - transformers: both models with AutoModelForCausalLM, cross-entropy + 0.2 · KL of whole logits, AdamW.
 - liger: the same with LigerFusedLinearJSDLoss on the models' hidden states, in chunks.
 - trl: GKDTrainer with lmbda = 0 and beta = 0, so forward KL on the given text; it has no cross-entropy beside it.
@@ -114,7 +116,8 @@ def run_config(args: argparse.Namespace):
         preset="paper", method="kd", teacher=str(folder / "teacher"), student=str(folder / "student"),
         data_dir=str(folder / "bins"), out_dir=str(folder / "run"), block_size=args.block_size,
         batch_size=args.batch_size, val_samples=1, interval=10**6, max_steps=args.steps, warmup_steps=1, lr=1e-4,
-        min_lr=1e-4, save_every=0, device=args.device, dtype=args.dtype))
+        min_lr=1e-4, save_every=0, device=args.device, dtype=args.dtype,
+        parallel="fsdp" if args.run == "fsdp" else "auto"))
 
 
 def batches(args: argparse.Namespace):
@@ -185,15 +188,30 @@ def parts(args: argparse.Namespace) -> dict:
 
 
 def ours(args: argparse.Namespace) -> dict:
-    distill.read_model = lambda role, *_: random_model(args, role)
+    def read_model(role, *_):
+        model = random_model(args, role).cpu()
+        if args.device == "cuda":  # rank 0 has made the whole of it there
+            torch.cuda.reset_peak_memory_stats()
+        return model
+
+    distill.read_model = read_model
     distill.weight_files = lambda folder: []  # to be hashed
     distill.save_checkpoint = lambda *_: None
-    shutil.rmtree(Path(args.folder) / "run", ignore_errors=True)  # of the round before
     train(run_config(args))
     lines = [json.loads(line) for line in open(Path(args.folder) / "run" / "metrics.jsonl")]
     steps = [line for line in lines if line["kind"] == "train"]
     tokens = args.batch_size * args.block_size
     return {"seconds": median([tokens / line["tokens_per_s"] for line in steps]), "loss": steps[0]["loss"]}
+
+
+def fsdp(args: argparse.Namespace) -> dict:
+    world = int(os.environ["WORLD_SIZE"])
+    args.batch_size *= world
+    with distill.process_group(run_config(args)):
+        result = ours(args)
+    if world > 1:
+        result["loss"] = None  # of other windows
+    return {**result, "devices": world}
 
 
 def their_models(args: argparse.Namespace):
@@ -307,7 +325,8 @@ def dense(args: argparse.Namespace) -> dict:
 
 
 PEERS = {"transformers": "transformers", "liger": "liger_kernel", "trl": "trl"}  # and the packages that they require
-RUNS = {"dense": dense, "parts": parts, "ours": ours, "transformers": transformers, "liger": liger, "trl": trl}
+RUNS = {"dense": dense, "parts": parts, "ours": ours, "fsdp": fsdp, "transformers": transformers, "liger": liger,
+        "trl": trl}
 
 
 # ------------ The table -----------------------------------------------------------------------------------------------
@@ -338,7 +357,12 @@ def share_of_peak(args: argparse.Namespace, seconds: float) -> str:
 def run_in_a_process(name: str, args: argparse.Namespace) -> dict:
     """What an implementation measured, or why it did not: {"failed": reason}."""
     keys = [f"--{key}={value}" for key, value in vars(args).items() if key != "run"]
-    done = subprocess.run([sys.executable, __file__, *keys, f"--run={name}"], capture_output=True, text=True)
+    program = [__file__, *keys, f"--run={name}"]
+    if name == "fsdp":
+        world = torch.cuda.device_count() if args.device == "cuda" else 2
+        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", "--", *program]
+    shutil.rmtree(Path(args.folder) / "run", ignore_errors=True)  # of ours, or the round before
+    done = subprocess.run([sys.executable, *program], capture_output=True, text=True)
     if done.returncode == 0:
         result = json.loads(done.stdout.splitlines()[-1])
     elif re.search("out of memory|OutOfMemoryError|ALLOC_FAILED", done.stderr):
@@ -353,7 +377,7 @@ def run_in_a_process(name: str, args: argparse.Namespace) -> dict:
 
 def compare(args: argparse.Namespace):
     # Run all that are installed, in turns.
-    names = ["parts", "ours"]
+    names = ["parts", "ours", "fsdp"]
     for name, package in PEERS.items():
         if importlib.util.find_spec(package):
             names.append(name)
@@ -389,9 +413,11 @@ def compare(args: argparse.Namespace):
             continue
         seconds = [run["seconds"] for run in runs]
         middle = statistics.median(seconds)
-        tokens_per_s = args.batch_size * args.block_size / middle
+        devices = runs[0].get("devices", 1)
+        tokens_per_s = devices * args.batch_size * args.block_size / middle
         peak = statistics.median(run["peak"] for run in runs)
-        print(f"| {name} | {middle:.3f} ({min(seconds):.3f} – {max(seconds):.3f}) | {middle / floor:.2f} | "
+        label = name if devices == 1 else f"{name}, {devices} processes"
+        print(f"| {label} | {middle:.3f} ({min(seconds):.3f} – {max(seconds):.3f}) | {middle / floor:.2f} | "
               f"{tokens_per_s:,.0f} | {share_of_peak(args, middle)} | {peak:.2f} |")
     if "parts" in ran:
         described = []
@@ -413,7 +439,8 @@ def main():
     if args.run:
         result = RUNS[args.run](args)
         result["peak"] = peak_gib(args.device)
-        print(json.dumps(result))
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(result))
     else:
         compare(args)
 

@@ -169,6 +169,8 @@ def test_arms_and_ablations_by_name():
 
 
 def test_an_arm_that_is_a_fork_is_asked_for_with_its_diff_and_runs_where_the_code_has_it(monkeypatch):
+    for method in ("ted", "doremi_proxy"):
+        monkeypatch.delitem(distill.ARMS, method, raising=False)
     with pytest.raises(UserError) as error:
         chosen_arms("kd,ted,cpt_doremi,best")
     lines = str(error.value).splitlines()

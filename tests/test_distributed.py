@@ -113,7 +113,7 @@ class Watch:
         local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters]
         groups = [group for p in parameters if isinstance(p, DTensor) for group in p.device_mesh.get_all_groups()]
         self.models[role] = {
-            "minutes": sorted({group._get_backend(torch.device("cpu")).options._timeout.total_seconds() / 60
+            "minutes": sorted({group._get_backend(local[0].device).options._timeout.total_seconds() / 60
                                for group in groups}),
             "block by block": all(isinstance(module, FSDPModule) for module in modules),
             "dtype": str(parameters[0].dtype),
@@ -138,6 +138,8 @@ class Watch:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.event["room"], most))
         elif what == "not finite":
             distill.distillation_loss = partial(not_finite, distill.distillation_loss)
+        elif what == "bug in a save":
+            distill.save_tokenizer = None
         elif what == "pause":
             self.pause()
         elif what == "slow save":
@@ -236,9 +238,10 @@ def main_with_event(folder: Path, rank: int, keys: dict, event: dict):
 def do_fork(folder: Path, rank: int, world: int, port: int, keys: dict, event: dict):
     """The same of a fork, in which a module is trained along that is no part of the student's model."""
     places = {  # function → the line before which the fork adds its own
-        "load_models": ('    extra = models["student"].extra\n', """\
-    torch.manual_seed(rank())  # another module on each rank: rank 0's has to be taken
-    models["student"].extra["filter"] = nn.Linear(32, 32)
+        "load_models": ("        extra = model.extra\n", """\
+        if role == "student":
+            torch.manual_seed(rank())  # another module on each rank: rank 0's has to be taken
+            model.extra["filter"] = nn.Linear(32, 32)
 """),
         "training_step": ("            return loss, ce, kl\n", """\
             error = getattr(student, "module", student).extra["filter"](hidden) - hidden
@@ -694,6 +697,12 @@ def test_an_id_that_only_rank_1_reads_ends_the_job_and_names_the_bin(start, give
     assert len(lines) == 2 and re.match(GONE, lines[0])
     assert lines[1].startswith(f"rank 1: error: {path}: holds the id 999, but the tokenizer has 257 ids")
     assert last_step(tmp_path / "run") == 2 and whole_checkpoints(tmp_path / "run") == [2]
+
+
+def test_a_bug_on_rank_0_alone_ends_all_ranks_with_its_traceback_once(start):
+    statuses, _, err = start(dict(what="bug in a save", at=1), world=2)
+    assert statuses == [1, 1] and err.count("Traceback") == 1
+    assert err.endswith("\nTypeError: 'NoneType' object is not callable\n")  # and nothing of rank 1 behind it
 
 
 def test_a_rank_that_hangs_ends_the_job_within_the_timeout(begin_run, tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -160,7 +161,10 @@ def test_the_students_tokenizer_is_the_teachers_to_the_byte(run, bins, models, s
     names = [name for name in TOKENIZER_FILES if (folder / name).exists()]
     assert names == ["tokenizer.json", "tokenizer_config.json"]
     for name in names:
-        assert (folder / name).read_bytes() == (bins / name).read_bytes() == (teacher / name).read_bytes()
+        assert (bins / name).read_bytes() == (teacher / name).read_bytes()
+    assert (folder / "tokenizer.json").read_bytes() == (teacher / "tokenizer.json").read_bytes()
+    teachers, students = [json.loads((one / "tokenizer_config.json").read_text()) for one in (teacher, folder)]
+    assert students.items() >= teachers.items()
     opened = transformers.AutoTokenizer.from_pretrained(folder)
     bpe = tokenizers.Tokenizer.from_str(json.dumps(settings))
     for domain in texts.values():
@@ -271,6 +275,57 @@ def test_a_tokenizer_whose_folder_names_no_end_of_text_gives_a_student_that_does
     opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
     assert opened.eos_token == "<|endoftext|>" and opened.eos_token_id == EOT and (config is None) != (
         opened.model_max_length == 99)
+
+
+# ----------------------------------------------- Tokenizers of every model type ---------------------------------------
+
+TEXT = "The year 2023, it's 12345 cafe\u0301 na\u00efve\n\n  x = Y + 10\t DON'T"
+
+
+@pytest.fixture(scope="module")
+def own_bins(tmp_path_factory):
+    """A function that makes bins of an own tokenizer, which splits digits and lowers letters; `named` is what its
+    tokenizer_config.json says of a class."""
+    @functools.cache
+    def make(named: str) -> TokenBins:
+        folder = tmp_path_factory.mktemp("own")
+        split = tokenizers.pre_tokenizers
+        bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+        bpe.normalizer = tokenizers.normalizers.Lowercase()
+        bpe.pre_tokenizer = split.Sequence([split.Digits(individual_digits=True), split.ByteLevel(False)])
+        trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, show_progress=False,
+                                                 initial_alphabet=split.ByteLevel.alphabet())
+        bpe.train_from_iterator([TEXT] * 20, trainer)
+        bpe.add_special_tokens(["<|endoftext|>"])
+        bpe.save(str(folder / "tokenizer.json"))
+        config = {"eos_token": "<|endoftext|>", **json.loads(named)}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        build_bins(folder / "bins", load_tokenizer(str(folder)), [("a", f"{i} {TEXT}") for i in range(9)])
+        return TokenBins(folder / "bins", 8)
+    return make
+
+
+@pytest.mark.parametrize("named", ["{}", '{"tokenizer_class": "GPT2Tokenizer"}', '{"tokenizer_class": "LlamaTokenizer"}'])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_bigcode", "starcoder2"])
+def test_autotokenizer_gives_the_bins_ids_for_a_student_of_any_model_type(own_bins, tmp_path, family, named, monkeypatch):
+    bins = own_bins(named)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": bins.vocab_size}))
+    save_tokenizer(tmp_path, bins)
+    expected = tokenizers.Tokenizer.from_file(str(bins.dir / "tokenizer.json")).encode(TEXT).ids
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for trust in (None, False, True):
+        opened = transformers.AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trust)
+        assert opened(TEXT) == {"input_ids": expected, "attention_mask": [1] * len(expected)}, trust
+        assert opened.eos_token == "<|endoftext|>"
+
+
+def test_qwens_own_tokenizer_is_copied_to_the_byte(own_bins, tmp_path):
+    bins = own_bins('{"tokenizer_class": "Qwen2Tokenizer"}')
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    save_tokenizer(tmp_path, bins)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == (bins.dir / name).read_bytes()
 
 
 # ----------------------------------------------- Bytes ----------------------------------------------------------------

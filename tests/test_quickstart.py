@@ -118,6 +118,6 @@ def test_the_commands_that_apply_a_fork_work_as_written(checkout):
     assert len(blocks) == 1
     for command in blocks[0]:
         run(checkout, f"{command} {SMALL}" if "distill.py" in command else command)
-    assert (checkout / "out/quickstart-ted-0/step_00000004/filters.pt").is_file()
+    assert (checkout / "out/quickstart-ted-0/step_00000004/extra.safetensors").is_file()
     mixture = (checkout / "out/proxy/mixture.txt").read_text().strip()
     assert json.loads((checkout / "out/cpt-doremi/config.json").read_text())["config"]["mixture"] == mixture

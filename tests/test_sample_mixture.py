@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -353,87 +354,230 @@ def test_the_program_draws_by_the_last_r_replayed_and_from_the_runs_domains_alon
     assert status == 2 and f"--metrics={metrics}: {bins} has no other" in stderr
 
 
-def test_the_plot_of_one_run_has_fig_1_fig_3_and_r_or_is_refused(program, metrics, tmp_path):
-    pytest.importorskip("matplotlib")
-    assert program(f"--metrics={metrics}", f"--plot={tmp_path / 'fig.png'}")[0] == 0
-    assert (tmp_path / "fig.png").read_bytes().startswith(b"\x89PNG")
-    assert program(f"--metrics={metrics}", f"--plot={tmp_path / 'fig.svg'}")[0] == 0
-    svg = (tmp_path / "fig.svg").read_text()
-    for text in ("r", f"{tmp_path.name}: perplexity, student / teacher", "perplexity, last evaluation", "tokens"):
-        assert f"<!-- {text} -->" in svg
-    for name in ("no_such_folder/fig.png", "fig.nonsense"):
-        status, _, stderr = program(f"--metrics={metrics}", f"--plot={tmp_path / name}")
-        assert status == 2 and f"--plot={tmp_path / name}" in stderr
+# What runs gave in three domains: unlike numbers, so that none passes for another. The teacher's are 2, 4 and 8 on the
+# validation windows, and 3, 5 and 10 on the test windows.
+VAL_TEACHER = [2.0, 4.0, 8.0]
+TEST_TEACHER = [3.0, 5.0, 10.0]
+BEFORE = [12.0, 14.0, 17.0]
+MIDDLE = [7.0, 9.0, 11.0]
+R = [[0.5, 0.3, 0.2], [0.15, 0.6, 0.25]]  # after the first and the second evaluation
+CONTENT = {"data_dir": "d" * 64, "teacher": "t" * 64, "student": "5" * 64}
+CONFIG = {"method": "ddk", "seed": 0, "alpha": 0.5, "gamma": 0.2, "teacher": "models/big", "student": "models/small",
+          "data_dir": "data/abc", "out_dir": "out", "domains": "", "block_size": 16, "val_samples": 8,
+          "test_samples": 6, "max_steps": 3000, "save_every": 0}
 
 
-def test_a_plot_goes_to_the_last_evaluation_which_may_be_no_multiple_of_k(program, metrics, two_runs, monkeypatch):
-    plotted = []
-    monkeypatch.setattr(sample_mixture, "plot", lambda runs, path, r=None: plotted.extend(runs))
-    for paths in ([metrics], two_runs):
-        assert program("--metrics", *paths, "--plot=fig.png")[0] == 0
-    assert [[line["step"] for line in lines] for _, lines in plotted] == 3 * [[0, 20, 30]]
+def three(student_ppl, teacher_ppl, prefix="", **more) -> dict:
+    return {name: {f"{prefix}student_ppl": student, f"{prefix}teacher_ppl": teacher,
+                   f"{prefix}ratio": student / teacher, **{key: value[i] for key, value in more.items()}}
+            for i, (name, student, teacher) in enumerate(zip("abc", student_ppl, teacher_ppl))}
 
 
 @pytest.fixture
-def two_runs(tmp_path):
-    """The metrics of two finished runs, in folders of their own."""
-    paths = []
-    for name, end in (("one", [5.0, 4.0]), ("other", [6.0, 3.0])):
+def make_run(tmp_path):
+    """Writes the metrics.jsonl of a run: `test` is its last perplexities on the test windows, `end` those on the
+    validation windows, None where there are none. Returns its path."""
+    def make(name, test=(6.0, 15.0, 40.0), end=(5.0, 8.0, 10.0), before=BEFORE, content=CONTENT, older=False, **keys):
+        config = {**CONFIG, "out_dir": name, **keys}
+        start = {"kind": "run", "step": 0, "config": config, "rule": "ddk", "natural": dict(zip("abc", R[0]))}
+        if not older:
+            start.update(content=content, may_change=["data_dir", "out_dir", "save_every", "student", "teacher"])
+        lines = [start]
+        for t, ppl in enumerate([before, MIDDLE]):
+            tokens = [100 * t, 200 * t, 300 * t]
+            lines.append({"kind": "mixture", "step": 80 * t, "t": t, "r": dict(zip("abc", R[t])),
+                          "domains": three(ppl, VAL_TEACHER, tokens=tokens)})
+        if end:
+            last = three(end, VAL_TEACHER, tokens=[150, 350, 500])
+            if test:
+                for domain, tested in zip(last.values(), three(test, TEST_TEACHER, "test_").values()):
+                    domain.update(tested)
+            lines.append({"kind": "end", "step": config["max_steps"], "domains": last})
         path = tmp_path / name / "metrics.jsonl"
         path.parent.mkdir()
-        write_lines(path, [*LINES[:-1], {"kind": "end", "step": 30, "domains": domains(end)}])
-        paths.append(path)
-    return paths
-
-
-def test_runs_side_by_side_have_a_row_each_of_what_was_measured_last(program, two_runs):
-    status, stdout, _ = program("--metrics", *two_runs)
-    rows = {line.split()[0]: line.split()[1:] for line in stdout.splitlines() if line}
-    assert status == 0 and "on the validation windows" in stdout
-    assert " ".join(rows["one"]) == "5.00 (1.25) 4.00 (1.00) 1.250 1.125"
-    assert " ".join(rows["other"]) == "6.00 (1.50) 3.00 (0.75) 1.500 1.125"
-    assert rows["teacher"] == ["4.00", "4.00"]
-    assert program("--metrics", *two_runs, two_runs[0])[1].count("\none ") == 2  # a row each, whatever their names
-
-    # On the test windows where all runs have some
-    for path in two_runs:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        for name, domain in lines[-1]["domains"].items():
-            domain.update(test_student_ppl=8.0, test_teacher_ppl=2.0, test_ratio=4.0)
         write_lines(path, lines)
-    assert "on the test windows" in program("--metrics", *two_runs)[1]
+        return path
+    return make
 
 
-def test_runs_side_by_side_are_plotted_as_fig_1_and_fig_3(program, two_runs, tmp_path):
+def cells(stdout: str, label: str) -> str:
+    """The cells of the row that starts with `label`, one blank between them."""
+    row, = [line for line in stdout.splitlines() if line.startswith(f"{label}  ")]
+    return " ".join(row[len(label):].split())
+
+
+def test_a_row_for_each_run_has_what_differs_and_the_last_numbers_of_the_test_windows(program, make_run):
+    paths = [make_run("one", save_every=5), make_run("two", (9.0, 5.5, 11.0), gamma=0.0, method="kd", max_steps=2000)]
+    status, stdout, _ = program("--metrics", *paths)
+    assert status == 0 and "on the test windows" in stdout
+    header = next(line.split() for line in stdout.splitlines() if "worst ratio" in line)
+    assert header[:5] == ["method", "gamma", "max_steps", "seed", "step"] and header[5:8] == ["a", "b", "c"]
+    assert cells(stdout, "one") == "ddk 0.2 3000 0 3000 6.00 (2.00) 15.00 (3.00) 40.00 (4.00) 4.000 3.000"
+    assert cells(stdout, "two") == "kd 0.0 2000 0 2000 9.00 (3.00) 5.50 (1.10) 11.00 (1.10) 3.000 1.733"
+    assert cells(stdout, "teacher") == "3.00 5.00 10.00"
+    assert "mean of" not in stdout
+
+    # A single run in the same form; without test windows it says validation
+    alone = program("--metrics", make_run("alone", test=None, test_samples=0))[1]
+    assert cells(alone, "alone") == "ddk 0 3000 5.00 (2.50) 8.00 (2.00) 10.00 (1.25) 2.500 1.917"
+    assert "on the validation windows" in alone and cells(alone, "teacher") == "2.00 4.00 8.00"
+
+
+def test_an_unfinished_run_and_one_without_test_windows_are_marked_and_in_no_mean(program, make_run):
+    paths = [make_run("one"), make_run("two", (9.0, 5.5, 11.0), seed=1), make_run("short", end=None, seed=2),
+             make_run("untested", test=None, seed=3, test_samples=0)]
+    _, stdout, _ = program("--metrics", *paths)
+    assert cells(stdout, "short").endswith("7.00 (3.50) 9.00 (2.25) 11.00 (1.38) 3.500 2.375 unfinished at step 80 of "
+                                           "3,000 on validation windows")
+    assert cells(stdout, "untested").endswith("2.500 1.917 on validation windows")
+    assert cells(stdout, "one …: mean of 2 seeds") == "3.500 ± 0.500 2.367 ± 0.633"
+    assert "mean of" not in program("--metrics", paths[0], paths[2])[1]
+    assert "validation windows" not in program("--metrics", *paths[:2])[1]
+
+
+def test_runs_that_differ_in_the_seed_or_also_in_its_base_are_averaged_and_others_not(program, make_run):
+    tests = [(6.0, 15.0, 40.0), (9.0, 5.5, 11.0), (12.0, 6.0, 10.0)]  # worst 4, 3, 4; mean 3, 26/15, 31/15
+    bases = [{**CONTENT, "student": digit * 64} for digit in "123"]
+    own = [make_run(f"own-{i}", test, seed=i, content=base) for i, (test, base) in enumerate(zip(tests, bases))]
+    other = [make_run(f"other-{i}", test, seed=i, content=base, alpha=0.0)
+             for i, (test, base) in enumerate(zip(tests[:2], bases))]
+    _, stdout, _ = program("--metrics", *own, *other)
+    assert cells(stdout, "own-0 …: mean of 3 seeds") == "3.667 ± 0.333 2.267 ± 0.379"
+    assert cells(stdout, "other-0 …: mean of 2 seeds") == "3.500 ± 0.500 2.367 ± 0.633"
+
+    # Bases that do not go with the seed are compared; a seed that was run twice is no second seed
+    crossed = make_run("crossed", seed=1, content=bases[0])
+    _, stdout, _ = program("--metrics", *own[:2], crossed)
+    assert "student" in stdout and "1" * 16 in stdout and "own-0 …: mean of 2 seeds" in stdout
+    assert cells(stdout, "own-0 …: mean of 2 seeds").startswith("4.000 ± 0.000")  # with crossed, not own-1
+    assert "mean of" not in program("--metrics", own[0], make_run("again", content=bases[0]))[1]
+
+
+@pytest.mark.parametrize("keys, named", [
+    ({"content": {**CONTENT, "teacher": "9" * 64}}, "teacher"), ({"content": {**CONTENT, "data_dir": "9" * 64}}, "data"),
+    ({"block_size": 32}, "block_size"), ({"val_samples": 9}, "val_samples"), ({"test_samples": 5}, "test_samples")])
+def test_runs_of_other_bins_another_teacher_or_other_windows_are_refused_by_name(program, make_run, keys, named):
+    paths = [make_run("one"), make_run("stranger", **keys), make_run("two", alpha=0.1)]
+    status, stdout, stderr = program("--metrics", *paths)
+    assert status == 2 and stdout == ""
+    told, = [line for line in stderr.splitlines() if "stranger" in line and "its" in line]
+    assert f"{paths[1]}: its {named}" in told and str(paths[0]) in told and str(paths[2]) not in stderr
+    assert program("--metrics", paths[0], paths[2])[0] == 0
+
+
+def test_an_older_run_is_known_by_its_config_json_or_refused(program, make_run):
+    paths = [make_run("one"), make_run("older", older=True, alpha=0.1)]
+    status, stdout, stderr = program("--metrics", *paths)
+    assert status == 2 and stdout == "" and f"{paths[1]}: neither it nor a config.json" in stderr
+    saved = paths[1].with_name("config.json")
+    saved.write_text(json.dumps({"config": CONFIG, "content": CONTENT}))
+    _, stdout, _ = program("--metrics", *paths)
+    assert cells(stdout, "older").startswith("ddk 0.1 0 3000 6.00") and "out_dir" not in stdout
+    saved.write_text(json.dumps({"config": CONFIG, "content": {**CONTENT, "teacher": "9" * 64}}))
+    assert program("--metrics", *paths)[0] == 2
+    assert program("--metrics", paths[1])[0] == 0  # a single one is compared with none
+
+    # Among older ones the keys that name folders are not compared
+    paths[0] = make_run("old", older=True)
+    shutil.copy(saved, paths[0].parent)
+    assert "out_dir" not in program("--metrics", *paths)[1]
+
+
+@pytest.fixture
+def figure(program, tmp_path, monkeypatch):
+    """Runs the program with --plot: the panels of the figure, by their titles."""
+    matplotlib_figure = pytest.importorskip("matplotlib.figure")
+
+    def plot(*arguments) -> dict:
+        drawn = []
+        monkeypatch.setattr(matplotlib_figure.Figure, "savefig", lambda self, path, dpi: drawn.append(self))
+        status, _, stderr = program("--metrics", *arguments, f"--plot={tmp_path / 'figure.png'}")
+        assert status == 0, stderr
+        for panel in drawn[0].axes:
+            assert panel.get_xlabel() and panel.get_ylabel() and panel.get_legend()
+        return {panel.get_title(): panel for panel in drawn[0].axes}
+    return plot
+
+
+def bars_of(panel) -> dict[str, tuple[list[float], list[float]]]:
+    """Label → the heights of its bars, and the lengths of their error bars on each side."""
+    bars = {}
+    for bar in panel.containers:
+        if bar.get_label() and hasattr(bar, "patches"):
+            segments = bar.errorbar.lines[2][0].get_segments()
+            errors = [(segment[1][1] - segment[0][1]) / 2 for segment in segments]
+            bars[bar.get_label()] = ([patch.get_height() for patch in bar], errors)
+    return bars
+
+
+def curves_of(panel) -> dict[str, tuple[list[float], list[float]]]:
+    return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines}
+
+
+def test_bars_are_the_numbers_of_the_table_with_error_bars_over_seeds_and_the_student_bases(figure, make_run):
+    paths = [make_run("one"), make_run("two", (9.0, 5.5, 11.0), seed=1), make_run("kd", (4.0, 7.0, 13.0), method="kd"),
+             make_run("short", end=None, before=[20.0, 30.0, 40.0], seed=2)]
+    panel = figure(*paths)["last evaluation"]
+    assert panel.get_ylabel() == "perplexity, test windows"
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["a", "b", "c"]
+    mean = "one …: mean of 2 seeds"
+    short = "short unfinished at step 80 of 3,000 on validation windows"
+    bars = bars_of(panel)
+    bases = [f"student base of {name}, validation windows" for name in ("one", "short")]
+    assert list(bars) == [*bases, mean, "kd", short, "teacher"]
+    assert bars[mean] == (pytest.approx([7.5, 10.25, 25.5]), pytest.approx([1.5, 4.75, 14.5]))
+    assert bars["kd"] == ([4.0, 7.0, 13.0], [0, 0, 0])
+    assert bars[short][0] == MIDDLE and bars["teacher"][0] == TEST_TEACHER
+    assert bars[bases[0]][0] == BEFORE and bars[bases[1]][0] == [20.0, 30.0, 40.0]
+
+    # Without test windows they are of the validation windows
+    alone = bars_of(figure(make_run("alone", test=None, test_samples=0))["last evaluation"])
+    assert alone["alone"][0] == [5.0, 8.0, 10.0] and alone["teacher"][0] == VAL_TEACHER
+
+
+def test_each_run_has_its_ratios_and_its_r_over_tokens_from_the_evaluation_on_that_it_follows(figure, make_run):
+    panels = figure(make_run("one"), make_run("two", end=(3.0, 6.0, 20.0), alpha=0.1))
+    assert list(panels) == ["last evaluation", "one", "r of one", "two", "r of two"]
+    last = {"one": (5.0, 8.0, 10.0), "two": (3.0, 6.0, 20.0)}
+    for run, end in last.items():
+        ratios = [np.divide(ppl, VAL_TEACHER).tolist() for ppl in (BEFORE, MIDDLE, end)]
+        r = panels[f"r of {run}"]
+        for i, name in enumerate("abc"):
+            assert curves_of(panels[run])[name] == ([0, 600, 1000], [ratio[i] for ratio in ratios])
+            assert curves_of(r)[name] == ([0, 600], [shares[i] for shares in R])
+        assert {line.get_drawstyle() for line in r.lines} == {"steps-post"}
+
+
+def test_a_replay_says_its_alpha_and_stands_beside_the_runs_own_r(figure, make_run):
+    panels = figure(make_run("one"), "--alpha=0")
+    assert list(panels) == ["last evaluation", "one", "r of one", "r replayed with α = 0.0, rule ddk"]
+    for i, name in enumerate("abc"):
+        assert curves_of(panels["r of one"])[name][1] == [shares[i] for shares in R]
+        assert curves_of(panels["r replayed with α = 0.0, rule ddk"])[name] == ([0, 600], [R[0][i], 1 / 3])
+
+
+def test_the_largest_difference_of_a_replay_is_over_all_evaluations_and_domains(program, make_run):
+    path = make_run("one")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[1]["r"] = dict(zip("abc", [0.1, 0.65, 0.25]))  # 0.4 less, 0.35 and 0.05 more than the natural mixture
+    write_lines(path, lines)
+    assert "the run's own r: 4.0e-01" in program("--metrics", path, "--rule=natural")[1]
+
+
+def test_a_figure_that_cannot_be_written_is_named(program, metrics, tmp_path):
     pytest.importorskip("matplotlib")
-    assert program("--metrics", *two_runs, f"--plot={tmp_path / 'fig.svg'}")[0] == 0
-    svg = (tmp_path / "fig.svg").read_text()
-    for text in ("student before", "one", "other", "teacher", "one: perplexity, student / teacher", "tokens"):
-        assert f"<!-- {text} -->" in svg
-
-
-def test_runs_that_cannot_stand_side_by_side_are_one_message(program, two_runs):
-    status, _, stderr = program("--metrics", *two_runs, "--alpha=0.5")
-    assert status == 2 and "--alpha" in stderr
-    write_lines(two_runs[1], [*LINES[:-1], {"kind": "end", "step": 30, "domains": domains([5.0], None)}])
-    status, _, stderr = program("--metrics", *two_runs)
-    assert status == 2 and str(two_runs[1]) in stderr and "other domains" in stderr
-
-    write_lines(two_runs[1], LINES[:1])
-    status, _, stderr = program("--metrics", *two_runs)
-    assert status == 2 and str(two_runs[1]) in stderr and "no evaluation in it yet" in stderr
-
-    # Columns are those of the first run.
-    reversed_domains = dict(reversed(domains([6.0, 3.0]).items()))
-    write_lines(two_runs[1], [*LINES[:-1], {"kind": "end", "step": 30, "domains": reversed_domains}])
-    status, _, stderr = program("--metrics", *two_runs)
-    assert status == 2 and "in another order" in stderr
+    assert program(f"--metrics={metrics}", f"--plot={tmp_path / 'fig.png'}")[0] == 0
+    assert (tmp_path / "fig.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("no_such_folder/fig.png", "fig.nonsense"):
+        status, _, stderr = program(f"--metrics={metrics}", f"--plot={tmp_path / name}")
+        assert status == 2 and f"--plot={tmp_path / name}" in stderr
 
 
 @pytest.mark.parametrize("arguments, named", [
     ([], "--data_dir or --metrics"),
     (["--metrics=x", "--alpha=nan"], "--alpha=nan"),
     (["--data_dir=x", "--alpha=0.5"], "name one --metrics"),
+    (["--metrics", "x", "y", "--alpha=0.5"], "name one --metrics"),
     (["--metrics=x", "--alph=1"], "--alph=1"),
     (["--data_dir=x", "--steps=0"], "--steps=0"),
     (["--data_dir=x", "--plot=x.png"], "--plot=x.png"),
