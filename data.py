@@ -65,13 +65,11 @@ def run_program(main: Callable):
     others while they wait."""
     rank = os.environ.get("RANK")
     status = 0
-    if sys.stdout is None:  # it was closed by the shell
-        sys.stdout = open(os.devnull, "w")
-    elif isinstance(sys.stdout, io.TextIOWrapper):
+    with suppress(AttributeError):  # an output that the shell closed is None
         sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except SystemExit as stop:
         status = stop.code or 0
     except KeyboardInterrupt:
@@ -94,7 +92,7 @@ def run_program(main: Callable):
     # would wait for lost processes (NCCL), and sometimes it aborts (threads of gloo).
     if rank is not None or status == 128 + 13:
         with suppress(BrokenPipeError):
-            sys.stdout.flush()
+            print(end="", flush=True)
         os._exit(status)
     if status != 0:
         sys.exit(status)
@@ -179,11 +177,15 @@ def locked(folder: Path):
 FORMAT_VERSION = 2
 
 
-def require(entry: dict, where: str, *keys: str):
-    """ValueError that names the keys that an entry lacks, or that have nothing."""
-    missing = [key for key in keys if entry.get(key) in (None, "", {})]
-    if missing:
-        raise ValueError(f"{where} lacks {' '.join(missing)}")
+TOKENIZER_KEYS = {"name": str, "vocab_size": int, "eot": int, "eot_token": str, "fingerprint": str, "files": list}
+BIN_KEYS = {"file": str, "tokens": int, "sha256": str}
+
+
+def check_keys(entry: dict, keys: dict[str, type], where: str):
+    """ValueError if an entry of meta.json lacks one of the keys, or has something of another type there."""
+    for key, kind in keys.items():
+        if type(entry.get(key)) is not kind:
+            raise ValueError(f"{where} has {entry.get(key)!r} as its {key}")
 
 
 def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
@@ -196,21 +198,21 @@ def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
-        require(meta, "it", "tokenizer", "domains")
-        require(meta["tokenizer"], "the tokenizer", "name", "vocab_size", "eot", "eot_token", "fingerprint", "files")
-        ids = range(meta["tokenizer"]["vocab_size"])
-        if meta["tokenizer"]["eot"] not in ids:
-            raise ValueError(f"the end of text {meta['tokenizer']['eot']} is not one of {len(ids)} ids")
+        if not meta["domains"]:
+            raise ValueError("has no domains")
+        tokenizer = meta["tokenizer"]
+        check_keys(tokenizer, TOKENIZER_KEYS, "the tokenizer")
         # Every file is in the folder itself, and every bin has the size that its number of tokens gives.
-        sizes = dict.fromkeys(meta["tokenizer"]["files"])  # None: any size
+        sizes = dict.fromkeys(tokenizer["files"])  # None: any size
         for name, domain in meta["domains"].items():
-            if ids[-1] > np.iinfo(domain["dtype"]).max:
-                raise ValueError(f"domain {name}: {domain['dtype']} cannot hold {len(ids)} ids")
+            dtype = np.dtype(domain["dtype"])
+            if not tokenizer["eot"] < tokenizer["vocab_size"] <= np.iinfo(dtype).max + 1:
+                raise ValueError(f"domain {name}: {dtype} and the end of text do not fit the number of ids")
             for entry in (domain["train"], domain["val"]):
-                require(entry, f"domain {name}", "file", "tokens", "sha256")
-                if type(entry["tokens"]) is not int or entry["file"] in sizes:
-                    raise ValueError(f"domain {name}: tokens are no integer, or {entry['file']} is named twice")
-                sizes[entry["file"]] = entry["tokens"] * np.dtype(domain["dtype"]).itemsize
+                check_keys(entry, BIN_KEYS, f"domain {name}")
+                if entry["file"] in sizes:
+                    raise ValueError(f"domain {name}: {entry['file']} is named twice")
+                sizes[entry["file"]] = entry["tokens"] * dtype.itemsize
         for name, size in sizes.items():
             file = data_dir / name
             if file.parent != data_dir or not file.is_file() or size not in (None, file.stat().st_size):
@@ -282,28 +284,30 @@ class TokenBins:
         return self._windows(name, "val", self._eval_ids(name, side, n))
 
     def _eval_ids(self, name: str, side: str, n: int) -> np.ndarray:
-        # One half of the windows is "val", the other is "test", and is the larger one if their number is odd.
-        available = {other: (self._count(other, "val") + (side == "test")) // 2 for other in self.names}
-        if n > available[name]:
-            too_few = {other: count for other, count in available.items() if count < n and other != name}
-            others = "".join(f", {other} {count}" for other, count in too_few.items())
-            raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {available[name]} windows of "
-                            f"{self.block_size} tokens in that half of its validation bin{others}; lower "
-                            f"--{side}_samples or --block_size, or make bins of more text or with a larger "
-                            "--val_fraction")
-        first = 0 if side == "val" else self._count(name, "val") // 2
-        return first + np.arange(n) * available[name] // max(n, 1)
+        # If the number of windows is odd, the second half is the larger one.
+        windows = self._count(name, "val")
+        first = 0
+        available = windows // 2
+        if side == "test":
+            first = available
+            available = windows - first
+        if n > available:
+            raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {available} windows of "
+                            f"{self.block_size} tokens in that half of its validation bin; lower --{side}_samples or "
+                            "--block_size, or make bins of more text or with a larger --val_fraction")
+        return first + np.arange(n) * available // max(n, 1)
 
     def eval_documents(self, name: str, side: str, n: int) -> int:
-        """How many distinct documents the windows of `eval_windows` touch: by the end-of-text ids before them."""
-        starts = self._eval_ids(name, side, n) * self.block_size
+        """How many distinct documents the windows of `eval_windows` touch."""
+        # Document i lies between the edges i and i + 1, which are ends of text.
         tokens = self._tokens(name, "val")
         ends = np.flatnonzero(tokens == self.tokenizer["eot"])
+        edges = np.concatenate([[-1], ends, [len(tokens)]])
+        starts = self._eval_ids(name, side, n) * self.block_size
         touched = set()
         for first, last in zip(np.searchsorted(ends, starts), np.searchsorted(ends, starts + self.block_size - 1)):
             touched.update(range(first, last + 1))
-        edges = np.concatenate([[-1], ends, [len(tokens)]])
-        return len({hashlib.sha256(tokens[edges[i] + 1:edges[i + 1]]).digest() for i in touched})
+        return len({tokens[edges[i] + 1:edges[i + 1]].tobytes() for i in touched})
 
     def content(self) -> str:
         """Identity of the tokens, independent of the folder: over the bins' entries and the tokenizer."""
@@ -311,25 +315,22 @@ class TokenBins:
 
 
 def verify(data_dir: str | Path):
-    """Hash every bin of a folder again. UserError names what changed: bins, meta.json, or the tokenizer's files."""
+    """Hash every bin of a folder again. UserError names what changed: bins, or the tokenizer."""
     meta = read_meta(data_dir, "--verify")
     changed = []
     for domain in meta["domains"].values():
         for entry in (domain["train"], domain["val"]):
             path = Path(data_dir, entry["file"])
+            largest = np.memmap(path, domain["dtype"], mode="r").max()
             state = "ok"
-            if file_sha256(path) != entry["sha256"]:
+            if file_sha256(path) != entry["sha256"] or largest >= meta["tokenizer"]["vocab_size"]:
                 state = "CHANGED"
-            elif entry["tokens"] and np.memmap(path, domain["dtype"], "r").max() >= meta["tokenizer"]["vocab_size"]:
-                state = "HAS IDS BEYOND THE VOCABULARY"
-            print(f"{entry['file']:32} {state}")
-            if state != "ok":
                 changed.append(entry["file"])
+            print(f"{entry['file']:32} {state}")
     if changed:
-        raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins again")
+        raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json, or with ids beyond the tokenizer's; "
+                        "copy again, or make the bins again")
     saved_tokenizer(Path(data_dir), meta["tokenizer"])
-    if meta.pop("digest", None) not in (None, digest(meta)):  # one that a person wrote has none
-        raise UserError(f"{data_dir}/meta.json: was changed; copy it again, or make the bins again")
 
 
 # ------------ Tokenizers ----------------------------------------------------------------------------------------------
@@ -354,7 +355,6 @@ class Tokenizer:
     fingerprint: str  # of everything that decides the encoding, however the files are serialised
     encode_batch: Callable[[list[str]], list[np.ndarray]]
     decode: Callable[[list[int]], str]
-    normalize: Callable[[str], str] = str  # what is done to a text by design, before it is split into tokens
     files: tuple[Path, ...] = ()  # none: it is loaded by its name
 
 
@@ -430,8 +430,14 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None
-    eot_id = tokenizer.token_to_id(eot) if isinstance(eot, str) else None
-    if eot_id is None:
+
+    # The vocabulary, in which each id has one token.
+    vocab = tokenizer.get_vocab()
+    tokens = {}  # id → token
+    for token, i in vocab.items():
+        if tokens.setdefault(i, token) != token:
+            raise UserError(f"--tokenizer={path}: {tokens[i]!r} and {token!r} have one id, {i}; name another")
+    if eot not in vocab:
         raise UserError(f"--eot={eot}: not a token of {path.parent}, whose tokenizer_config.json should name the one "
                         "that ends a document as eos_token; name it with --eot=TOKEN (data.py and model.py); a run "
                         "requires bins of its models' own tokenizer")
@@ -443,57 +449,44 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
             ids += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
         return ids
 
-    tokens = {}  # id → token
-    for token, i in tokenizer.get_vocab(with_added_tokens=True).items():
-        if tokens.setdefault(i, token) != token:
-            raise UserError(f"--tokenizer={path}: {tokens[i]!r} and {token!r} have one id, {i}; name another")
-    normalizer = tokenizer.normalizer
     files = [path.with_name(name) for name in TOKENIZER_FILES if path.with_name(name).is_file()]
-    return Tokenizer(name=name, vocab_size=max(tokens) + 1, eot=eot_id, eot_token=eot,
+    return Tokenizer(name=name, vocab_size=max(tokens) + 1, eot=vocab[eot], eot_token=eot,
                      fingerprint=settings_digest(json.loads(tokenizer.to_str())), encode_batch=encode_batch,
-                     decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False),
-                     normalize=normalizer.normalize_str if normalizer else str, files=tuple(files))
+                     decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False), files=tuple(files))
 
 
-PROBE_TEXT = "".join(map(chr, range(33, 127))) + "éßΩЖ漢か한ع≈👩"
-
-
-# Characters that have, together with PROBE_TEXT, all bytes of UTF-8.
-PROBE_BYTES = "".join(map(chr, [*range(0x900), *range(0x1400, 0xFC00, 0x1000), *range(0x40000, 0x110000, 0x40000)]))
+# The characters that every tokenizer has to keep, and those that have, together with them, all bytes of UTF-8.
+PROBE_TEXT = "".join(map(chr, range(33, 127))) + " \t\néßΩЖ漢か한ع≈👩"
+PROBE_BYTES = "".join(map(chr, [*range(128, 0x900), *range(0x1400, 0xFC00, 0x1000), *range(2**18, 2**20 + 1, 2**18)]))
 
 
 def check_characters(tokenizer: Tokenizer):
-    """UserError if the tokenizer loses a character or a byte of it, so that it would vanish from a text."""
-    # What a normalizer takes out, as many do with control characters, is not lost but left out by design.
-    kept = [c for c in PROBE_BYTES if c in " \t\n" or tokenizer.normalize(f"a{c}b") != tokenizer.normalize("ab")]
-    inside = [*PROBE_TEXT, *kept]
-    texts = [*PROBE_TEXT, "ab", "ba", *(f"a{c}b" for c in inside)]
+    """UserError if the tokenizer loses a character between two letters, or a byte of it."""
+    characters = list(dict.fromkeys(PROBE_TEXT + PROBE_BYTES))
+    texts = ["ab", "abab", *(f"a{character}b" for character in characters)]
     with user_errors(f"--tokenizer={tokenizer.name}", "name another one"):
-        decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(texts)]
-    alone = decoded[:len(PROBE_TEXT)]
-    ab, ba, *between = decoded[len(PROBE_TEXT):]
-
-    # A character is lost if nothing comes back, or only what surrounds it. That says nothing if ab and ba are unknown.
-    lost = [c for c, text in zip(PROBE_TEXT, alone) if not text.strip() or "\ufffd" in text]
-    if not lost and ab != ba:
-        lost = [c for c, text in zip(inside, between, strict=True) if text == ab or "\ufffd" in text]
+        ab, abab, *decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(texts)]
+    # If they are one unknown word, the same comes back of any word, and none is lost.
+    if ab and ab == abab:
+        return
+    # A normalizer may take out some of PROBE_BYTES by design, such as accents, but half a character is a byte lost.
+    pairs = zip(characters, decoded, strict=True)
+    lost = [repr(c) for c, text in pairs if "\ufffd" in text or text == ab and c in PROBE_TEXT]
     if lost:
-        shown = " ".join(c if c.isprintable() and c != " " else repr(c) for c in lost[:20])
-        raise UserError(f"--tokenizer={tokenizer.name}: loses {shown}, without an unknown token; name another")
+        raise UserError(f"--tokenizer={tokenizer.name}: loses {' '.join(lost[:20])}, without an unknown token; name "
+                        "another")
 
 
-def print_changes(name: str, texts: list[str], tokenizer: Tokenizer) -> bool:
+def changes_text(name: str, texts: list[str], tokenizer: Tokenizer) -> bool:
     """Whether the tokenizer changes some of a domain's first texts by design. If so, a note says what happens."""
     changes = []
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         words = re.findall(r"\s+|\S+", text)
         decoded = re.findall(r"\s+|\S+", tokenizer.decode(ids.tolist()))
         pairs = zip_longest(words, decoded, fillvalue="")
-        changes += [(before, after) for before, after in pairs if before != after][:1]
+        changes += [f"{before[:40]!r} comes back as {after[:40]!r}" for before, after in pairs if before != after][:1]
     if changes:
-        before, after = changes[0]
-        print(f"note: the tokenizer changes {len(changes)} of the first {len(texts)} documents of {name}: "
-              f"{before[:40]!r} comes back as {after[:40]!r}")
+        print(f"note: the tokenizer changes {len(changes)} of the first {len(texts)} documents of {name}: {changes[0]}")
     return bool(changes)
 
 
@@ -531,12 +524,13 @@ def saved_tokenizer(folder: Path, entry: dict, eot: str = "") -> Tokenizer:
     """The tokenizer of an entry of meta.json: from its files in `folder`, or by its name. UserError if it changed.
     `eot` as in load_tokenizer; default: the entry's."""
     source = folder if entry["files"] else entry["name"]
-    tokenizer = load_tokenizer(source, eot or entry["eot_token"])
-    differs = [key for key in ("fingerprint", "vocab_size", "eot") if getattr(tokenizer, key) != entry[key]]
-    if differs and not (eot and differs == ["eot"]):
-        fix = "copy it again" if entry["files"] else "install the version that was used then, or make the bins again"
+    tokenizer = load_tokenizer(source, entry["eot_token"])
+    changed = [key for key in ("fingerprint", "vocab_size", "eot") if getattr(tokenizer, key) != entry[key]]
+    if changed:
         raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with, by its "
-                        f"{' '.join(differs)}; {fix}")
+                        f"{' '.join(changed)}; copy its files again, or install the version that was used then")
+    if eot:
+        return load_tokenizer(source, eot)
     return tokenizer
 
 
@@ -546,8 +540,7 @@ def is_tiktoken(name: str, files: Iterable) -> bool:
 
 
 def save_tokenizer(folder: Path, bins: TokenBins):
-    """Write the bins' tokenizer to a model's folder: files, and its entry of meta.json. transformers is told to take
-    its tokenizer.json as it is."""
+    """Write the bins' tokenizer to a model's folder: its files, and its entry of meta.json."""
     entry = bins.tokenizer
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name in entry["files"]:
@@ -560,10 +553,9 @@ def save_tokenizer(folder: Path, bins: TokenBins):
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
     # config.json and generation_config.json name the bins' end of text, whatever the model named before.
-    bos = config.get("bos_token_id")
-    if bos is None:
-        bos = entry["eot"]
-    ids = {"bos_token_id": bos, "eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
+    ids = {"bos_token_id": config.get("bos_token_id"), "eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
+    if ids["bos_token_id"] is None:
+        ids["bos_token_id"] = entry["eot"]
     write_text(folder / "generation_config.json", json.dumps(ids))
     write_text(folder / "config.json", json.dumps({**config, **ids}, indent=2, sort_keys=True))
 
@@ -571,9 +563,9 @@ def save_tokenizer(folder: Path, bins: TokenBins):
 def write_tokenizer_config(folder: Path, model_type: str, eot_token: str):
     """Name the end of text in tokenizer_config.json, and the class with which transformers encodes by tokenizer.json.
 
-    Most other classes, and those of model types where none is named, keep its vocabulary in transformers 5, but split
-    text in their own way. Qwen's class is right for Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever
-    is named, unless `auto_map` names code too. Without trust_remote_code that is not run, but the named class counts."""
+    Most other classes keep its vocabulary in transformers 5, but split text in their own way. Qwen's class is right for
+    Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever is named, unless `auto_map` names code too.
+    Without trust_remote_code that is not run, but the named class counts."""
     path = folder / "tokenizer_config.json"
     before = {}
     config = {"bos_token": eot_token, "clean_up_tokenization_spaces": False}  # the beginning is the end, as GPT-2's
@@ -974,7 +966,7 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
             yield domains[name].train, raw
 
     # Each domain is known now. A note of the first that the tokenizer changes is enough.
-    any(print_changes(name, domain.first, tokenizer) for name, domain in domains.items())
+    any(changes_text(name, domain.first, tokenizer) for name, domain in domains.items())
     # The size of each domain is known too, so its validation can be chosen among what it holds.
     for domain in domains.values():
         for raw in domain.shrink(val_bytes):
@@ -1099,7 +1091,6 @@ def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], mad
     tokenizer_entry = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
                        "eot_token": tokenizer.eot_token, "fingerprint": tokenizer.fingerprint, "files": files}
     meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer_entry, "domains": domains, "made_by": made_by}
-    meta["digest"] = digest(meta)
     fsync(folder)
     write_text(folder / "meta.json", json.dumps(meta, indent=1))
     return meta

@@ -339,11 +339,11 @@ def test_dropout_of_merges_is_switched_off(tmp_path, bpe_settings):
 
 @pytest.mark.parametrize("kind, missing, normalizer, unknown, refusal", [
     ("ByteLevel", "", "Lowercase", None, None), ("ByteLevel", "Ā", "BertNormalizer", None, None),  # which takes it out
-    ("Metaspace", "éΩ", "NFC", "<unk>", None), ("Metaspace", "éΩ", "NFC", None, "loses é Ω,"),
+    ("Metaspace", "éΩ", "NFC", "<unk>", None), ("Metaspace", "éΩ", "NFC", None, "loses 'é' 'Ω',"),
     ("Metaspace", "\t", "NFC", None, r"loses '\t',"), ("Split", " ", "NFC", None, "loses ' ',"),
-    ("ByteLevel", "Ã", "NFC", None, "loses é ß,"),  # of bytes, Ã stands for the first of é,
-    ("ByteLevel", "Ċ", "NFC", None, r"loses '\n',"), ("ByteLevel", "Ā", "NFC", None, r"loses '\x00',"),  # and these too
-    ("ByteLevel", "ô", "NFC", None, "loses '\\U00100000',"), ("ByteLevel", "a", "NFC", None, "loses a,")])
+    ("ByteLevel", "Ã", "NFC", None, "loses 'é' 'ß' 'À'"),  # of bytes, Ã stands for the first of é,
+    ("ByteLevel", "Ċ", "NFC", None, r"loses '\n',"), ("ByteLevel", "ĉ", "BertNormalizer", None, None),  # tabs to blanks
+    ("ByteLevel", "ô", "NFC", None, "loses '\\U00100000',"), ("ByteLevel", "a", "NFC", None, "loses 'a',")])
 def test_a_tokenizer_that_loses_characters_is_refused(tmp_path, kind, missing, normalizer, unknown, refusal):
     tokenizers = pytest.importorskip("tokenizers")
     byte_level = kind == "ByteLevel"
@@ -1111,8 +1111,6 @@ def test_a_bin_of_n_tokens_has_n_less_1_over_b_windows(tmp_path):
                 assert windows.tolist() == [tokens[i * size:i * size + size + 1].tolist()]
         assert f"--block_size={n}" in refused(TokenBins, tmp_path, n, [f"d{n}"])
     assert "in domain d2 d3 d4 of" in refused(TokenBins, tmp_path, 4)  # all at once
-    message = refused(TokenBins(tmp_path, 2, ["d5", "d6", "d11"]).eval_windows, "d5", "val", 2)
-    assert "domain d5 of" in message and "bin, d6 1; lower" in message
 
 
 def test_train_windows_come_in_the_order_asked(made):
@@ -1225,18 +1223,17 @@ BAD_FOLDERS = {
     "no meta": (lambda folder: (folder / "meta.json").unlink(), "--data_dir="),
     "meta not JSON": (lambda folder: (folder / "meta.json").write_text("{"), "meta.json: "),
     "meta not text": (lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe"), "meta.json: "),
-    "no domains": (in_meta(lambda meta: meta.update(domains={})), "it lacks domains"),
-    "no sha256": (in_meta(lambda meta: meta["domains"]["code"]["val"].pop("sha256")), "domain code lacks sha256"),
-    "half a tokenizer": (in_meta(lambda meta: meta["tokenizer"].update(name="", fingerprint=None, eot_token="")),
-                         "the tokenizer lacks name eot_token fingerprint"),
+    "no domains": (in_meta(lambda meta: meta.update(domains={})), "has no domains"),
+    "no sha256": (in_meta(lambda meta: meta["domains"]["code"]["val"].pop("sha256")), "domain code has None as its sha256"),
+    "half a tokenizer": (in_meta(lambda meta: meta["tokenizer"].pop("name")), "the tokenizer has None as its name"),
     "other version": (in_meta(lambda meta: meta.update(format_version=1)), "format version 1, but 2 is known"),
     "no tokenizer": (in_meta(lambda meta: meta.pop("tokenizer")), "meta.json: "),
     "no tokens": (train_entry(tokens=None), "meta.json: "),
-    "tokens of no integer": (train_entry(tokens=1e3), "tokens are no integer"),
+    "tokens of no integer": (train_entry(tokens=1e3), "has 1000.0 as its tokens"),
     "train as val": (in_meta(lambda meta: meta["domains"]["code"].update(val=meta["domains"]["code"]["train"])),
                      "code.train.bin is named twice"),
-    "ids beyond the dtype": (in_meta(lambda meta: meta["tokenizer"].update(vocab_size=65537)), "cannot hold 65537 ids"),
-    "end of text beyond the ids": (in_meta(lambda meta: meta["tokenizer"].update(eot=257)), "end of text 257"),
+    "ids beyond the dtype": (in_meta(lambda meta: meta["tokenizer"].update(vocab_size=65537)), "uint16 and the end of text do not fit"),
+    "end of text beyond the ids": (in_meta(lambda meta: meta["tokenizer"].update(eot=257)), "uint16 and the end of text do not fit"),
     "negative tokens": (train_entry(tokens=-2), "code.train.bin"),
     "bin outside": (train_entry(file="../outside.bin"), "outside.bin is not in the folder"),
     "truncated": (lambda folder: os.truncate(folder / "code.train.bin", 100), "code.train.bin"),
@@ -1270,8 +1267,7 @@ def test_verify_names_the_bins_that_changed(program, copied):
 @pytest.mark.parametrize("part, change, named", [
     ("tokenizer", dict(eot=10), "not the one that it was made with, by its eot;"),
     ("tokenizer", dict(vocab_size=300), "by its vocab_size"), ("tokenizer", dict(fingerprint="f"), "its fingerprint"),
-    ("tokenizer", dict(name="other"), "--tokenizer=other"), ("tokenizer", dict(vocab_size=99, eot=9), "code.train.bin"),
-    ("made_by", dict(text_key="body"), "meta.json: was changed")])
+    ("tokenizer", dict(name="other"), "--tokenizer=other"), ("tokenizer", dict(vocab_size=99, eot=9), "code.train.bin")])
 def test_verify_names_what_is_not_as_it_was_written(made, copied, part, change, named):
     verify(copied)
     in_meta(lambda meta: meta.update({part: {**(meta[part] or {}), **change}}))(copied)
