@@ -12,14 +12,12 @@ tokenizer, and gives the size and sha256 of each bin. Helpers that all four prog
 import argparse
 import ast
 import fcntl
-import fnmatch
 import glob
 import gzip
 import hashlib
 import importlib.util
 import io
 import json
-import math
 import os
 import pydoc_data.topics
 import re
@@ -601,17 +599,17 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
 # ------------ Documents -----------------------------------------------------------------------------------------------
 
 PIECE = 8_000_000  # characters, about: a longer text becomes several documents, so that memory stays bounded
-UNREADABLE = "unreadable folders left out"
-JSON_LINES = (".json", ".jsonl", ".jsonlines", ".ndjson")  # suffixes of files with one record a line
+RECORDS = (".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet")  # suffixes of files of records
+KNOWN = (*RECORDS, ".csv", ".tsv", ".gz", ".zst")  # suffixes that say how a file is read
 
 
 def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Counter]) -> dict[str, list[Path]]:
     """NAME=GLOB words to domain → sorted files. If records are `labelled`, plain GLOB words are allowed: "" → files.
 
-    A folder stands for all files below it that are not hidden. A domain has each file once, whatever links lead to it.
-    `left_out` as in read_documents. UserError if a word matches no file, or one whose suffix says that it is not read.
-    """
-    domains = {}  # name → device and number of a file → the path by which it is read
+    A folder, or a glob of folders alone, stands for all files below that are not hidden. A domain has each file once,
+    whatever links lead to it. UserError if a word matches no file, or one whose suffix says that it is not read.
+    `left_out` as in read_documents."""
+    domains = defaultdict(lambda: defaultdict(list))  # name → device and number of a file → its names
     for word in sources:
         named = re.fullmatch("([A-Za-z0-9][A-Za-z0-9_-]*)=(.*)", word)
         # With labels, a word such as year=2023/*.jsonl may be a glob as it stands.
@@ -624,81 +622,76 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
             raise UserError(f"{word!r}: write NAME=GLOB, with letters, digits, - and _ in NAME, or name a --domain_key")
         files = find_files(pattern, left_out[name])
         if not files:
-            reason = "no permission to read a folder, and " if left_out[name][UNREADABLE] else ""
-            raise UserError(f"{word}: {reason}no file matches {pattern!r}; name a folder or a glob of files")
+            fix = " ".join(left_out[name]) or "name a folder or a glob of files"
+            raise UserError(f"{word}: no file matches {pattern!r}; {fix}")
         for path in files:
-            # Of the names of a file, one may say how it is read.
-            real = Path(os.path.realpath(path))
-            if is_known(real) and not is_known(path):
-                path = real
-            suffix = uncompressed_suffix(path)
+            status = path.stat()
+            domains[name][status.st_dev, status.st_ino] += [path, Path(os.path.realpath(path))]
+
+    found = {}
+    for name, files in domains.items():
+        # Of the names of a file, the first that says how it is read is used.
+        found[name] = sorted(min(names, key=has_no_known_suffix) for names in files.values())
+        for path in found[name]:
+            suffix = suffix_of(path)
             if suffix in (".csv", ".tsv"):
                 raise UserError(f"{path}: write its rows to .jsonl or .parquet, or name the other files")
             if suffix == ".parquet" or path.suffix == ".zst":
                 import_optional("pyarrow", str(path))
-            found = domains.setdefault(name, {})
-            status = path.stat()
-            key = (status.st_dev, status.st_ino)
-            if key not in found or is_known(path) and not is_known(found[key]):
-                found[key] = path
-    for path in domains.get("", {}).values():
-        if uncompressed_suffix(path) not in (*JSON_LINES, ".parquet"):
-            raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet, or NAME=GLOB")
-    return {name: sorted(files.values()) for name, files in domains.items()}
+            if not name and suffix not in RECORDS:
+                raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet, or NAME=GLOB")
+    return found
 
 
 def find_files(pattern: str, left_out: Counter) -> list[Path]:
-    """The files that a name, a folder or a glob stands for. A glob of folders alone stands for what is in them."""
+    """The files that a name, a folder or a glob stands for."""
     pattern = os.path.expanduser(pattern)
-    if pattern.endswith("**"):
-        pattern = os.path.join(pattern, "*")
-    paths = set(find_paths(pattern, left_out))
-    if not any(map(os.path.isfile, paths)):
-        for folder in list(filter(os.path.isdir, paths)):
-            paths.update(find_paths(os.path.join(glob.escape(folder), "**", "*"), left_out))
-    for path in paths:
-        if not os.path.isfile(path) and not os.path.isdir(path):
-            left_out["links to nothing, pipes and devices left out"] += 1
-    return sorted(Path(path) for path in paths if os.path.isfile(path))
-
-
-def find_paths(pattern: str, left_out: Counter) -> Iterator[str]:
-    """What glob.glob finds, but a name that exists is that name, links in a circle end, and folders that cannot be
-    read are counted."""
+    # A name that exists is no pattern.
     if os.path.lexists(pattern):
-        yield pattern
-        return
-    head, tail = os.path.split(pattern)
-    if not tail:
-        return
+        pattern = glob.escape(pattern)
+    paths = find_paths(pattern, left_out)
+    files = set(filter(os.path.isfile, paths))
+    if not files:
+        for folder in filter(os.path.isdir, paths):
+            paths = find_paths(os.path.join(glob.escape(folder), "**"), left_out)
+            files.update(filter(os.path.isfile, paths))
+    return sorted(map(Path, files))
+
+
+def find_paths(pattern: str, left_out: Counter) -> list[str]:
+    """What glob.glob finds, but links in a circle end, and what cannot be read is counted."""
+    head, deep, tail = pattern.partition("**")
+    paths = []
+    if not deep:
+        paths = glob.glob(pattern)
+        lost = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
+        left_out.update(["links to nothing, pipes and devices left out"] * len(lost))
+        return paths
+
+    # The folders that ** stands for, each entered once, and what the rest of the pattern matches in them.
     entered = set()
-    for top in find_paths(head or ".", left_out):
-        walk = os.walk(top, followlinks=True, onerror=lambda _: left_out.update([UNREADABLE]))
-        for folder, subfolders, files in walk:
-            names = [*subfolders, *files]
-            # Only ** goes down.
-            subfolders[:] = [name for name in subfolders if tail == "**" and not name.startswith(".")]
-            if tail != "**":
-                for name in fnmatch.filter(names, tail):
-                    if tail.startswith(".") or not name.startswith("."):
-                        yield os.path.join(folder, name)
-            elif os.path.realpath(folder) in entered:
-                subfolders.clear()
-            else:
-                entered.add(os.path.realpath(folder))
-                yield folder
+    for top in glob.glob(head or "."):
+        walk = os.walk(top, followlinks=True, onerror=lambda _: left_out.update(["unreadable folders left out"]))
+        for folder, subfolders, _ in walk:
+            real = os.path.realpath(folder)
+            subfolders[:] = [name for name in subfolders if real not in entered and not name.startswith(".")]
+            if real not in entered:
+                entered.add(real)
+                rest = tail.lstrip("/") or "*"
+                paths += find_paths(os.path.join(glob.escape(folder), rest), left_out)
+    return paths
 
 
-def is_known(path: Path) -> bool:
-    """Whether the suffix of a file says how it is read."""
-    return path.suffix in (".gz", ".zst") or uncompressed_suffix(path) in (*JSON_LINES, ".parquet", ".csv", ".tsv")
-
-
-def uncompressed_suffix(path: Path) -> str:
-    """The suffix in lower case, without .gz or .zst behind it."""
+def suffix_of(path: Path) -> str:
+    """The suffix in lower case, without .gz or .zst where another is before it."""
     if path.suffix in (".gz", ".zst"):
         path = path.with_suffix("")
     return path.suffix.lower()
+
+
+def has_no_known_suffix(path: Path) -> bool:
+    """Whether a file's name does not say how it is read."""
+    return {path.suffix, suffix_of(path)}.isdisjoint(KNOWN)
 
 
 def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
@@ -719,10 +712,8 @@ def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
 
                 # Leave out what is not a document.
                 reason = None
-                if isinstance(text, bytes):
-                    reason = f"records left out, with bytes in place of text under the key {text_key}"
-                elif not isinstance(text, str):
-                    reason = f"records left out, without a text under the key {text_key}"
+                if not isinstance(text, str):
+                    reason = f"records left out, without a text (bytes are none) under the key {text_key}"
                 elif type(label) not in (str, int, float) or label != label or not domain:  # NaN is not equal to itself
                     reason = f"records left out, without a letter or digit of ASCII under the key {domain_key}"
                 elif not text or text.isspace():
@@ -741,49 +732,47 @@ def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
                     text = re.sub("[\ud800-\udfff]", "\ufffd", text)
                     counts["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
                 # A long text is several documents.
-                file = io.StringIO(text)
-                while piece := file.read(PIECE) + file.readline(PIECE):
-                    found = True
+                found = True
+                for piece in pieces(io.StringIO(text)):
                     yield domain, piece
         if not found:
             raise UserError(f"{name or 'records'}: no document in its {len(paths)} files; notes say what was left out")
 
 
+def pieces(file: io.TextIOBase) -> Iterator[str]:
+    """The text of a file, cut at ends of lines where it is long."""
+    while piece := file.read(PIECE) + file.readline(PIECE):
+        yield piece
+
+
 def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> Iterator[dict]:
     """The records of a file. A text file is one with its text under `text_key`, or several, cut at ends of lines."""
-    suffix = uncompressed_suffix(path)
-    with user_errors(path, "copy it again"):
+    suffix = suffix_of(path)
+    with user_errors(path, "copy it again, or make a .zst that needs no more memory than --long=27"):
         if suffix == ".parquet":
             file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path, buffer_size=PIECE)
-            # Rows of PIECE together, about, are read at once.
-            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-            n_rows = min([PIECE * group.num_rows // (group.total_byte_size + 1) for group in groups], default=1)
-            # Columns that the file lacks are left out.
-            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=min(max(n_rows, 1), 64)):
+            # Columns that the file lacks are left out. Rows may be long, so few are read at once.
+            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=8):
                 yield from rows.to_pylist()
             return
-
         with _open_text(path) as file:
-            if suffix in JSON_LINES:
+            if suffix in RECORDS:
                 yield from json_records(file, path, left_out)
                 return
-            taken = 0
-            while piece := file.read(PIECE) + file.readline(PIECE):
+            taken = ""
+            for piece in pieces(file):
                 # Text has no NUL characters.
                 if "\0" in piece:
-                    where = f" after {taken:,} characters, which were taken: {path}" if taken else ""
-                    left_out[f"binary files left out{where}"] += 1
+                    left_out[f"binary files left out{taken}"] += 1
                     return
-                taken += len(piece)
+                taken = f" after the first part, which was taken: {path}"
                 yield {text_key: piece}
 
 
 def json_records(lines: Iterable[str], path: Path, left_out: Counter) -> Iterator[dict]:
     """The records of lines of JSON, without broken ones. UserError if there are more of these than of others."""
-    reason = "broken records left out"
     first = ""  # what is wrong with the first broken one of the file
-    n_broken = 0
-    n_whole = 0
+    surplus = 0  # of broken ones
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -793,14 +782,14 @@ def json_records(lines: Iterable[str], path: Path, left_out: Counter) -> Iterato
                 raise ValueError("no record")
         except (ValueError, RecursionError) as error:
             first = first or f"{path}, line {number}: {error}; expected one JSON record per line"
-            if left_out[reason] == 0:
+            if left_out["broken records left out"] == 0:
                 print(f"note: {first}", flush=True)
-            left_out[reason] += 1
-            n_broken += 1
+            left_out["broken records left out"] += 1
+            surplus += 1
         else:
-            n_whole += 1
+            surplus -= 1
             yield record
-    if n_broken > n_whole:
+    if surplus > 0:
         raise UserError(f"{first}; jq -c '.[]' FILE writes the records of one array so, or name the other files")
 
 
@@ -815,9 +804,6 @@ def value_at(record: dict, key: str):
     return record
 
 
-BYTE_ORDER_MARKS = {"UTF-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff"), "UTF-16": (b"\xff\xfe", b"\xfe\xff")}
-
-
 def _open_text(path: Path) -> io.TextIOWrapper:
     """Open a text file, compressed or not, without a byte order mark. Bytes that are not UTF-8 are lone surrogates."""
     if path.suffix == ".gz":
@@ -826,17 +812,14 @@ def _open_text(path: Path) -> io.TextIOWrapper:
         # Not by zstandard, whose reader takes a file that is cut off for a whole one.
         pyarrow = import_optional("pyarrow", str(path))
         file = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
-        with user_errors(path, "expected zstd, of a window no larger than the reader takes, which is --long=27"):
-            file.peek(1)
     else:
         file = open(path, "rb")
     if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
         raise ValueError("a compressed file is never empty")
     start = file.peek(4)[:4]
-    for encoding, marks in BYTE_ORDER_MARKS.items():
-        if start.startswith(marks):
-            raise UserError(f"{path}: is {encoding}, expected UTF-8; convert it:  "
-                            f"iconv -f {encoding} -t UTF-8 {path} > NEW")
+    if start.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
+        encoding = "UTF-32" if b"\0\0" in start else "UTF-16"
+        raise UserError(f"{path}: is {encoding}; convert it:  iconv -f {encoding} -t UTF-8 {path} > NEW")
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 

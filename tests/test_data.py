@@ -576,7 +576,7 @@ def test_a_long_text_is_cut_at_the_ends_of_lines_in_a_record_too(tmp_path):
     ("a.txt", b"bad \xff byte", ["bad \ufffd byte"], "UTF-8"),
     ("a.txt", b" \n\t", [], "empty"),
     ("a.png", b"\x89PNG\0\0\xff", [], "binary"), ("a.txt", b"a" * 70_000 + b"\0", [], "binary"),
-    ("a.txt", b"a" * 8_000_000 + b"\nb\0", ["a" * 8_000_000 + "\n"], "after 8,000,001 characters, which were taken: /"),
+    ("a.txt", b"a" * 8_000_000 + b"\nb\0", ["a" * 8_000_000 + "\n"], "after the first part, which was taken: /"),
     ("a.jsonl", b'{"text": "bad \xff byte"}\n', ["bad \ufffd byte"], "UTF-8"),
     ("a.jsonl", b'{"text": "half \\ud800"}\n', ["half \ufffd"], "UTF-8"),
     ("a.jsonl", b'{"text": ""}\n', [], "empty"),
@@ -627,11 +627,11 @@ def test_a_zst_of_a_larger_window_and_parquet_of_bytes_are_told(tmp_path):
     writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     (tmp_path / "a.txt.zst").write_bytes(writer.compress(b"text" * 1000) + writer.flush())
     message = refused(documents, tmp_path / "a.txt.zst")
-    assert "a.txt.zst: " in message and "window" in message and "--long=27" in message and "copy" not in message
+    assert "a.txt.zst: " in message and "too much memory" in message and "--long=27" in message
     parquet.write_table(sys.modules["pyarrow"].table({"text": [b"one", b"two"]}), tmp_path / "a.parquet")
     (tmp_path / "b.txt").write_text("b")
     assert documents(tmp_path / "a.parquet", tmp_path / "b.txt") == (["b"], {
-        "records left out, with bytes in place of text under the key text": 2})
+        "records left out, without a text (bytes are none) under the key text": 2})
 
 
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
@@ -688,6 +688,8 @@ def test_links_lead_to_each_file_once_and_what_cannot_be_read_is_counted(tmp_pat
     once = ["root/a/more/x.txt", "root/a/x.txt"]
     assert names(found, Path(".")) == {"all": once, "glob": once}
     assert left_out["all"] == {"links to nothing, pipes and devices left out": 3, "unreadable folders left out": 1}
+    # It is said where that is why nothing matches.
+    assert "unreadable folders" in refused(expand_sources, ["all=root/closed/**/*.txt"], False, left_out)
 
 
 def test_a_file_is_read_by_the_name_that_says_what_it_is_and_a_name_is_no_pattern(tmp_path, monkeypatch):
@@ -706,16 +708,6 @@ def test_a_file_is_read_by_the_name_that_says_what_it_is_and_a_name_is_no_patter
     assert names(found, tmp_path) == {
         "hub": ["hub/snapshots/train.jsonl"], "link": ["d.jsonl"], "hard": ["d.jsonl"], "name": ["part[1].jsonl"],
         "man": ["man/man5/passwd"], "home": ["~/home.txt"]}
-
-
-def test_no_permission_is_said_where_that_is_why_nothing_matches(tmp_path, monkeypatch):
-    def closed(folder):
-        raise PermissionError(13, "Permission denied", folder)
-    monkeypatch.setattr(os, "scandir", closed)
-    for pattern in ("*.txt", "a/*.txt", ""):
-        left_out = defaultdict(Counter)
-        assert "no permission" in refused(expand_sources, [f"x={tmp_path}/{pattern}"], False, left_out)
-        assert left_out["x"] == {"unreadable folders left out": 1}
 
 
 def test_the_documents_of_all_domains_are_one_stream_and_an_empty_domain_is_refused(tmp_path):
@@ -768,7 +760,7 @@ def test_the_domain_may_be_what_each_record_says(program, tmp_path, name):
         texts = [text for side in ("train", "val") for text in bin_texts(tmp_path / "bins" / f"{domain}.{side}.bin")]
         assert sorted(texts) == sorted(record["text"] for record in LABELLED[parity::2])
     assert "note: records: 3 records left out, without a letter or digit of ASCII under the key meta.set\n" in stdout
-    assert "note: records: 1 records left out, without a text under the key text\n" in stdout
+    assert "note: records: 1 records left out, without a text (bytes are none) under the key text\n" in stdout
 
 
 @pytest.mark.parametrize("records, named", [
@@ -1224,7 +1216,7 @@ BAD_FOLDERS = {
     "meta not JSON": (lambda folder: (folder / "meta.json").write_text("{"), "meta.json: "),
     "meta not text": (lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe"), "meta.json: "),
     "no domains": (in_meta(lambda meta: meta.update(domains={})), "has no domains"),
-    "no sha256": (in_meta(lambda meta: meta["domains"]["code"]["val"].pop("sha256")), "domain code has None as its sha256"),
+    "no sha256": (in_meta(lambda meta: meta["domains"]["code"]["val"].pop("sha256")), "code has None as its sha256"),
     "half a tokenizer": (in_meta(lambda meta: meta["tokenizer"].pop("name")), "the tokenizer has None as its name"),
     "other version": (in_meta(lambda meta: meta.update(format_version=1)), "format version 1, but 2 is known"),
     "no tokenizer": (in_meta(lambda meta: meta.pop("tokenizer")), "meta.json: "),
@@ -1232,8 +1224,8 @@ BAD_FOLDERS = {
     "tokens of no integer": (train_entry(tokens=1e3), "has 1000.0 as its tokens"),
     "train as val": (in_meta(lambda meta: meta["domains"]["code"].update(val=meta["domains"]["code"]["train"])),
                      "code.train.bin is named twice"),
-    "ids beyond the dtype": (in_meta(lambda meta: meta["tokenizer"].update(vocab_size=65537)), "uint16 and the end of text do not fit"),
-    "end of text beyond the ids": (in_meta(lambda meta: meta["tokenizer"].update(eot=257)), "uint16 and the end of text do not fit"),
+    "ids beyond the dtype": (in_meta(lambda meta: meta["tokenizer"].update(vocab_size=65537)), "code: uint16 and"),
+    "end of text beyond the ids": (in_meta(lambda meta: meta["tokenizer"].update(eot=257)), "the end of text do not"),
     "negative tokens": (train_entry(tokens=-2), "code.train.bin"),
     "bin outside": (train_entry(file="../outside.bin"), "outside.bin is not in the folder"),
     "truncated": (lambda folder: os.truncate(folder / "code.train.bin", 100), "code.train.bin"),
@@ -1267,7 +1259,7 @@ def test_verify_names_the_bins_that_changed(program, copied):
 @pytest.mark.parametrize("part, change, named", [
     ("tokenizer", dict(eot=10), "not the one that it was made with, by its eot;"),
     ("tokenizer", dict(vocab_size=300), "by its vocab_size"), ("tokenizer", dict(fingerprint="f"), "its fingerprint"),
-    ("tokenizer", dict(name="other"), "--tokenizer=other"), ("tokenizer", dict(vocab_size=99, eot=9), "code.train.bin")])
+    ("tokenizer", dict(name="other"), "--tokenizer=other"), ("tokenizer", dict(vocab_size=99, eot=9), "code.train")])
 def test_verify_names_what_is_not_as_it_was_written(made, copied, part, change, named):
     verify(copied)
     in_meta(lambda meta: meta.update({part: {**(meta[part] or {}), **change}}))(copied)
