@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import repeat, zip_longest
+from itertools import chain, islice, repeat, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -475,8 +475,9 @@ def check_characters(tokenizer: Tokenizer):
                         "another")
 
 
-def changes_text(name: str, texts: list[str], tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer changes some of a domain's first texts by design. If so, a note says what happens."""
+def print_changes(documents: list[tuple[str, str]], tokenizer: Tokenizer):
+    """A note, if the tokenizer changes some of the first (domain, text) by design. It says what happens."""
+    texts = [text[:1000] for name, text in documents]
     changes = []
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         words = re.findall(r"\s+|\S+", text)
@@ -484,8 +485,8 @@ def changes_text(name: str, texts: list[str], tokenizer: Tokenizer) -> bool:
         pairs = zip_longest(words, decoded, fillvalue="")
         changes += [f"{before[:40]!r} comes back as {after[:40]!r}" for before, after in pairs if before != after][:1]
     if changes:
-        print(f"note: the tokenizer changes {len(changes)} of the first {len(texts)} documents of {name}: {changes[0]}")
-    return bool(changes)
+        print(f"note: the tokenizer changes {len(changes)} of the first {len(texts)} documents of {documents[0][0]}: "
+              f"{changes[0]}")
 
 
 def settings_digest(settings: dict) -> str:
@@ -861,9 +862,8 @@ class BinWriter:
 
     def publish(self) -> dict:
         """Give the bin its name. Returns its entry of meta.json."""
-        with user_errors(self.path, FIX_FULL):
-            fsync(self.temporary)
-            os.replace(self.temporary, self.path)
+        fsync(self.temporary)
+        os.replace(self.temporary, self.path)
         return {"file": self.path.name, **self.counts, "sha256": self.sha256.hexdigest()}
 
 
@@ -871,38 +871,37 @@ class DomainBuild:
     """A domain that is being built: its two bins, and those of its documents that may become validation.
 
     They are the ones with the smallest content hashes, so the order in which documents come does not matter. Equal
-    documents are held once, so memory is at most the limit in bytes, and a few hundred bytes a document."""
+    documents are held once."""
 
     def __init__(self, name: str, out_dir: Path, dtype: str):
         self.train = BinWriter(out_dir / f"{name}.train.bin", dtype)
         self.val = BinWriter(out_dir / f"{name}.val.bin", dtype)
-        self.first = []  # how its first documents begin
         self.held = {}  # hash → document in UTF-8
-        self.copies = Counter()  # hash → number of documents that are equal to the one that is held
+        self.copies = Counter()  # hash → how often the document came
         self.held_bytes = 0  # each document once
-        self.total_bytes = 0  # of all documents of the domain, as often as they come
+        self.total_bytes = 0  # of all documents of the domain, as often as they came
         self.bound = b"\xff" * 33  # every document with a smaller hash is held
 
     def add(self, raw: bytes, limit: int) -> Iterator[bytes]:
         """Take the next document and hold about `limit` bytes. Yields what is released, which is train text."""
-        # Documents below the bound are held, all others are released at once.
         key = hashlib.sha256(raw).digest()
         self.total_bytes += len(raw)
         if key >= self.bound:
             yield raw
-        elif key in self.held:
-            self.copies[key] += 1
-        else:
+            return
+        self.copies[key] += 1
+        if key not in self.held:
             self.held[key] = raw
             self.held_bytes += len(raw)
             if self.held_bytes > 1.1 * limit:
                 yield from self.shrink(limit)
 
-    def release(self, key: bytes) -> Iterator[bytes]:
-        """Hold a document no longer. Yields it as often as it came."""
-        raw = self.held.pop(key)
-        self.held_bytes -= len(raw)
-        yield from repeat(raw, 1 + self.copies.pop(key, 0))
+    def release(self, keys: Iterable[bytes]) -> Iterator[bytes]:
+        """Hold some documents no longer. Yields each as often as it came."""
+        for key in keys:
+            raw = self.held.pop(key)
+            self.held_bytes -= len(raw)
+            yield from repeat(raw, self.copies.pop(key))
 
     def shrink(self, limit: int) -> Iterator[bytes]:
         """Release the documents with the largest hashes, until at most `limit` bytes or MIN_HELD documents are held."""
@@ -910,57 +909,50 @@ class DomainBuild:
             if self.held_bytes <= limit or len(self.held) <= MIN_HELD:
                 return
             self.bound = key
-            yield from self.release(key)
+            yield from self.release([key])
 
     def choose(self, limit: float) -> list[bytes]:
         """The hashes of validation, in order: of at most `limit` bytes with all copies, but one document at least.
 
         A document that exceeds the limit by itself or by its copies is skipped, so it is train text."""
         keys = sorted(self.held)
-        sizes = {key: len(self.held[key]) * (1 + self.copies[key]) for key in keys}
+        sizes = {key: len(self.held[key]) * self.copies[key] for key in keys}
         chosen = []
-        free = limit
+        total = 0
         for key in keys:
             if sizes[key] > limit:
                 continue
-            free -= sizes[key]
-            if free < 0:
+            total += sizes[key]
+            if total > limit:
                 break
             chosen.append(key)
         # If all exceed it, the first without copies is taken, or else the one with the fewest bytes.
-        return chosen or [min(keys, key=lambda key: sizes[key] if key in self.copies else 0)]
+        return chosen or [min(keys, key=lambda key: sizes[key] if self.copies[key] > 1 else 0)]
 
 
-def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, DomainBuild], out_dir: Path,
-                    tokenizer: Tokenizer, val_fraction: float, val_bytes: int) -> Iterator[tuple[BinWriter, bytes]]:
+def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, DomainBuild], out_dir: Path, dtype: str,
+                    val_fraction: float, val_bytes: int) -> Iterator[tuple[BinWriter, bytes]]:
     """Read a stream of (domain, text) once, and yield (bin, document in UTF-8) as soon as a document's bin is known.
 
     A domain is added to `domains` at its first document."""
-    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     for name, text in documents:
         if name not in domains:
             if len(domains) == MAX_DOMAINS:
                 raise UserError(f"domain {name}: at most {MAX_DOMAINS} domains fit into memory; merge some")
             domains[name] = DomainBuild(name, out_dir, dtype)
-        if len(domains[name].first) < 20:
-            domains[name].first.append(text[:1000])
         # What the domain releases is train text: documents with smaller hashes fill all that validation may have.
         for raw in domains[name].add(text.encode(), val_bytes):
             yield domains[name].train, raw
 
-    # Each domain is known now. A note of the first that the tokenizer changes is enough.
-    any(changes_text(name, domain.first, tokenizer) for name, domain in domains.items())
-    # The size of each domain is known too, so its validation can be chosen among what it holds.
+    # The size of each domain is known now, so its validation can be chosen among what it holds.
     for domain in domains.values():
         for raw in domain.shrink(val_bytes):
             yield domain.train, raw
         chosen = domain.choose(min(val_bytes, val_fraction * domain.total_bytes))
-        for key in sorted(domain.held.keys() - chosen, reverse=True):
-            for raw in domain.release(key):
-                yield domain.train, raw
-        for key in chosen:
-            for raw in domain.release(key):
-                yield domain.val, raw
+        for raw in domain.release(sorted(domain.held.keys() - chosen, reverse=True)):
+            yield domain.train, raw
+        for raw in domain.release(chosen):
+            yield domain.val, raw
 
 
 def batches(items: Iterable, size: Callable, limit: int) -> Iterator[list]:
@@ -995,21 +987,21 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     if val_bytes < 0:
         raise UserError(f"--val_bytes={val_bytes}: must be at least 0")
     # What a killed build left is written again. It left the lock file too.
-    meta_path = out_dir / "meta.json"
     present = [path.name for path in own_files(out_dir, tokenizer) if path.is_file()]
-    if present and not meta_path.exists() and not (out_dir / LOCK).exists():
+    if present and not (out_dir / LOCK).exists():
         raise UserError(f"--out_dir={out_dir}: holds {present[0]}, which no build has left; name another folder")
 
+    dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
+    meta_path = out_dir / "meta.json"
     domains = {}
+    n_bytes = 0
+    n_with_end = 0
     with locked(out_dir):
         if meta_path.exists():
             raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
         try:
             # Encode a batch over all domains at a time, and append each document to its bin.
-            assigned = split_documents(documents, domains, out_dir, tokenizer, val_fraction, val_bytes)
-            n_bytes = 0
-            n_told = 0
-            n_with_end = 0
+            assigned = split_documents(documents, domains, out_dir, dtype, val_fraction, val_bytes)
             for batch in batches(assigned, lambda pair: len(pair[1]), BATCH_BYTES):
                 encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
                 for (writer, raw), ids in zip(batch, encoded, strict=True):
@@ -1018,12 +1010,9 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                         n_with_end += 1  # it would end in the middle
                     else:
                         writer.append(ids, tokenizer.eot, len(raw))
-                for domain in domains.values():
-                    domain.train.flush()
-                    domain.val.flush()
-                if n_bytes >= n_told + PIECE:  # short documents make small batches
-                    n_told = n_bytes
-                    print(f"{n_bytes / 1e6:,.1f} MB of text", flush=True)
+                for writer in {writer for writer, raw in batch}:
+                    writer.flush()
+                print(f"{n_bytes / 1e6:,.1f} MB of text", flush=True)
                 batch.clear()
                 encoded.clear()
             if n_with_end:
@@ -1033,7 +1022,6 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
             entries = {}
             for name, domain in domains.items():
                 if domain.train.counts and domain.val.counts:
-                    dtype = domain.train.dtype.name
                     entries[name] = {"dtype": dtype, "train": domain.train.publish(), "val": domain.val.publish()}
                 else:
                     domain.train.temporary.unlink()
@@ -1051,16 +1039,10 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
 
 def own_files(folder: Path, tokenizer: Tokenizer) -> list[Path]:
     """What there is in a folder by the names that a build would use; not the tokenizer's files where they lie."""
-    found = [copy for copy in files_to_copy(folder, tokenizer) if copy.exists()]
-    for pattern in ("*.train.bin*", "*.val.bin*", "meta.json.tmp"):
-        found += sorted(folder.glob(pattern))
-    return found
-
-
-def files_to_copy(folder: Path, tokenizer: Tokenizer) -> dict[Path, Path]:
-    """The tokenizer's files that are not in the folder already: where each is copied to → where it is."""
-    copies = {folder / path.name: path for path in tokenizer.files}
-    return {copy: path for copy, path in copies.items() if not copy.exists() or not copy.samefile(path)}
+    patterns = [path.name for path in tokenizer.files if path.parent.resolve() != folder.resolve()]
+    for pattern in ("*.train.bin", "*.val.bin", "meta.json"):
+        patterns += [pattern, pattern + ".tmp"]
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], made_by: dict | None = None) -> dict:
@@ -1068,12 +1050,12 @@ def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], mad
 
     `domains`: name → {"dtype": "uint16" or "uint32", "train": side, "val": side}, each side {"file", "tokens",
     "sha256"}. This opens nanoGPT's train.bin and val.bin, too, as one domain."""
-    for copy, path in files_to_copy(folder, tokenizer).items():
-        shutil.copyfile(path, copy)
-    files = [path.name for path in tokenizer.files]
-    tokenizer_entry = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
-                       "eot_token": tokenizer.eot_token, "fingerprint": tokenizer.fingerprint, "files": files}
-    meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer_entry, "domains": domains, "made_by": made_by}
+    for path in tokenizer.files:
+        with suppress(shutil.SameFileError):
+            shutil.copyfile(path, folder / path.name)
+    entry = {key: getattr(tokenizer, key) for key in TOKENIZER_KEYS}
+    entry["files"] = [path.name for path in tokenizer.files]
+    meta = {"format_version": FORMAT_VERSION, "tokenizer": entry, "domains": domains, "made_by": made_by}
     fsync(folder)
     write_text(folder / "meta.json", json.dumps(meta, indent=1))
     return meta
@@ -1192,7 +1174,9 @@ def main():
     # Build the bins. After an error too, say what was left out: it may be the reason.
     documents = read_documents(files, arguments.text_key, arguments.domain_key, left_out)
     try:
-        meta = build_bins(arguments.out_dir, tokenizer, documents, val_fraction=arguments.val_fraction,
+        first = list(islice(documents, 20))
+        print_changes(first, tokenizer)
+        meta = build_bins(arguments.out_dir, tokenizer, chain(first, documents), val_fraction=arguments.val_fraction,
                           val_bytes=arguments.val_bytes, made_by=vars(arguments))
     finally:
         for name, reasons in left_out.items():
@@ -1204,9 +1188,9 @@ def main():
     for name, domain in meta["domains"].items():
         train = domain["train"]
         val = domain["val"]
+        documents = train["documents"] + val["documents"]
         megabytes = (train["bytes"] + val["bytes"]) / 1e6
-        rows.append([name, f"{train['documents'] + val['documents']:,}", f"{megabytes:,.1f}", f"{train['tokens']:,}",
-                     f"{val['tokens']:,}"])
+        rows.append([name, f"{documents:,}", f"{megabytes:,.1f}", f"{train['tokens']:,}", f"{val['tokens']:,}"])
         if val["documents"] < 20 or val["tokens"] < 20_000:
             print(f"WARNING: {name} has only {val['documents']} documents, {val['tokens']:,} tokens, for validation, "
                   "and r follows what these are like; give it more text or shorter documents, or raise --val_fraction")
