@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, islice, repeat, zip_longest
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +58,8 @@ def user_errors(source: str | Path, fix: str):
 def run_program(main: Callable):
     """Run `main` as a program, and end it in one way.
 
-    A UserError or OSError is one message and status 2, Ctrl-C is status 130, and a closed output (as head's) 141, all
-    without a traceback. Under torchrun an error that all ranks raise is printed by rank 0 alone: torchrun ends the
-    others while they wait."""
+    A UserError or OSError is one message and status 2, Ctrl-C status 130, a closed output (as head's) 141, all without
+    a traceback. Under torchrun rank 0 alone prints an error that all ranks raise: torchrun ends the others."""
     rank = os.environ.get("RANK")
     status = 0
     with suppress(AttributeError):  # an output that the shell closed is None
@@ -106,8 +105,8 @@ def import_optional(module: str, needed_for: str, or_else: str = ""):
 def model_folder(source: str | Path, option: str, files: Iterable[str]) -> Path:
     """The folder that `source` names. If it is a name on the Hugging Face Hub, the folder that has `files` (patterns).
 
-    It is a name if it looks like OWNER/MODEL and neither it nor OWNER exists here. What huggingface_hub's cache lacks
-    is downloaded. UserError if that cannot be done; it names the `option` that gave the source."""
+    It is a name if it looks like OWNER/MODEL and neither it nor OWNER exists here. UserError, which names the `option`
+    that gave the source, if what huggingface_hub's cache lacks cannot be downloaded."""
     path = Path(source)
     if path.exists() or path.parent.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         return path
@@ -175,17 +174,7 @@ def locked(folder: Path):
 FORMAT_VERSION = 2
 
 
-TOKENIZER_KEYS = {"name": str, "vocab_size": int, "eot": int, "eot_token": str, "fingerprint": str, "files": list}
-BIN_KEYS = {"file": str, "tokens": int, "sha256": str}
-
-
-def check_keys(entry: dict, keys: dict[str, type], where: str):
-    """ValueError if an entry of meta.json lacks one of the keys, or has something of another type there."""
-    for key, kind in keys.items():
-        if type(entry.get(key)) is not kind:
-            raise ValueError(f"{where} has {entry.get(key)!r} as its {key}")
-
-
+TOKENIZER_KEYS = ("name", "vocab_size", "eot", "eot_token", "fingerprint", "files")  # of its entry in meta.json
 def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
     """meta.json of a bins folder, checked against the files beside it. UserError names the `option` that gave it."""
     data_dir = Path(data_dir)
@@ -196,10 +185,8 @@ def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
-        if not meta["domains"]:
-            raise ValueError("has no domains")
         tokenizer = meta["tokenizer"]
-        check_keys(tokenizer, TOKENIZER_KEYS, "the tokenizer")
+        lacking = set(TOKENIZER_KEYS) - tokenizer.keys()
         # Every file is in the folder itself, and every bin has the size that its number of tokens gives.
         sizes = dict.fromkeys(tokenizer["files"])  # None: any size
         for name, domain in meta["domains"].items():
@@ -207,10 +194,12 @@ def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
             if not tokenizer["eot"] < tokenizer["vocab_size"] <= np.iinfo(dtype).max + 1:
                 raise ValueError(f"domain {name}: {dtype} and the end of text do not fit the number of ids")
             for entry in (domain["train"], domain["val"]):
-                check_keys(entry, BIN_KEYS, f"domain {name}")
+                lacking |= {"sha256"} - entry.keys()
                 if entry["file"] in sizes:
                     raise ValueError(f"domain {name}: {entry['file']} is named twice")
                 sizes[entry["file"]] = entry["tokens"] * dtype.itemsize
+        if lacking or not meta["domains"]:
+            raise ValueError(f"lacks {' '.join(lacking) or 'domains'}")
         for name, size in sizes.items():
             file = data_dir / name
             if file.parent != data_dir or not file.is_file() or size not in (None, file.stat().st_size):
@@ -222,8 +211,8 @@ class TokenBins:
     """The bins of a folder, cut into windows of block_size + 1 tokens: the inputs, and the targets one token later.
 
     A bin of n tokens has (n − 1) // B windows, B = block_size, and window i is the tokens i·B … i·B + B inclusive.
-    `names` selects domains (default: all). UserError, which names the `option` that gave them, if a domain is missing
-    or has no train window. No file stays open, so an instance can be pickled."""
+    `names`, given by `option`, selects domains (default: all). UserError if one is missing or has no train window. No
+    file stays open, so an instance can be pickled."""
 
     def __init__(self, data_dir: str | Path, block_size: int, names: list[str] | None = None,
                  option: str = "--domains"):
@@ -274,10 +263,8 @@ class TokenBins:
         return windows
 
     def eval_windows(self, name: str, side: str, n: int) -> np.ndarray:
-        """`n` windows of a domain's validation bin, (n, block_size + 1) int64: evenly spaced over its first half if
-        `side` is "val", and over its second if it is "test".
-
-        The bin's documents are in the order of their hashes, so the halves hold random ones. UserError if there are
+        """`n` windows of a domain's validation bin, evenly spaced over its first half (`side` is "val") or its second
+        ("test"): (n, block_size + 1) int64. The order of hashes makes its documents random. UserError if there are
         fewer windows in that half."""
         return self._windows(name, "val", self._eval_ids(name, side, n))
 
@@ -359,11 +346,9 @@ class Tokenizer:
 def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
     """The tokenizer `source`: "bytes", a tiktoken encoding, a tokenizer.json or the folder that holds one,
     or a model's name on the Hugging Face Hub. `eot` is the token that ends a document; default: the tokenizer's own
-    (`eos_token` in tokenizer_config.json). UserError if there is no such tokenizer or token, or if it has to be
-    downloaded and cannot be."""
+    (`eos_token` in tokenizer_config.json). UserError if there is no such tokenizer or token."""
     names = ["bytes", *tiktoken.list_encoding_names()]
-    # Names come first, even if there is a folder of the same name.
-    if source in names:
+    if source in names:  # even if there is a folder of the same name
         return _tiktoken_tokenizer(source, eot)
     path = model_folder(source, "--tokenizer", TOKENIZER_FILES)
     if path.is_dir():
@@ -436,9 +421,8 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
         if tokens.setdefault(i, token) != token:
             raise UserError(f"--tokenizer={path}: {tokens[i]!r} and {token!r} have one id, {i}; name another")
     if eot not in vocab:
-        raise UserError(f"--eot={eot}: not a token of {path.parent}, whose tokenizer_config.json should name the one "
-                        "that ends a document as eos_token; name it with --eot=TOKEN (data.py and model.py); a run "
-                        "requires bins of its models' own tokenizer")
+        raise UserError(f"--eot={eot}: not a token of {path.parent}, whose tokenizer_config.json should name the end "
+                        "of text as eos_token; name it with --eot=TOKEN (data.py and model.py)")
 
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
         ids = []
@@ -480,10 +464,10 @@ def print_changes(documents: list[tuple[str, str]], tokenizer: Tokenizer):
     texts = [text[:1000] for name, text in documents]
     changes = []
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        words = re.findall(r"\s+|\S+", text)
-        decoded = re.findall(r"\s+|\S+", tokenizer.decode(ids.tolist()))
-        pairs = zip_longest(words, decoded, fillvalue="")
-        changes += [f"{before[:40]!r} comes back as {after[:40]!r}" for before, after in pairs if before != after][:1]
+        decoded = tokenizer.decode(ids.tolist())
+        if decoded != text:
+            start = len(os.path.commonprefix([text, decoded]))
+            changes.append(f"{text[start:start + 40]!r} comes back as {decoded[start:start + 40]!r}")
     if changes:
         print(f"note: the tokenizer changes {len(changes)} of the first {len(texts)} documents of {documents[0][0]}: "
               f"{changes[0]}")
@@ -504,10 +488,8 @@ def bytes_settings() -> dict:
     """The tokenizer `bytes` as a tokenizer.json: GPT-2's alphabet, in which each byte is a character, and no merges."""
     # Bytes that are not printable are the characters from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    vocab = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    for i, byte in enumerate(others):
-        vocab[chr(256 + i)] = byte
+    others = sorted(set(range(256)) - set(printable))
+    vocab = dict(zip(map(chr, [*printable, *range(256, 256 + len(others))]), [*printable, *others]))
     # All fields that the library writes, so that a file that it wrote again has the same fingerprint.
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     end_of_text = {"id": 256, "content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False,
@@ -566,11 +548,9 @@ def write_tokenizer_config(folder: Path, model_type: str, eot_token: str):
     Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever is named, unless `auto_map` names code too.
     Without trust_remote_code that is not run, but the named class counts."""
     path = folder / "tokenizer_config.json"
-    before = {}
     config = {"bos_token": eot_token, "clean_up_tokenization_spaces": False}  # the beginning is the end, as GPT-2's
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
-        config = dict(before)
+        config = json.loads(path.read_text(encoding="utf-8"))
     if not config.get("eos_token"):
         config["eos_token"] = eot_token
     if not str(config.get("tokenizer_class")).startswith("Qwen2Tokenizer"):
@@ -580,18 +560,15 @@ def write_tokenizer_config(folder: Path, model_type: str, eot_token: str):
             config["auto_map"] = {"AutoTokenizer": [None, "tokenizer_as_saved.TokenizerAsSaved"]}
             write_text(folder / "tokenizer_as_saved.py", "from transformers import PreTrainedTokenizerFast\n\n\n"
                        "class TokenizerAsSaved(PreTrainedTokenizerFast):\n    pass\n")
-    if config != before:
-        write_text(path, json.dumps(config, indent=2))
+    write_text(path, json.dumps(config, indent=2))
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
     """The tokenizer of a model's folder, or None if the folder has none. `eot` as in load_tokenizer."""
     path = folder / TOKENIZER_META
-    # The folder was written by a run.
-    if path.is_file():
+    if path.is_file():  # a run wrote the folder
         with user_errors(path, "copy it again from the folder that a run wrote"):
             return saved_tokenizer(folder, json.loads(path.read_text(encoding="utf-8")), eot)
-    # The folder comes from elsewhere.
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder, eot)
     return None
@@ -601,15 +578,11 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
 
 PIECE = 8_000_000  # characters, about: a longer text becomes several documents, so that memory stays bounded
 RECORDS = (".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet")  # suffixes of files of records
-KNOWN = (*RECORDS, ".csv", ".tsv", ".gz", ".zst")  # suffixes that say how a file is read
-
-
 def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Counter]) -> dict[str, list[Path]]:
     """NAME=GLOB words to domain → sorted files. If records are `labelled`, plain GLOB words are allowed: "" → files.
 
-    A folder, or a glob of folders alone, stands for all files below that are not hidden. A domain has each file once,
-    whatever links lead to it. UserError if a word matches no file, or one whose suffix says that it is not read.
-    `left_out` as in read_documents."""
+    A domain has each file once, whatever links lead to it. UserError if a word matches no file, or one whose suffix
+    says that it is not read. `left_out` as in read_documents."""
     domains = defaultdict(lambda: defaultdict(list))  # name → device and number of a file → its names
     for word in sources:
         named = re.fullmatch("([A-Za-z0-9][A-Za-z0-9_-]*)=(.*)", word)
@@ -632,7 +605,7 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
     found = {}
     for name, files in domains.items():
         # Of the names of a file, the first that says how it is read is used.
-        found[name] = sorted(min(names, key=has_no_known_suffix) for names in files.values())
+        found[name] = sorted(min(names, key=lambda path: not is_known(path)) for names in files.values())
         for path in found[name]:
             suffix = suffix_of(path)
             if suffix in (".csv", ".tsv"):
@@ -645,18 +618,15 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
 
 
 def find_files(pattern: str, left_out: Counter) -> list[Path]:
-    """The files that a name, a folder or a glob stands for."""
+    """The files that a name or a glob stands for. If these are folders alone: all files in them that are not hidden."""
     pattern = os.path.expanduser(pattern)
-    # A name that exists is no pattern.
     if os.path.lexists(pattern):
-        pattern = glob.escape(pattern)
+        pattern = glob.escape(pattern)  # a name that exists is no pattern
     paths = find_paths(pattern, left_out)
-    files = set(filter(os.path.isfile, paths))
-    if not files:
-        for folder in filter(os.path.isdir, paths):
-            paths = find_paths(os.path.join(glob.escape(folder), "**"), left_out)
-            files.update(filter(os.path.isfile, paths))
-    return sorted(map(Path, files))
+    if not any(map(os.path.isfile, paths)):
+        for folder in list(filter(os.path.isdir, paths)):
+            paths += find_paths(os.path.join(glob.escape(folder), "**"), left_out)
+    return sorted(map(Path, set(filter(os.path.isfile, paths))))
 
 
 def find_paths(pattern: str, left_out: Counter) -> list[str]:
@@ -690,9 +660,9 @@ def suffix_of(path: Path) -> str:
     return path.suffix.lower()
 
 
-def has_no_known_suffix(path: Path) -> bool:
-    """Whether a file's name does not say how it is read."""
-    return {path.suffix, suffix_of(path)}.isdisjoint(KNOWN)
+def is_known(path: Path) -> bool:
+    """Whether a file's name says how it is read."""
+    return path.suffix in (".gz", ".zst") or suffix_of(path) in (*RECORDS, ".csv", ".tsv")
 
 
 def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
@@ -734,16 +704,11 @@ def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
                     counts["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
                 # A long text is several documents.
                 found = True
-                for piece in pieces(io.StringIO(text)):
+                file = io.StringIO(text)
+                while piece := file.read(PIECE) + file.readline(PIECE):
                     yield domain, piece
         if not found:
             raise UserError(f"{name or 'records'}: no document in its {len(paths)} files; notes say what was left out")
-
-
-def pieces(file: io.TextIOBase) -> Iterator[str]:
-    """The text of a file, cut at ends of lines where it is long."""
-    while piece := file.read(PIECE) + file.readline(PIECE):
-        yield piece
 
 
 def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> Iterator[dict]:
@@ -761,7 +726,7 @@ def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> 
                 yield from json_records(file, path, left_out)
                 return
             taken = ""
-            for piece in pieces(file):
+            while piece := file.read(PIECE) + file.readline(PIECE):
                 # Text has no NUL characters.
                 if "\0" in piece:
                     left_out[f"binary files left out{taken}"] += 1
@@ -828,7 +793,6 @@ def _open_text(path: Path) -> io.TextIOWrapper:
 
 BATCH_BYTES = 32 << 20  # of text that is encoded at once: enough for many cores
 BATCH_DOCUMENTS = 100_000  # at most, however short they are
-FIX_FULL = "make room there, and build again"
 MAX_DOMAINS = 256  # each keeps up to --val_bytes in memory
 MIN_HELD = 8  # documents of a domain, among which validation is chosen however few bytes it may have
 
@@ -856,7 +820,7 @@ class BinWriter:
 
     def flush(self):
         """Write the documents that wait."""
-        with user_errors(self.path, FIX_FULL), open(self.temporary, "ab") as file:
+        with user_errors(self.path, "make room there, and build again"), open(self.temporary, "ab") as file:
             file.writelines(self.waiting)
         self.waiting.clear()
 
@@ -871,23 +835,23 @@ class DomainBuild:
     """A domain that is being built: its two bins, and those of its documents that may become validation.
 
     They are the ones with the smallest content hashes, so the order in which documents come does not matter. Equal
-    documents are held once."""
+    documents are held once. `add` and `split` yield pairs of a bin and a document in UTF-8."""
 
     def __init__(self, name: str, out_dir: Path, dtype: str):
         self.train = BinWriter(out_dir / f"{name}.train.bin", dtype)
         self.val = BinWriter(out_dir / f"{name}.val.bin", dtype)
-        self.held = {}  # hash → document in UTF-8
+        self.held = {}  # hash → document
         self.copies = Counter()  # hash → how often the document came
         self.held_bytes = 0  # each document once
         self.total_bytes = 0  # of all documents of the domain, as often as they came
         self.bound = b"\xff" * 33  # every document with a smaller hash is held
 
-    def add(self, raw: bytes, limit: int) -> Iterator[bytes]:
-        """Take the next document and hold about `limit` bytes. Yields what is released, which is train text."""
+    def add(self, raw: bytes, limit: int) -> Iterator[tuple[BinWriter, bytes]]:
+        """Take the next document and hold about `limit` bytes."""
         key = hashlib.sha256(raw).digest()
         self.total_bytes += len(raw)
         if key >= self.bound:
-            yield raw
+            yield self.train, raw
             return
         self.copies[key] += 1
         if key not in self.held:
@@ -896,38 +860,40 @@ class DomainBuild:
             if self.held_bytes > 1.1 * limit:
                 yield from self.shrink(limit)
 
-    def release(self, keys: Iterable[bytes]) -> Iterator[bytes]:
-        """Hold some documents no longer. Yields each as often as it came."""
-        for key in keys:
-            raw = self.held.pop(key)
-            self.held_bytes -= len(raw)
-            yield from repeat(raw, self.copies.pop(key))
-
-    def shrink(self, limit: int) -> Iterator[bytes]:
-        """Release the documents with the largest hashes, until at most `limit` bytes or MIN_HELD documents are held."""
+    def shrink(self, limit: int) -> Iterator[tuple[BinWriter, bytes]]:
+        """Hold at most `limit` bytes or MIN_HELD documents. Others are train text: those with smaller hashes fill all
+        that validation may have."""
         for key in sorted(self.held, reverse=True):
             if self.held_bytes <= limit or len(self.held) <= MIN_HELD:
                 return
             self.bound = key
-            yield from self.release([key])
+            raw = self.held.pop(key)
+            self.held_bytes -= len(raw)
+            yield from repeat((self.train, raw), self.copies.pop(key))
 
-    def choose(self, limit: float) -> list[bytes]:
-        """The hashes of validation, in order: of at most `limit` bytes with all copies, but one document at least.
-
-        A document that exceeds the limit by itself or by its copies is skipped, so it is train text."""
+    def split(self, fraction: float, limit: int) -> Iterator[tuple[BinWriter, bytes]]:
+        """After the last document: validation has at most `limit` bytes and this fraction, and a document at least."""
+        yield from self.shrink(limit)
         keys = sorted(self.held)
         sizes = {key: len(self.held[key]) * self.copies[key] for key in keys}
+        limit = min(limit, fraction * self.total_bytes)
+        # A document that exceeds the limit by itself or by its copies is train text.
         chosen = []
         total = 0
         for key in keys:
-            if sizes[key] > limit:
-                continue
-            total += sizes[key]
-            if total > limit:
-                break
-            chosen.append(key)
+            if sizes[key] <= limit:
+                total += sizes[key]
+                if total > limit:
+                    break
+                chosen.append(key)
         # If all exceed it, the first without copies is taken, or else the one with the fewest bytes.
-        return chosen or [min(keys, key=lambda key: sizes[key] if self.copies[key] > 1 else 0)]
+        if not chosen:
+            chosen = [min(keys, key=lambda key: sizes[key] if self.copies[key] > 1 else 0)]
+        for key in sorted(self.held.keys() - chosen, reverse=True):
+            yield from repeat((self.train, self.held[key]), self.copies[key])
+        for key in chosen:
+            yield from repeat((self.val, self.held[key]), self.copies[key])
+        self.held.clear()
 
 
 def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, DomainBuild], out_dir: Path, dtype: str,
@@ -940,19 +906,9 @@ def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, Dom
             if len(domains) == MAX_DOMAINS:
                 raise UserError(f"domain {name}: at most {MAX_DOMAINS} domains fit into memory; merge some")
             domains[name] = DomainBuild(name, out_dir, dtype)
-        # What the domain releases is train text: documents with smaller hashes fill all that validation may have.
-        for raw in domains[name].add(text.encode(), val_bytes):
-            yield domains[name].train, raw
-
-    # The size of each domain is known now, so its validation can be chosen among what it holds.
+        yield from domains[name].add(text.encode(), val_bytes)
     for domain in domains.values():
-        for raw in domain.shrink(val_bytes):
-            yield domain.train, raw
-        chosen = domain.choose(min(val_bytes, val_fraction * domain.total_bytes))
-        for raw in domain.release(sorted(domain.held.keys() - chosen, reverse=True)):
-            yield domain.train, raw
-        for raw in domain.release(chosen):
-            yield domain.val, raw
+        yield from domain.split(val_fraction, val_bytes)
 
 
 def batches(items: Iterable, size: Callable, limit: int) -> Iterator[list]:
@@ -977,10 +933,8 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     Of each domain, the documents with the smallest content hashes are validation, in the order of their hashes: at most
     val_fraction (below 1) of the domain's bytes and val_bytes, and at least one distinct document on each side. A
     domain with a single one is left out. Memory is at most val_bytes a domain, a few hundred bytes for each document
-    that is held, and a batch: BATCH_BYTES and one document, with 4 bytes for each of its ids, or about 100 while a
-    tokenizer.json encodes a part of it. A build that is killed leaves only temporary files, and has to start again.
-    `made_by` is kept in meta.json. UserError if out_dir holds bins or other files of their names, or is in use, or if
-    no domain is left."""
+    that is held, and a batch. A build that is killed has to start again. `made_by` is kept in meta.json. UserError if
+    out_dir holds files of the same names or is in use, or if no domain is left."""
     out_dir = Path(out_dir)
     if not 0 <= val_fraction < 1:
         raise UserError(f"--val_fraction={val_fraction}: must be at least 0 and below 1")
@@ -992,12 +946,11 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         raise UserError(f"--out_dir={out_dir}: holds {present[0]}, which no build has left; name another folder")
 
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
-    meta_path = out_dir / "meta.json"
     domains = {}
     n_bytes = 0
     n_with_end = 0
     with locked(out_dir):
-        if meta_path.exists():
+        if (out_dir / "meta.json").exists():
             raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
         try:
             # Encode a batch over all domains at a time, and append each document to its bin.
@@ -1029,8 +982,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                     print(f"note: {name}: left out; a domain requires two distinct documents, to train and to validate")
             if not entries:
                 raise UserError(f"--out_dir={out_dir}: no domain has two distinct documents")
-            with user_errors(meta_path, FIX_FULL):
-                return write_meta(out_dir, tokenizer, entries, made_by)
+            return write_meta(out_dir, tokenizer, entries, made_by)
         except BaseException:
             for path in own_files(out_dir, tokenizer):
                 path.unlink()
@@ -1193,7 +1145,7 @@ def main():
         rows.append([name, f"{documents:,}", f"{megabytes:,.1f}", f"{train['tokens']:,}", f"{val['tokens']:,}"])
         if val["documents"] < 20 or val["tokens"] < 20_000:
             print(f"WARNING: {name} has only {val['documents']} documents, {val['tokens']:,} tokens, for validation, "
-                  "and r follows what these are like; give it more text or shorter documents, or raise --val_fraction")
+                  "and r follows these; give it more text, or raise --val_fraction")
     print_table(rows)
     print(f"wrote {arguments.out_dir}")
 
