@@ -172,9 +172,9 @@ def locked(folder: Path):
 # ------------ Windows and bins ----------------------------------------------------------------------------------------
 
 FORMAT_VERSION = 2
-
-
 TOKENIZER_KEYS = ("name", "vocab_size", "eot", "eot_token", "fingerprint", "files")  # of its entry in meta.json
+
+
 def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
     """meta.json of a bins folder, checked against the files beside it. UserError names the `option` that gave it."""
     data_dir = Path(data_dir)
@@ -270,12 +270,9 @@ class TokenBins:
 
     def _eval_ids(self, name: str, side: str, n: int) -> np.ndarray:
         # If the number of windows is odd, the second half is the larger one.
-        windows = self._count(name, "val")
-        first = 0
-        available = windows // 2
-        if side == "test":
-            first = available
-            available = windows - first
+        half = self._count(name, "val") // 2
+        first = 0 if side == "val" else half
+        available = half if side == "val" else self._count(name, "val") - half
         if n > available:
             raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {available} windows of "
                             f"{self.block_size} tokens in that half of its validation bin; lower --{side}_samples or "
@@ -455,8 +452,7 @@ def check_characters(tokenizer: Tokenizer):
     pairs = zip(characters, decoded, strict=True)
     lost = [repr(c) for c, text in pairs if "\ufffd" in text or text == ab and c in PROBE_TEXT]
     if lost:
-        raise UserError(f"--tokenizer={tokenizer.name}: loses {' '.join(lost[:20])}, without an unknown token; name "
-                        "another")
+        raise UserError(f"--tokenizer={tokenizer.name}: loses {' '.join(lost[:20])}; name one that keeps them")
 
 
 def print_changes(documents: list[tuple[str, str]], tokenizer: Tokenizer):
@@ -505,13 +501,11 @@ def saved_tokenizer(folder: Path, entry: dict, eot: str = "") -> Tokenizer:
     """The tokenizer of an entry of meta.json: from its files in `folder`, or by its name. UserError if it changed.
     `eot` as in load_tokenizer; default: the entry's."""
     source = folder if entry["files"] else entry["name"]
-    tokenizer = load_tokenizer(source, entry["eot_token"])
+    tokenizer = load_tokenizer(source, eot or entry["eot_token"])
     changed = [key for key in ("fingerprint", "vocab_size", "eot") if getattr(tokenizer, key) != entry[key]]
-    if changed:
+    if changed and not (eot and changed == ["eot"]):
         raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with, by its "
                         f"{' '.join(changed)}; copy its files again, or install the version that was used then")
-    if eot:
-        return load_tokenizer(source, eot)
     return tokenizer
 
 
@@ -578,6 +572,8 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
 
 PIECE = 8_000_000  # characters, about: a longer text becomes several documents, so that memory stays bounded
 RECORDS = (".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet")  # suffixes of files of records
+
+
 def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Counter]) -> dict[str, list[Path]]:
     """NAME=GLOB words to domain → sorted files. If records are `labelled`, plain GLOB words are allowed: "" → files.
 
@@ -604,8 +600,8 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
 
     found = {}
     for name, files in domains.items():
-        # Of the names of a file, the first that says how it is read is used.
-        found[name] = sorted(min(names, key=lambda path: not is_known(path)) for names in files.values())
+        # Of the names of a file, the first that says that it holds records is used, if there is one.
+        found[name] = sorted(min(names, key=lambda path: suffix_of(path) not in RECORDS) for names in files.values())
         for path in found[name]:
             suffix = suffix_of(path)
             if suffix in (".csv", ".tsv"):
@@ -632,24 +628,25 @@ def find_files(pattern: str, left_out: Counter) -> list[Path]:
 def find_paths(pattern: str, left_out: Counter) -> list[str]:
     """What glob.glob finds, but links in a circle end, and what cannot be read is counted."""
     head, deep, tail = pattern.partition("**")
-    paths = []
     if not deep:
         paths = glob.glob(pattern)
         lost = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
         left_out.update(["links to nothing, pipes and devices left out"] * len(lost))
         return paths
 
-    # The folders that ** stands for, each entered once, and what the rest of the pattern matches in them.
+    # Each folder that ** stands for is entered once, and the rest of the pattern matches in it.
+    paths = []
     entered = set()
     for top in glob.glob(head or "."):
         walk = os.walk(top, followlinks=True, onerror=lambda _: left_out.update(["unreadable folders left out"]))
         for folder, subfolders, _ in walk:
             real = os.path.realpath(folder)
-            subfolders[:] = [name for name in subfolders if real not in entered and not name.startswith(".")]
-            if real not in entered:
-                entered.add(real)
-                rest = tail.lstrip("/") or "*"
-                paths += find_paths(os.path.join(glob.escape(folder), rest), left_out)
+            if real in entered:
+                subfolders.clear()
+                continue
+            entered.add(real)
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+            paths += find_paths(os.path.join(glob.escape(folder), tail.lstrip("/") or "*"), left_out)
     return paths
 
 
@@ -658,11 +655,6 @@ def suffix_of(path: Path) -> str:
     if path.suffix in (".gz", ".zst"):
         path = path.with_suffix("")
     return path.suffix.lower()
-
-
-def is_known(path: Path) -> bool:
-    """Whether a file's name says how it is read."""
-    return path.suffix in (".gz", ".zst") or suffix_of(path) in (*RECORDS, ".csv", ".tsv")
 
 
 def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
@@ -941,9 +933,9 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     if val_bytes < 0:
         raise UserError(f"--val_bytes={val_bytes}: must be at least 0")
     # What a killed build left is written again. It left the lock file too.
-    present = [path.name for path in own_files(out_dir, tokenizer) if path.is_file()]
-    if present and not (out_dir / LOCK).exists():
-        raise UserError(f"--out_dir={out_dir}: holds {present[0]}, which no build has left; name another folder")
+    for path in own_files(out_dir, tokenizer):
+        if path.is_file() and not (out_dir / LOCK).exists():
+            raise UserError(f"--out_dir={out_dir}: holds {path.name}, which no build has left; name another folder")
 
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     domains = {}
@@ -992,8 +984,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
 def own_files(folder: Path, tokenizer: Tokenizer) -> list[Path]:
     """What there is in a folder by the names that a build would use; not the tokenizer's files where they lie."""
     patterns = [path.name for path in tokenizer.files if path.parent.resolve() != folder.resolve()]
-    for pattern in ("*.train.bin", "*.val.bin", "meta.json"):
-        patterns += [pattern, pattern + ".tmp"]
+    patterns += ["*.train.bin", "*.train.bin.tmp", "*.val.bin", "*.val.bin.tmp", "meta.json", "meta.json.tmp"]
     return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
