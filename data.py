@@ -545,6 +545,7 @@ def write_tokenizer_config(folder: Path, model_type: str, eot_token: str):
     config = {"bos_token": eot_token, "clean_up_tokenization_spaces": False}  # the beginning is the end, as GPT-2's
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
+    before = dict(config)
     if not config.get("eos_token"):
         config["eos_token"] = eot_token
     if not str(config.get("tokenizer_class")).startswith("Qwen2Tokenizer"):
@@ -554,7 +555,8 @@ def write_tokenizer_config(folder: Path, model_type: str, eot_token: str):
             config["auto_map"] = {"AutoTokenizer": [None, "tokenizer_as_saved.TokenizerAsSaved"]}
             write_text(folder / "tokenizer_as_saved.py", "from transformers import PreTrainedTokenizerFast\n\n\n"
                        "class TokenizerAsSaved(PreTrainedTokenizerFast):\n    pass\n")
-    write_text(path, json.dumps(config, indent=2))
+    if config != before:
+        write_text(path, json.dumps(config, indent=2))
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
