@@ -758,9 +758,7 @@ def value_at(record: dict, key: str):
     if key in record:
         return record[key]
     for name in key.split("."):
-        if not isinstance(record, dict):
-            return None
-        record = record.get(name)
+        record = record.get(name) if isinstance(record, dict) else None
     return record
 
 
@@ -871,15 +869,10 @@ class DomainBuild:
         keys = sorted(self.held)
         sizes = {key: len(self.held[key]) * self.copies[key] for key in keys}
         limit = min(limit, fraction * self.total_bytes)
-        # A document that exceeds the limit by itself or by its copies is train text.
-        chosen = []
-        total = 0
-        for key in keys:
-            if sizes[key] <= limit:
-                total += sizes[key]
-                if total > limit:
-                    break
-                chosen.append(key)
+        # A document that exceeds the limit by itself or by its copies is train text. The others fill the limit.
+        small = [key for key in keys if sizes[key] <= limit]
+        totals = np.cumsum([sizes[key] for key in small])
+        chosen = small[:np.searchsorted(totals, limit, side="right")]
         # If all exceed it, the first without copies is taken, or else the one with the fewest bytes.
         if not chosen:
             chosen = [min(keys, key=lambda key: sizes[key] if self.copies[key] > 1 else 0)]
