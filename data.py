@@ -195,8 +195,8 @@ def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
                 raise ValueError(f"domain {name}: {dtype} and the end of text do not fit the number of ids")
             for entry in (domain["train"], domain["val"]):
                 lacking |= {"sha256"} - entry.keys()
-                if entry["file"] in sizes:
-                    raise ValueError(f"domain {name}: {entry['file']} is named twice")
+                if entry["file"] in sizes or entry["tokens"] < 1:
+                    raise ValueError(f"domain {name}: {entry['file']} is empty, or named twice")
                 sizes[entry["file"]] = entry["tokens"] * dtype.itemsize
         if lacking or not meta["domains"]:
             raise ValueError(f"lacks {' '.join(lacking) or 'domains'}")
@@ -457,7 +457,7 @@ def check_characters(tokenizer: Tokenizer):
 
 def print_changes(documents: list[tuple[str, str]], tokenizer: Tokenizer):
     """A note, if the tokenizer changes some of the first (domain, text) by design. It says what happens."""
-    texts = [text[:1000] for name, text in documents]
+    texts = [text[:1000] for name, text in documents if name == documents[0][0]]
     changes = []
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
         decoded = tokenizer.decode(ids.tolist())
