@@ -712,7 +712,7 @@ def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> 
         if suffix == ".parquet":
             file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path, buffer_size=PIECE)
             # Columns that the file lacks are left out. Rows may be long, so few are read at once.
-            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=8):
+            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=4):
                 yield from rows.to_pylist()
             return
         with _open_text(path) as file:
