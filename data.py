@@ -418,8 +418,8 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
         if tokens.setdefault(i, token) != token:
             raise UserError(f"--tokenizer={path}: {tokens[i]!r} and {token!r} have one id, {i}; name another")
     if eot not in vocab:
-        raise UserError(f"--eot={eot}: not a token of {path.parent}, whose tokenizer_config.json should name the end "
-                        "of text as eos_token; name it with --eot=TOKEN (data.py and model.py)")
+        raise UserError(f"--eot={eot}: not a token of {path.parent}, whose tokenizer_config.json names the end of text "
+                        "as eos_token; name the token that ends a document with --eot=TOKEN")
 
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
         ids = []
@@ -515,7 +515,7 @@ def is_tiktoken(name: str, files: Iterable) -> bool:
 
 
 def save_tokenizer(folder: Path, bins: TokenBins):
-    """Write the bins' tokenizer to a model's folder: its files, and its entry of meta.json."""
+    """Write the bins' tokenizer to a model's folder: files, and its entry of meta.json."""
     entry = bins.tokenizer
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name in entry["files"]:
@@ -538,9 +538,9 @@ def save_tokenizer(folder: Path, bins: TokenBins):
 def write_tokenizer_config(folder: Path, model_type: str, eot_token: str):
     """Name the end of text in tokenizer_config.json, and the class with which transformers encodes by tokenizer.json.
 
-    Most other classes keep its vocabulary in transformers 5, but split text in their own way. Qwen's class is right for
-    Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever is named, unless `auto_map` names code too.
-    Without trust_remote_code that is not run, but the named class counts."""
+    Most other classes, and those of model types where none is named, keep its vocabulary in transformers 5, but split
+    text in their own way. Qwen's class is right for Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever
+    is named, unless `auto_map` names code too. Without trust_remote_code that is not run; the named class counts."""
     path = folder / "tokenizer_config.json"
     config = {"bos_token": eot_token, "clean_up_tokenization_spaces": False}  # the beginning is the end, as GPT-2's
     if path.is_file():
@@ -1079,19 +1079,19 @@ def build_quickstart_bins(folder: Path):
 # ------------ The program ---------------------------------------------------------------------------------------------
 
 def main():
-    parser = argparse.ArgumentParser(description="Text to per-domain token bins.", allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description="Text to per-domain token bins.", allow_abbrev=False)
     add = parser.add_argument
     add("sources", nargs="*", metavar="NAME=GLOB", help="a domain and its files, or a folder of them; with "
         "--domain_key also a GLOB alone, of records that say their domain")
     add("--out_dir", default="", type=os.path.expanduser, help="folder to write the bins to")
     add("--tokenizer", default="bytes", type=os.path.expanduser, help="bytes, a tiktoken encoding, a folder or file "
-        "with a tokenizer.json, or a model's name on the Hugging Face Hub")
+        "with a tokenizer.json, or a model's name on the Hugging Face Hub (default: %(default)s)")
     add("--eot", default="", help="token that ends a document; empty: the tokenizer's own")
-    add("--text_key", default="text", help="where the text is in a record of .jsonl, .ndjson, .json or .parquet")
+    add("--text_key", default="text", help="where the text is in a record (default: %(default)s)")
     add("--domain_key", default="", help="where the domain is in a record, such as meta.source; empty: from NAME=GLOB")
-    add("--val_fraction", type=float, default=0.05, help="share of a domain's bytes for validation, at most")
-    add("--val_bytes", type=int, default=32_000_000, help="validation bytes of a domain, at most")
+    add("--val_fraction", type=float, default=0.05, help="maximum share of a domain's bytes for validation "
+        "(default: %(default)s)")
+    add("--val_bytes", type=int, default=32_000_000, help="maximum of them (default: %(default)s)")
     add("--verify", default="", type=os.path.expanduser, metavar="DIR", help="only hash the bins of this folder again")
     arguments = parser.parse_intermixed_args()
     if bool(arguments.verify) == bool(arguments.sources) or arguments.sources and not arguments.out_dir:

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -56,9 +57,8 @@ from sample_mixture import RULES, MixtureSampler, parse_mixture, read_metrics
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
-# Sets of defaults. Config's own are the paper's values. The presets of the paper's pairs only name the models, and how
-# many windows per forward pass fit 8 GPUs of 80 GB. Where the paper gives no value the choice is ours: how a step's
-# tokens are cut into windows, weight decay, clipping, the betas.
+# Sets of defaults that differ from Config's own, the paper's. Those of its pairs name the models, and how many windows
+# per forward pass fit 8 GPUs of 80 GB. Not from the paper: windows of a step, weight decay, clipping, the betas.
 PRESETS = {
     "quickstart": dict(interval=10, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300,
                        lr=1e-3, min_lr=1e-4, warmup_steps=20, save_every=100),
@@ -237,7 +237,6 @@ def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_s
     for name, domain_windows in windows.items():
         ce_sum = torch.zeros((), dtype=torch.float64)
         for inputs, targets in evaluation_batches(domain_windows, config.micro_batch_size, model.head_weight.device):
-
             def cross_entropy(hidden, head):
                 _, ce, _ = distillation_loss(hidden, head[:vocab_size], None, None, targets)
                 return ce
@@ -254,9 +253,8 @@ def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_s
     return ppl
 
 
-def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampler, block_size: int) -> dict[str, dict]:
-    """The numbers of each domain after an evaluation, which are logged, plotted, and shown in the table at the end.
-
+def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampler, block_size: int) -> dict:
+    """name → numbers of each domain after an evaluation, which are logged, plotted, and shown in the table at the end.
     Another number that follows from these arguments is one more line here."""
     domains = {}
     for i, name in enumerate(sampler.names):
@@ -268,11 +266,9 @@ def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampl
     return domains
 
 
-def ppl_and_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") -> dict[str, float | None]:
+def ppl_and_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") -> dict:
     """The perplexities of a domain, and ℓ_S / ℓ_T, which is None where there is no teacher."""
-    ratio = None
-    if teacher_ppl is not None:
-        ratio = student_ppl / teacher_ppl
+    ratio = None if teacher_ppl is None else student_ppl / teacher_ppl
     return {f"{prefix}student_ppl": student_ppl, f"{prefix}teacher_ppl": teacher_ppl, f"{prefix}ratio": ratio}
 
 
@@ -299,8 +295,7 @@ def make_sampler(config: Config, bins: TokenBins) -> MixtureSampler:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of the update that follows `step` finished ones: linear warm-up to lr, then cosine decay, which
-    reaches min_lr at the last update."""
+    """The rate of the update after `step` others: linear warm-up to lr, then cosine decay to min_lr at the last one."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     decay_steps = config.max_steps - 1 - config.warmup_steps
@@ -310,7 +305,7 @@ def learning_rate(step: int, config: Config) -> float:
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizers(model: GPT, config: Config) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, config: Config) -> list:
     """AdamW, with weight decay on matrices only. A list, so that other parameters may get another optimizer; each step
     sets the learning rate of every group."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -370,8 +365,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
         teacher.reset_iter_state()  # its list of forward passes grows, since no backward pass clears it
 
     # Clip the gradient, and stop where training has gone wrong: all ranks, or none, since they know the same numbers.
-    max_norm = config.grad_clip if config.grad_clip > 0 else math.inf
-    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), max_norm)
+    grad_norm = nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()  # over all shards
     totals = over_ranks(torch.stack(list(sums.values()))).tolist()
@@ -423,10 +417,9 @@ def train(config: Config) -> Path:
         student = models["student"]
         optimizers = make_optimizers(student, config)
 
-        # measure(model, windows) is ℓ, name → perplexity, in the same way for both models.
+        # Continue from the checkpoint, or start: ℓ_T is measured once in a run. measure(model, windows) is ℓ, name →
+        # perplexity, in the same way for both models.
         measure = functools.partial(perplexities, vocab_size=bins.vocab_size, config=config)
-
-        # Continue from the checkpoint, or start: ℓ_T is measured once in a run.
         if resumed is not None:
             load_checkpoint(resumed, state, sampler, student, optimizers)
         else:
@@ -437,7 +430,7 @@ def train(config: Config) -> Path:
                     versions=environment(), parameters=count_parameters(models))
         if not arm.trains_with_teacher:  # it has been measured, and its memory is free for training
             teacher = None
-            models.pop("teacher", None)
+            models.clear()
 
         # DDP wraps the student for the forward passes of training only; FSDP has sharded it in place.
         wrapped_student = student
@@ -509,10 +502,8 @@ def train(config: Config) -> Path:
 
 
 # ======================================================================================================================
-# What surrounds a run: Eq. 3 chunk by chunk, processes, devices, the run's folder, checkpoints, checks, report,
-# quickstart, command line
+# What surrounds a run
 # ======================================================================================================================
-
 
 # ------------ Eq. 3 without the logits of all tokens ------------------------------------------------------------------
 
@@ -540,12 +531,10 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
     per_token = {"targets": targets.flatten()}
     if teacher_hidden is not None:
-        assert teacher_hidden.shape[:-1] == targets.shape, (teacher_hidden.shape, targets.shape)
-        per_token["teacher_hidden"] = teacher_hidden.flatten(0, -2)
+        per_token["teacher_hidden"] = teacher_hidden.expand(*targets.shape, -1).flatten(0, -2)
     for name, value in list(equation.items()):
         if torch.is_tensor(value) and value.dim() > 0:
-            row_shape = value.shape[targets.dim():]
-            rows = equation.pop(name).expand(*targets.shape, *row_shape)
+            rows = equation.pop(name).expand(targets.shape + value.shape[targets.dim():])
             per_token[name] = rows.flatten(0, targets.dim() - 1)
 
     # All chunks have one shape, so that torch.compile compiles once: the last one is filled up with ignored targets.
@@ -608,10 +597,9 @@ class ChunkedLoss(torch.autograd.Function):
         eq3 = eq3_of_chunk
         if hidden.is_cuda or len(hidden) * len(head) > 2**24:
             eq3 = compile_eq3()
-        loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
-        loss = hidden.new_zeros((), dtype=loss_dtype)
-        ce = hidden.new_empty(len(hidden), dtype=loss_dtype)
+        ce = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         kl = torch.empty_like(ce)
+        loss = ce.new_zeros(())
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             torch.mm(hidden[chunk], head.T, out=student_logits)
@@ -718,15 +706,14 @@ def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
 
 
 def planned_world_size(config: Config) -> int:
-    """The number of processes: before init_process_group, and in a dry run, from WORLD_SIZE; then from torch."""
-    if not dist.is_initialized() and ("RANK" in os.environ or config.dry_run):
+    """The number of processes, also before they meet: WORLD_SIZE, which torchrun sets, or the user for a dry run."""
+    if "RANK" in os.environ or config.dry_run:
         return int(os.environ.get("WORLD_SIZE", 1))
     return world_size()
 
 
 def on_rank_0(function: Callable, *args, share: bool = True):
     """What `function(*args)` returns on rank 0, on every rank; without `share`, None on the others.
-
     An error ends every rank. A UserError or OSError is raised on all of them; any other is a bug, and rank 0 alone has
     its traceback."""
     result = None
@@ -737,9 +724,10 @@ def on_rank_0(function: Callable, *args, share: bool = True):
         except Exception as exception:
             error = exception
     if dist.is_initialized():
-        shared = [result if share else None, error]
         if error is not None and not isinstance(error, (UserError, OSError)):
-            shared[1] = SystemExit(1)
+            traceback.print_exception(error)  # at once: when another process has ended, torchrun ends this one too
+            error = SystemExit(1)
+        shared = [result if share else None, error]
         dist.broadcast_object_list(shared)
         if rank() != 0:
             result, error = shared
@@ -776,9 +764,8 @@ def process_group(config: Config):
                             "command continues from the last checkpoint") from None
 
 
-def evaluation_batches(windows: torch.Tensor, micro_batch_size: int, device) -> Iterator[tuple]:
+def evaluation_batches(windows: torch.Tensor, micro_batch_size: int, device) -> Iterator:
     """This rank's share of `windows` (n, block_size + 1) as (inputs, targets), micro_batch_size at a time.
-
     Filled up with ignored targets: FSDP requires equally many passes on all ranks, and torch.compile one shape."""
     per_rank = min(micro_batch_size, math.ceil(len(windows) / world_size()))
     for batch in windows.split(per_rank * world_size()):
@@ -799,7 +786,7 @@ def resolve_auto(config: Config) -> Config:
     if dist.is_initialized():
         device = device.type  # without a number: each process has taken its own
         parallel = "fsdp" if on_cuda else "ddp"
-    choices = {"dtype": "float32", "compile": "false", "parallel": parallel}
+    choices = dict(dtype="float32", compile="false", parallel=parallel)
     if on_cuda:
         choices.update(dtype="bfloat16", compile="true")
     values = {name: choice for name, choice in choices.items() if getattr(config, name) == "auto"}
@@ -809,20 +796,18 @@ def resolve_auto(config: Config) -> Config:
 
 def autocast(config: Config):
     """The dtype of the matrix products. Under FSDP its own policy casts."""
-    device_type = torch.device(config.device).type
     enabled = config.dtype == "bfloat16" and config.parallel != "fsdp"
-    return torch.autocast(device_type, torch.bfloat16, enabled=enabled)
+    return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=enabled)
 
 
-def models_of(config: Config) -> dict[str, str]:
+def models_of(config: Config) -> dict:
     """The models of a run: role, which is also their key, → what the key names. Preflight, hashes and loading walk it.
-
     The student is trained, in float32. Any other is a frozen teacher, in the dtype of the products."""
-    sources = {"teacher": config.teacher, "student": config.student}
+    sources = dict(teacher=config.teacher, student=config.student)
     return {role: source for role, source in sources.items() if source}
 
 
-def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Path | None) -> dict[str, GPT]:
+def load_models(config: Config, model_configs: dict, resumed: Path | None) -> dict:
     """The models that the run still needs, role → model, on every rank; the student from `resumed` if it continues."""
     if config.compile == "true":
         torch._dynamo.config.recompile_limit = 64  # variants of Block.forward: past torch's own 8 it runs uncompiled
@@ -857,16 +842,15 @@ def load_models(config: Config, model_configs: dict[str, GPTConfig], resumed: Pa
     return models
 
 
-def read_model(role: str, source: str, config: Config, model_configs: dict[str, GPTConfig], dtype: torch.dtype) -> GPT:
-    """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher."""
+def read_model(role: str, source: str, config: Config, model_configs: dict, dtype: torch.dtype | None) -> GPT:
+    """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher. dtype None: the file's."""
     kind, _, size = source.partition(":")
     if kind == "scratch":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             return GPT(model_configs[role])
     if kind == "layers":
-        teacher_folder = model_folder(config.teacher, "--teacher", MODEL_FILES)
-        model = GPT.from_pretrained(teacher_folder, config=model_configs["teacher"])
+        model = read_model("teacher", config.teacher, config, model_configs, dtype=None)
         model.keep_layers(int(size))
         return model.to(dtype)
     return GPT.from_pretrained(model_folder(source, f"--{role}", MODEL_FILES), dtype, model_configs[role])
@@ -890,12 +874,11 @@ def place(model: GPT, config: Config, shard: bool):
     whole_state = model.state_dict() if rank() == 0 else {}
     model.to("meta")
     if shard:
-        mesh = init_device_mesh(torch.device(config.device).type, (world_size(),))
+        mesh = init_device_mesh(config.device, (world_size(),))
         policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
                                       cast_forward_inputs=False)
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
         model.to_empty(device=config.device)
     else:
         model.norm.to_empty(device=config.device)  # torch assigns the other weights, without a copy, on this device
@@ -920,7 +903,6 @@ def whole_tensor_options(cpu_offload: bool = False) -> StateDictOptions:
 
 class RunFolder(ExitStack):
     """A run's out_dir: its lock, config.json, metrics.jsonl, checkpoints, and the signals that ask for one.
-
     Every rank has one, but only rank 0 reads and writes. It is an ExitStack, so that all that it has opened is closed
     when the run ends, however it ends."""
 
@@ -940,8 +922,7 @@ class RunFolder(ExitStack):
 
         # Take the folder for this process alone, if it is a run's.
         metrics_path = self.out_dir / "metrics.jsonl"
-        files = [path for path in self.out_dir.glob("*") if path.name != LOCK]
-        if files and metrics_path not in files:
+        if not metrics_path.exists() and set(self.out_dir.glob("*")) - {self.out_dir / LOCK}:
             raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; name another one")
         self.enter_context(locked(self.out_dir))
 
@@ -953,34 +934,31 @@ class RunFolder(ExitStack):
         # Continue from the newest whole checkpoint, and drop what was logged after it.
         resumed = newest_checkpoint(self.out_dir)
         state = TrainState()
-        last_step = -1
+        kept = []
         if resumed is not None:
             state = read_state(resumed)
-            last_step = state.step
-            if not state.finished:
-                print(f"{self.out_dir}: continuing from {resumed.name}")
-        kept = [line for line in read_metrics(metrics_path) if line["step"] <= last_step]
+            if state.finished:
+                return state, resumed
+            print(f"{self.out_dir}: continuing from {resumed.name}")
+            kept = [line for line in read_metrics(metrics_path) if line["step"] <= state.step]
         write_text(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
-        if not state.finished:
-            write_text(self.out_dir / "config.json", json.dumps(record, indent=1))
-            self.metrics = self.enter_context(open(metrics_path, "a", encoding="utf-8"))
-            if config.wandb:
-                self.open_wandb(config)
-        return state, resumed
+        write_text(self.out_dir / "config.json", json.dumps(record, indent=1))
+        self.metrics = self.enter_context(open(metrics_path, "a", encoding="utf-8"))
 
-    def open_wandb(self, config: Config):
-        """Log to Weights & Biases. A resumed run, on another machine too, continues its curves, by the id in a file.
-        The step is a value that is logged, since wandb's own cannot go back to a checkpoint's."""
-        id_path = self.out_dir / "wandb_id"
-        if not id_path.exists():
-            write_text(id_path, os.urandom(16).hex())
-        with user_errors("--wandb", "run wandb login, or set WANDB_MODE=offline"):
-            self.wandb = import_optional("wandb", "--wandb").init(
-                project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", dir=config.out_dir,
-                config=asdict(config))
-            self.wandb.define_metric("step")
-            self.wandb.define_metric("*", step_metric="step")
-        self.callback(self.wandb.finish)
+        # Weights & Biases. A resumed run, on another machine too, continues its curves, by the id in a file. The step
+        # is a value that is logged, since wandb's own cannot go back to a checkpoint's.
+        if config.wandb:
+            id_path = self.out_dir / "wandb_id"
+            if not id_path.exists():
+                write_text(id_path, os.urandom(16).hex())
+            with user_errors("--wandb", "run wandb login, or set WANDB_MODE=offline"):
+                self.wandb = import_optional("wandb", "--wandb").init(
+                    project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", dir=config.out_dir,
+                    config=asdict(config))
+                self.wandb.define_metric("step")
+                self.wandb.define_metric("*", step_metric="step")
+            self.callback(self.wandb.finish)
+        return state, resumed
 
     def log(self, kind: str, step: int, **values):
         """Append a line to metrics.jsonl, and log it to Weights & Biases if that is asked for."""
@@ -1002,7 +980,7 @@ class RunFolder(ExitStack):
         self.received_signal = number
 
 
-def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
+def experiment_content(config: Config, bins: TokenBins) -> dict:
     """What identifies the bins and models of an experiment, wherever they lie: key → hash of the content."""
     content = {"data_dir": bins.content(), "teacher": ""}  # "": a run without a teacher
     for role, source in models_of(config).items():
@@ -1017,7 +995,6 @@ def experiment_content(config: Config, bins: TokenBins) -> dict[str, str]:
 
 def check_same_experiment(out_dir: Path, record: dict):
     """Raises UserError if `out_dir` holds a run of another experiment than `record`, naming each key that differs.
-
     Of bins and models the content is compared, of other keys the value. Keys added since that run count as their
     defaults there, and contents added since as the same."""
     path = out_dir / "config.json"
@@ -1046,7 +1023,7 @@ def environment() -> dict:
             "git": revision if status == 0 else None}
 
 
-def count_parameters(models: dict[str, GPT]) -> dict[str, int]:
+def count_parameters(models: dict) -> dict:
     return {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
 
 
@@ -1054,7 +1031,6 @@ def count_parameters(models: dict[str, GPT]) -> dict[str, int]:
 # step_00000400/ is a model's folder in Hugging Face's format with the tokenizer, optimizer.pt, train_state.json, and
 # manifest.json, which holds the sha256 of all others. extra.safetensors is there if student.extra has modules. The
 # folder is written under another name, synced to disk, and renamed: it is whole, or not there.
-
 
 def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: list, bins: TokenBins, keep: int):
     """Write the checkpoint of this step, then delete all but the newest `keep`. All ranks call it, rank 0 writes, and
@@ -1068,8 +1044,7 @@ def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: l
     on_rank_0(write_checkpoint, folder, state, student, weights, optimizer_state, bins, keep)
 
 
-def write_checkpoint(folder: Path, state: TrainState, student: GPT, weights: dict, optimizer_state, bins: TokenBins,
-                     keep: int):
+def write_checkpoint(folder, state, student, weights, optimizer_state, bins, keep):
     # Write all files under another name, and to the disk itself.
     temporary = folder.with_name(folder.name + ".tmp")
     try:
@@ -1098,7 +1073,7 @@ def write_checkpoint(folder: Path, state: TrainState, student: GPT, weights: dic
             shutil.rmtree(old)
 
 
-def file_hashes(paths: list[Path]) -> dict[str, str]:
+def file_hashes(paths: list[Path]) -> dict:
     """name → sha256 of files, which are hashed side by side."""
     with ThreadPoolExecutor() as threads:
         return dict(zip([path.name for path in paths], threads.map(file_sha256, paths)))
@@ -1118,9 +1093,9 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
         wrong = damaged_files(folder)
         if not wrong:
             return folder
-        aside = folder.with_name(f"corrupt_{folder.name}")
+        aside = out_dir / f"corrupt_{folder.name}"
         while aside.exists():  # from an earlier time
-            aside = aside.with_name(f"{aside.name}.1")
+            aside = Path(f"{aside}.1")
         os.replace(folder, aside)
         print(f"WARNING: {folder}: {', '.join(wrong)} missing or changed; renamed {aside.name}")
     if list(out_dir.glob("corrupt_step_*")):
@@ -1152,16 +1127,16 @@ def read_state(folder: Path) -> TrainState:
 def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, student: GPT, optimizers: list):
     """Restore the sampler and the optimizers. Rank 0 reads; only tensors are unpickled."""
     read_saved(folder / "train_state.json", lambda path: sampler.load_state_dict(state.sampler))
-    read = functools.partial(torch.load, map_location="cpu", weights_only=True)
-    optimizer_state = on_rank_0(read_saved, folder / "optimizer.pt", read, share=False)
+    optimizer_state = on_rank_0(read_saved, folder / "optimizer.pt", lambda path: torch.load(path, weights_only=True),
+                                share=False)
     if state.step > 0:
         set_optimizer_state_dict(student, optimizers, optimizer_state or {}, options=whole_tensor_options())
 
 
 # ------------ Checks before anything slow -----------------------------------------------------------------------------
 
-def preflight(config: Config) -> tuple[TokenBins, dict[str, GPTConfig]]:
-    """The bins and the models' configurations, checked before a weight is read. Raises UserError."""
+def preflight(config: Config) -> tuple[TokenBins, dict]:
+    """The bins, and role → GPTConfig of the models, checked before a weight is read. Raises UserError."""
     # The bins against the keys
     bins = open_bins(config)
     if not is_tiktoken(bins.tokenizer["name"], bins.tokenizer["files"]):  # which may have to be downloaded
@@ -1184,16 +1159,13 @@ def open_bins(config: Config) -> TokenBins:
     return TokenBins(config.data_dir, config.block_size, config.domains.split(",") if config.domains else None)
 
 
-def fixed_windows(bins: TokenBins, side: str, count: int) -> dict[str, torch.Tensor]:
-    """`count` windows of a side, val or test, for each domain; {} if count is 0."""
-    if count == 0:
-        return {}
-    return {name: torch.from_numpy(bins.eval_windows(name, side, count)) for name in bins.names}
+def fixed_windows(bins: TokenBins, side: str, count: int) -> dict:
+    """name → windows of a side, val or test, (count, block_size + 1) int64; {} if count is 0."""
+    return {name: torch.from_numpy(bins.eval_windows(name, side, count)) for name in bins.names if count > 0}
 
 
 def is_recipe(source: str) -> bool:
     """Whether a student is a recipe, scratch:LxD or layers:N, and neither a folder nor a name on the Hub.
-
     Another recipe is added here, and in `contradictions`, `checked_model_config` and `read_model`."""
     return source.partition(":")[0] in ("scratch", "layers")
 
@@ -1232,9 +1204,8 @@ def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTCo
         print(f"WARNING: --{role}={source} has no tokenizer that can be compared with the bins', {ours['name']}; it is "
               "taken, since it has enough ids")
     elif theirs.fingerprint != ours["fingerprint"]:
-        name = Path(source).name  # of a folder of the Hub's cache it would be a hash
-        raise UserError(f"--{role}={source}: its tokenizer {name} ({theirs.vocab_size} ids) is not that of the bins, "
-                        f"{ours['name']} ({ours['vocab_size']} ids); {fix}")
+        raise UserError(f"--{role}={source}: its tokenizer {Path(source).name} ({theirs.vocab_size} ids) is not that "
+                        f"of the bins, {ours['name']} ({bins.vocab_size} ids); {fix}")
     return model_config
 
 
@@ -1242,22 +1213,21 @@ def contradictions(config: Config) -> list[str]:
     """What is wrong with a configuration that can be told without opening a file."""
     arm = ARMS[config.method]
     needs_models = config.preset != "quickstart"
-    launched = "RANK" in os.environ
     world = planned_world_size(config)
-    too_few_gpus = (launched and config.device in ("auto", "cuda") and torch.cuda.is_available()
+    too_few_gpus = (config.device in ("auto", "cuda") and torch.cuda.is_available()
                     and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count())
     recipe = r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*"
 
     # Numbers out of their range; NaN is in none
     problems = []
-    for entry in fields(Config):
-        value = getattr(config, entry.name)
-        minimum = MINIMUM.get(entry.name, 0)
-        if entry.type in (int, float) and not minimum <= value < 2**63:
-            problems.append(f"--{entry.name}={value}: must be a number from {minimum} to 2^63 - 1")
+    for name, value in asdict(config).items():
+        minimum = MINIMUM.get(name, 0)
+        if type(value) in (int, float) and not minimum <= value < 2**63:
+            problems.append(f"--{name}={value}: must be a finite number, at least {minimum}")
 
     checks = [  # (whether it is wrong, the message)
         (config.alpha > 1, f"--alpha={config.alpha}: must be a number from 0 to 1"),
+        (config.lr > 1, f"--lr={config.lr}: must be at most 1; the paper's is 3e-5"),
         (not config.preset, "--preset: name one, since it sets what a step is; paper has the paper's values"),
         (is_recipe(config.student) and not re.fullmatch(recipe, config.student),
          f"--student={config.student}: write scratch:LxD with D even, as in scratch:4x128, or layers:N"),
@@ -1271,26 +1241,25 @@ def contradictions(config: Config) -> list[str]:
          f"--warmup_steps={config.warmup_steps}: must be below --max_steps={config.max_steps}, a tenth of it perhaps"),
         (config.batch_size % world != 0,
          f"--batch_size={config.batch_size}: must be a multiple of {world}, the number of processes"),
-        (config.parallel == "none" and world > 1,
-         f"--parallel=none: there are {world} processes; take ddp or fsdp"),
-        (config.parallel in ("ddp", "fsdp") and not launched and not config.dry_run,
+        (config.parallel == "none" and world > 1, f"--parallel=none: there are {world} processes; take ddp or fsdp"),
+        (config.parallel in ("ddp", "fsdp") and "RANK" not in os.environ and not config.dry_run,
          f"--parallel={config.parallel}: start with torchrun --nproc_per_node=N distill.py"),
         (too_few_gpus, f"--device={config.device}: more processes than GPUs here; start fewer, or --device=cpu"),
     ]
     return problems + [message for is_wrong, message in checks if is_wrong]
 
 
-# ------------ What a run takes ----------------------------------------------------------------------------------------
+# ------------ What a run takes, and what it prints --------------------------------------------------------------------
 
-def step_flops(parameters: dict[str, int], config: Config) -> float:
-    """Floating-point operations of a training step, about: 6 a weight and token for the student, 2 for a teacher."""
+def step_flops(parameters: dict, config: Config) -> float:
+    """Floating-point operations of a training step, about: 6 a weight and token for the student, 2 for the teacher."""
     flops_per_token = 6 * parameters["student"]
     if ARMS[config.method].trains_with_teacher:
-        flops_per_token += 2 * sum(n for role, n in parameters.items() if role != "student")
+        flops_per_token += 2 * parameters["teacher"]
     return flops_per_token * config.batch_size * config.block_size
 
 
-def model_bytes(role: str, n_parameters: int, config: Config, world: int) -> dict[str, float]:
+def model_bytes(role: str, n_parameters: int, config: Config, world: int) -> dict:
     """What a model holds on each of `world` devices between passes, name → bytes: weights in the dtype of the products,
     but the student's in float32 with gradients and AdamW's two moments."""
     widths = {"weights": 2 if config.dtype == "bfloat16" else 4}
@@ -1301,16 +1270,20 @@ def model_bytes(role: str, n_parameters: int, config: Config, world: int) -> dic
     return {part: width * n_parameters / shards for part, width in widths.items()}
 
 
-def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConfig]):
+def print_cost(config: Config, bins: TokenBins, model_configs: dict):
     """Print what a run would take, from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says."""
     # Bytes per device
     world = planned_world_size(config)
     with torch.device("meta"):
         parameters = count_parameters({role: GPT(model_config) for role, model_config in model_configs.items()})
     for role, n in parameters.items():
-        parts = model_bytes(role, n, config, world)
-        described = ", ".join(f"{part} {format_bytes(n_bytes)}" for part, n_bytes in parts.items())
-        print(f"{role}: {n:,} parameters; on each of {world} devices {described}")
+        parts = []
+        for part, n_bytes in model_bytes(role, n, config, world).items():
+            size = f"{n_bytes / 2**30:.2f} GiB"
+            if n_bytes < 2**30:
+                size = f"{n_bytes / 2**20:.2f} MiB"
+            parts.append(f"{part} {size}")
+        print(f"{role}: {n:,} parameters; on each of {world} devices {', '.join(parts)}")
     print("on top come gathered weights, the loss's chunk of logits, and activations, which grow with micro_batch_size")
 
     # Tokens and operations
@@ -1320,19 +1293,12 @@ def print_cost(config: Config, bins: TokenBins, model_configs: dict[str, GPTConf
           f"{sum(bins.n_windows.values()) * config.block_size:,} in the bins")
 
 
-def format_bytes(n_bytes: float) -> str:
-    if n_bytes < 2**30:
-        return f"{n_bytes / 2**20:.2f} MiB"
-    return f"{n_bytes / 2**30:.2f} GiB"
-
-
 def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float], config: Config):
-    """Log a step: its speed too, and what the rest takes at the latest pace, both without evaluations and saves. Print
-    a line after the first step and the last, and every log_every; on GPUs with the peak of memory."""
+    """Log a step, its speed, and what the rest takes at the latest pace, both without evaluations and saves. Print a
+    line after the first step and the last, and every log_every; on GPUs with the peak of memory."""
     tokens = config.batch_size * config.block_size
     tokens_per_s = tokens / step_times[-1]
-    latest = step_times[-50:]
-    eta_s = sum(latest) / len(latest) * (config.max_steps - step)
+    eta_s = np.mean(step_times[-50:]) * (config.max_steps - step)
     run.log("train", step, **step_log, tokens=step * tokens, tokens_per_s=tokens_per_s, eta_s=eta_s)
     if step not in (1, config.max_steps) and step % config.log_every != 0:
         return
@@ -1343,65 +1309,61 @@ def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float],
           f"ETA {timedelta(seconds=int(eta_s))}", flush=True)
 
 
-# ------------ Report --------------------------------------------------------------------------------------------------
-
-def worst_ratio(domains: dict[str, dict]) -> float:
+def worst_ratio(domains: dict) -> float:
     """The largest ratio of the domains; infinite where there is no teacher."""
     ratios = [domain["ratio"] for domain in domains.values()]
     return math.inf if None in ratios else max(ratios)
 
 
-def table_rows(domains: dict[str, dict], r, bins: TokenBins, config: Config) -> dict[str, dict]:
-    """The numbers of each domain for a table: also its part of r, (N,), and the documents of its validation windows."""
+def table_rows(domains: dict, r: dict, bins: TokenBins, config: Config) -> dict:
+    """name → numbers of a domain for a table: also its part of r, and the documents of its validation windows."""
     rows = {}
-    for (name, domain), share in zip(domains.items(), r, strict=True):
-        rows[name] = {**domain, "r": float(share), "documents": bins.eval_documents(name, "val", config.val_samples)}
+    for name, domain in domains.items():
+        rows[name] = {**domain, "r": r[name], "documents": bins.eval_documents(name, "val", config.val_samples)}
     return rows
 
 
 def print_evaluation(state: TrainState, sampler: MixtureSampler, bins: TokenBins, config: Config):
     """Print a line after an evaluation: the largest ratio, its domain, and r, what the next steps draw by. Before
     training, first a table of the domains, and warnings."""
+    r = dict(zip(bins.names, sampler.probs))
     if state.step == 0:
-        rows = table_rows(state.domains, sampler.probs, bins, config)
+        rows = table_rows(state.domains, r, bins, config)
         print_domains(rows, rows)
         for warning in first_warnings(rows, bins, config):
             print(warning)
     text = f"evaluated at step {state.step}: "
     if config.teacher:
-        worst = max(state.domains, key=lambda name: state.domains[name]["ratio"])
-        text += f"largest ratio {state.domains[worst]['ratio']:.3f} ({worst}), "
-    shares = "  ".join(f"{name} {share:.3f}" for name, share in zip(bins.names, sampler.probs))
+        ratio, worst = max((domain["ratio"], name) for name, domain in state.domains.items())
+        text += f"largest ratio {ratio:.3f} ({worst}), "
+    shares = "  ".join(f"{name} {share:.3f}" for name, share in r.items())
     print(f"{text}r = {shares}", flush=True)
 
 
-def first_warnings(rows: dict[str, dict], bins: TokenBins, config: Config) -> list[str]:
+def first_warnings(rows: dict, bins: TokenBins, config: Config) -> Iterator:
     """Warnings after the first evaluation: of a teacher that has little to teach, and of few documents."""
-    found = []
     for name, row in rows.items():
-        teacher_ppl = row["teacher_ppl"]
-        if teacher_ppl is not None and teacher_ppl > bins.vocab_size / 2:
-            found.append(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({teacher_ppl:.0f}): HARDLY TRAINED, LOADED "
-                         "WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
-        elif teacher_ppl is not None and row["ratio"] < 1:
-            found.append(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
-                         f"{1 / row['ratio']:.2f}")
+        if config.teacher and row["teacher_ppl"] > bins.vocab_size / 2:
+            yield (f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({row['teacher_ppl']:.0f}): HARDLY TRAINED, LOADED "
+                   "WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
+        elif config.teacher and row["ratio"] < 1:
+            yield (f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
+                   f"{1 / row['ratio']:.2f}")
         if row["documents"] < 20:
-            found.append(f"WARNING: documents in the {config.val_samples} validation windows of {name}: only "
-                         f"{row['documents']}, and r follows what these are like; raise --val_samples, or give the "
-                         "domain more text or shorter documents")
-    return found
+            yield (f"WARNING: documents in the {config.val_samples} validation windows of {name}: only "
+                   f"{row['documents']}, and r follows what these are like; raise --val_samples, or give the domain "
+                   "more text or shorter documents")
 
 
 def report(config: Config, folder: Path):
     """Print what a run did in each domain, from its first evaluation to its last, and what to try next."""
     state = read_state(folder)
     bins = open_bins(config)
-    last = table_rows(state.domains, state.sampler["probs"].values(), bins, config)
+    last = table_rows(state.domains, state.sampler["probs"], bins, config)
     first = last
-    mixture_lines = [line for line in read_metrics(folder.parent / "metrics.jsonl") if line["kind"] == "mixture"]
-    if mixture_lines:
-        first = table_rows(mixture_lines[0]["domains"], mixture_lines[0]["r"].values(), bins, config)
+    for line in read_metrics(folder.parent / "metrics.jsonl"):
+        if line["kind"] == "mixture" and line["step"] == 0:
+            first = table_rows(line["domains"], line["r"], bins, config)
     print(f"{config.method}, seed {config.seed}, step {state.step}: first → last evaluation\n")
     print_domains(first, last)
     if config.teacher:
@@ -1409,13 +1371,11 @@ def report(config: Config, folder: Path):
     if config.test_samples > 0:
         print("\nOn the test windows, which never influenced r:\n")
         print_domains(last, last, tested=True)
-    n_warnings = len(first_warnings(first, bins, config))
-    if n_warnings > 0:
-        print(f"warnings after the first evaluation: {n_warnings}")
+    print(f"warnings at the first evaluation: {len(list(first_warnings(first, bins, config)))}")
     print(f"The student is in {folder}. Text by it:  python model.py --model={folder} --prompt='def main('")
 
 
-def print_domains(first_rows: dict[str, dict], rows: dict[str, dict], tested: bool = False):
+def print_domains(first_rows: dict, rows: dict, tested: bool = False):
     """A row per domain, a column per number, as first → last where it has changed; with `tested`, those on the test
     windows instead."""
     columns = [column for column in next(iter(rows.values())) if column.startswith("test_") == tested]
@@ -1430,7 +1390,7 @@ def print_domains(first_rows: dict[str, dict], rows: dict[str, dict], tested: bo
     print_table(lines)
 
 
-def format_number(value: float | None) -> str:
+def format_number(value) -> str:
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
@@ -1443,16 +1403,13 @@ PRETRAINING = dict(preset="quickstart", method="cpt", interval=10**9, test_sampl
                    log_every=50)
 
 
-def quickstart_models(pretrain_steps: int) -> dict[str, dict]:
-    """What else these runs are given, role → keys.
-
-    The teacher learns all domains alike, the student base hardly any C++: small models are strong in some domains and
-    weak in others."""
-    teacher = dict(student="scratch:4x128", max_steps=pretrain_steps, warmup_steps=min(50, pretrain_steps // 10),
-                   lr=3e-3, min_lr=3e-4, mixture="python=1,cpp=1,math=1,prose=1")
-    student = dict(student="scratch:2x96", max_steps=pretrain_steps // 4, warmup_steps=min(50, pretrain_steps // 40),
-                   lr=2e-3, min_lr=2e-4, mixture="python=.50,cpp=.01,math=.25,prose=.24")
-    return {"teacher": teacher, "student": student}
+def quickstart_models(pretrain_steps: int) -> dict:
+    """What else these runs are given, role → keys. The teacher learns all domains alike, the student base hardly any
+    C++: small models are strong in some domains and weak in others."""
+    return {"teacher": dict(student="scratch:4x128", max_steps=pretrain_steps, warmup_steps=pretrain_steps // 24,
+                            lr=3e-3, min_lr=3e-4, mixture="python=1,cpp=1,math=1,prose=1"),
+            "student": dict(student="scratch:2x96", max_steps=pretrain_steps // 4, warmup_steps=pretrain_steps // 40,
+                            lr=2e-3, min_lr=2e-4, mixture="python=.50,cpp=.01,math=.25,prose=.24")}
 
 
 def quickstart(config: Config) -> Config:
@@ -1460,13 +1417,12 @@ def quickstart(config: Config) -> Config:
     Returns `config` with its models."""
     # The bins, and the models that were made before
     on_rank_0(build_quickstart_bins, Path(config.data_dir))
+    shared = {key: getattr(config, key) for key in ("data_dir", "device", "compile", "timeout", "dry_run")}
     to_make = {}  # role → Config of the run that makes the model
     for role, keys in quickstart_models(config.pretrain_steps).items():
         if getattr(config, role):
             continue
-        run = resolve_config({**PRETRAINING, **keys, "data_dir": config.data_dir, "device": config.device,
-                              "out_dir": f"{config.data_dir}/{role}", "compile": config.compile,
-                              "timeout": config.timeout, "dry_run": config.dry_run})
+        run = resolve_config({**PRETRAINING, **keys, **shared, "out_dir": f"{config.data_dir}/{role}"})
         source = on_rank_0(finished_run, Path(run.out_dir))
         if source is not None:
             print(f"The {role} was made before, with the --pretrain_steps of that time: {source}")
@@ -1504,17 +1460,17 @@ def check_pretraining(role: str, run: Config, config: Config):
     saved = Path(run.out_dir) / "config.json"
     if saved.is_file():
         with user_errors(saved, "not as a run writes it; delete the folder"):
-            begun = json.loads(saved.read_text(encoding="utf-8"))["config"]
-        if begun["max_steps"] != run.max_steps:
+            begun_steps = json.loads(saved.read_text("utf-8"))["config"]["max_steps"]
+        if begun_steps != run.max_steps:
             raise UserError(f"--pretrain_steps={config.pretrain_steps}: {run.out_dir} has a {role} that is half made, "
-                            f"in a run of {begun['max_steps']} steps; give that time's number, or delete the folder")
+                            f"in a run of {begun_steps} steps; give that time's number, or delete the folder")
 
 
 def finished_run(out_dir: Path) -> Path | None:
     """The last checkpoint of a run, if it is finished and whole. Takes no lock: many runs may start from it at once."""
-    checkpoints = list_checkpoints(out_dir)
-    if checkpoints and not damaged_files(checkpoints[-1]) and read_state(checkpoints[-1]).finished:
-        return checkpoints[-1]
+    for folder in list_checkpoints(out_dir):
+        if not damaged_files(folder) and read_state(folder).finished:
+            return folder
     return None
 
 
@@ -1522,7 +1478,6 @@ def finished_run(out_dir: Path) -> Path | None:
 
 class Parser(argparse.ArgumentParser):
     """argparse, whose mistakes are UserErrors: rank 0 alone prints its sentence, without the usage."""
-
     def error(self, message: str):
         if message.startswith("unrecognized arguments"):
             message += "; write --key=value, --help lists the keys"
@@ -1540,7 +1495,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
     # A key for each field of Config, whose help is the comment behind it
     arms = "\n".join(f"    {name:10} {arm.help}" for name, arm in ARMS.items())
     parser = Parser(description=f"{__doc__}\nThe arms, for --method:\n\n{arms}", allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+                    argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     helps = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for entry in fields(Config):
         kind = {"type": entry.type}
@@ -1548,11 +1503,12 @@ def parse_config(argv: list[str] | None = None) -> Config:
             kind = {"choices": get_args(entry.type)}  # the words of a Literal
         elif entry.type is bool:
             kind = {"type": true_or_false, "nargs": "?", "const": True}  # the key alone means true
-        default = f"default: {entry.default}"
+        text = helps.get(entry.name, "")
         if entry.name in PRESETS["quickstart"]:
-            default += f"; quickstart: {PRESETS['quickstart'][entry.name]}"
-        text = helps[entry.name] if entry.default == "" else f"{helps[entry.name]} ({default})"
-        parser.add_argument(f"--{entry.name}", default=argparse.SUPPRESS, help=text, **kind)
+            text += f" (default: {entry.default}; quickstart: {PRESETS['quickstart'][entry.name]})"
+        elif entry.default != "":
+            text += f" (default: {entry.default})"
+        parser.add_argument(f"--{entry.name}", help=text, **kind)
 
     # What can be told without opening a file
     config = resolve_config(vars(parser.parse_args(argv)))
@@ -1568,16 +1524,13 @@ def parse_config(argv: list[str] | None = None) -> Config:
 def resolve_config(given: dict) -> Config:
     """A whole Config from the keys given: below them the preset's values, then what follows from others."""
     preset = given.get("preset", "")
-    if not preset:
-        student = given.get("student", "")
-        names_a_model = given.get("teacher") or (student and not is_recipe(student))
-        if not names_a_model:
-            preset = "quickstart"
+    if not preset and all(map(is_recipe, models_of(Config(**given)).values())):
+        preset = "quickstart"  # no folder is named, and no model of the Hub
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
-    if not config.data_dir and preset:
-        config = replace(config, data_dir=f"data/{preset}")
+    if not config.data_dir:
+        config.data_dir = f"data/{preset}"
     if not config.out_dir:
-        config = replace(config, out_dir=f"out/{preset}-{config.method}-{config.seed}")
+        config.out_dir = f"out/{preset}-{config.method}-{config.seed}"
     return config
 
 
@@ -1585,11 +1538,10 @@ def main():
     config = parse_config()
     with process_group(config):
         config = resolve_auto(config)
-        defaults = Config()
         for name, value in asdict(config).items():
-            if value != getattr(defaults, name):
+            if value != getattr(Config, name):  # its default
                 print(f"{name} = {value}")
-        print(f"The other keys have their defaults. All will stand in {config.out_dir}/config.json.\n", flush=True)
+        print(f"The other keys have their defaults; a run writes all to {config.out_dir}/config.json.\n", flush=True)
         if config.preset == "quickstart":
             config = quickstart(config)
         elif config.dry_run:

@@ -514,7 +514,7 @@ def read_weights(folder, model, dtype):
     config = model.config
     own = model.state_dict()
     stored = stored_tensors(folder)
-    expected = {name: checkpoint_name(name, config) for name in own}
+    expected = {name: checkpoint_name(name, config) for name in own if not name.startswith("extra.")}
 
     # The gpt2 of the hub was saved without "transformer." before its names
     prefix = expected["embed_tokens.weight"].split(".")[0] + "."
@@ -617,7 +617,7 @@ def main():
     add("--max_new_tokens", type=int, default=200, help="of new tokens, at most (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0: the most likely token (default: %(default)s)")
     add("--seed", type=int, default=0, help="selects the random numbers (default: %(default)s)")
-    add("--device", default="auto", help="cuda, mps, cpu, or auto for the first of these")
+    add("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     args = parser.parse_args()
 
     # All that can be checked before the weights are read

@@ -303,140 +303,153 @@ class Run:
         self.name = Path(path).absolute().parent.name
         with user_errors(f"--metrics={path}", "name the metrics.jsonl of a run that has been evaluated"):
             lines = read_metrics(path)
+            self.start = next(line for line in lines if line["kind"] == "run")
             self.mixture_lines = [line for line in lines if line["kind"] == "mixture"]
             self.evaluations = [line for line in lines if line["kind"] in ("mixture", "end")]
-            self.last = self.evaluations[-1]
-            self.domains = list(self.last["domains"])
-            self.curves = {f"r of {self.name}": [line["r"] for line in self.mixture_lines]}  # title → r
-            # An older run has the hashes of bins and models in config.json, and does not say which keys may change
-            # within a run: those that name folders are taken to.
-            self.start = {"content": {}, "may_change": ["data_dir", "teacher", "student", "out_dir"]}
+            last = self.evaluations[-1]
+            self.domains = list(last["domains"])
+            self.curves = [(f"r of {self.name}", [line["r"] for line in self.mixture_lines])]
+            # What runs are compared by. An older run has the hashes of its bins and models in config.json only.
             config_path = Path(path).with_name("config.json")
-            if config_path.is_file():
-                self.start.update(json.loads(config_path.read_text(encoding="utf-8")))
-            self.start.update(next(line for line in lines if line["kind"] == "run"))
-        # What runs are compared by, which windows the last numbers are of, and what keeps them out of means
-        self.keys = {**self.start["config"], "domains": ",".join(self.domains), "step": self.last["step"]}
-        self.keys["parameters"] = self.start.get("parameters", {}).get("student")
-        for key, sha256 in self.start["content"].items():
-            self.keys[key] = sha256[:16]
-        self.prefix = "test_" if "test_ratio" in self.last["domains"][self.domains[0]] else ""
-        self.note = ""
-        if self.last["kind"] == "mixture":
-            self.note = f"unfinished at step {self.last['step']:,} of {self.keys.get('max_steps', 0):,}"
+            if "content" not in self.start and config_path.is_file():
+                self.start["content"] = json.loads(config_path.read_text(encoding="utf-8"))["content"]
+            self.config = self.start["config"]
+            self.keys = {**self.config, "domains": ",".join(self.domains), "step": last["step"]}
+            self.keys["parameters"] = self.start.get("parameters", {}).get("student")
+            self.folders = {}
+            for key, sha256 in self.start.get("content", {}).items():
+                self.keys[key] = sha256[:16]
+                self.folders[key] = f" ({self.config[key]})"
+            # The last numbers of each domain, (N,): of the test windows, if there are some
+            self.prefix = "test_" if "test_ratio" in last["domains"][self.domains[0]] else ""
+            self.student_ppl = column(last, self.prefix + "student_ppl")
+            self.teacher_ppl = column(last, self.prefix + "teacher_ppl")
+            self.ratios = column(last, self.prefix + "ratio")
+            self.results = np.append(self.student_ppl, [self.ratios.max(), self.ratios.mean()])  # what is averaged
+            self.note = ""  # why these numbers are in no mean
+            if last["kind"] == "mixture":
+                self.note = f"unfinished at step {last['step']:,} of {self.config['max_steps']:,}"
 
 
-def numbers(lines: list[dict], key: str) -> np.ndarray:
-    """A number of each domain at each evaluation, (evaluations, N) float64; NaN where it is None."""
-    return np.array([[domain[key] for domain in line["domains"].values()] for line in lines], dtype=np.float64)
-
-
-def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over n runs and its standard error, (n, …) → (…), (…); the error is 0 for one run."""
-    n = len(values)
-    return values.mean(axis=0), values.std(axis=0, ddof=min(1, n - 1)) / np.sqrt(n)
+def column(line: dict, key: str) -> np.ndarray:
+    """One number of each domain at an evaluation, (N,) float64; NaN where it is None."""
+    return np.array([domain[key] for domain in line["domains"].values()], dtype=np.float64)
 
 
 def differing_keys(runs: list[Run]) -> list[str]:
     """What runs differ in besides the method and seed: keys that may not change within a run, and the student, by
     content, unless each seed has its own. Raises UserError if bins, teacher or windows differ, and names the runs."""
-    left_out = {"method", "seed", "step"}.union(*[run.start["may_change"] for run in runs])
-    pairs = {(run.keys["seed"], run.keys["student"]) for run in runs}
-    seeds, students = map(set, zip(*pairs))
-    if not len(seeds) == len(students) == len(pairs):
-        left_out.discard("student")
-    keys = []
-    problems = []
-    other = next((run for run in runs if run.keys["test_samples"] > 0), runs[0])  # none is no reason to refuse
+    left_out = {"method", "seed", "step"}
+    keys = {}
     for run in runs:
-        if not run.start["content"]:
+        if not run.folders:
             raise UserError(f"{run.path}: neither it nor a config.json beside it says which bins and models it is of")
-        for key in other.keys | run.keys:
-            value = run.keys.get(key)
-            if value == other.keys.get(key) or (key, value) == ("test_samples", 0):
-                continue
-            if key in ("domains", "data_dir", "teacher", "block_size", "val_samples", "test_samples"):
-                problems.append(f"{run.path}: its {key} is {value}, that of {other.path} is {other.keys[key]}")
-            elif key not in left_out:
-                keys.append(key)
+        left_out.update(run.start.get("may_change", ["data_dir", "teacher", "student", "out_dir"]))
+        keys.update(run.keys)
+    seeds = [run.keys["seed"] for run in runs]
+    students = [run.keys["student"] for run in runs]
+    n = len(set(zip(seeds, students)))
+    if n > len(set(seeds)) or n > len(set(students)):
+        left_out.discard("student")
+    differing = []
+    problems = []
+    for key in keys:
+        values = [run.keys.get(key) for run in runs]
+        if key in ("domains", "data_dir", "teacher", "block_size", "val_samples", "test_samples"):
+            counted = [value for value in values if value != 0]  # a run without test windows goes with any
+            expected = max(counted, key=counted.count, default=0)
+            other = runs[values.index(expected)]
+            for run, value in zip(runs, values):
+                if value not in (0, expected):
+                    problems.append(f"{run.path}: its {key} is {value}{run.folders.get(key, '')}, that of {other.path} "
+                                    f"is {expected}{other.folders.get(key, '')}")
+        elif key not in left_out and len(set(values)) > 1:
+            differing.append(key)
     if problems:
-        raise UserError("\n".join([*problems, "--metrics: these cannot be compared; name runs that can"]))
-    return list(dict.fromkeys(keys))
+        raise UserError("\n".join(problems) + "\n--metrics: these cannot be compared; name runs that can")
+    return differing
 
 
 def show_metrics(args: argparse.Namespace) -> dict[str, float] | None:
     """Print the last perplexities and ratios of runs, and plot them. Of a single run replay r, and return the last."""
     runs = [Run(path) for path in args.metrics]
-    columns = ["method", "seed", "step"]
-    if len(runs) > 1:
-        columns[1:1] = differing_keys(runs)
-    # A row for each run. On the test windows, if a run was measured there; one that was not is in no mean then.
-    measured = max(runs, key=lambda run: run.prefix)
-    side = "test windows" if measured.prefix else "validation windows"
+    differing = differing_keys(runs) if len(runs) > 1 else []
+    columns = ["method", *differing, "seed", "step"]
+    # The table is of the test windows, if a run was measured there
+    tested = [run for run in runs if run.prefix]
+    measured = tested[0] if tested else runs[0]
+    windows = "test windows" if measured.prefix else "validation windows"
+    # A row for each run. Runs that differ in the seed alone form a group: of a seed that was run twice the last run.
     rows = [["", *columns, *measured.domains, "worst ratio", "mean ratio", ""]]
-    groups = {}  # what is alike → seed → run: of a seed that was run twice the last one
+    groups = {}  # what is alike → seed → run
+    bases = {}  # perplexities before training → label
     for run in runs:
         if run.prefix != measured.prefix:
             run.note += " on validation windows"
         values = [str(run.keys.get(key)) for key in columns]
-        ppl = numbers([run.last], run.prefix + "student_ppl")[0]
-        ratios = numbers([run.last], run.prefix + "ratio")[0]
-        cells = [f"{one:.2f} ({ratio:.2f})" for one, ratio in zip(ppl, ratios)]
-        rows.append([run.name, *values, *cells, f"{ratios.max():.3f}", f"{ratios.mean():.3f}", run.note])
-        groups.setdefault((run.note and run.path, *values[:-2]), {})[run.keys.get("seed")] = run
-
-    # A row for the mean of each group of several. In Fig. 1 a bar for each student base, each group, and the teacher.
-    bars = []
-    bases = {}
-    for group in [list(by_seed.values()) for by_seed in groups.values()]:
-        label = f"{group[0].name} {group[0].note}".strip()
-        last_lines = [run.last for run in group]
-        if len(group) > 1:
-            label = f"{group[0].name} …: mean of {len(group)} seeds"
-            ratios = numbers(last_lines, measured.prefix + "ratio")
-            cells = ["{:.3f} ± {:.3f}".format(*mean_and_error(one)) for one in (ratios.max(1), ratios.mean(1))]
-            rows.append([label, *[""] * (len(rows[0]) - 4), *cells, ""])
-        bars.append((label, *mean_and_error(numbers(last_lines, group[0].prefix + "student_ppl"))))
-        before, error = mean_and_error(numbers([run.evaluations[0] for run in group], "student_ppl"))
-        bases.setdefault(str(before.round(2)), (f"student base of {group[0].name}, validation windows", before, error))
-    teacher_ppl = numbers([measured.last], measured.prefix + "teacher_ppl")[0]
-    rows.append(["teacher", *[""] * len(columns), *[f"{ppl:.2f}" for ppl in teacher_ppl], "", "", ""])
-    print(f"perplexity (ratio to the teacher's) on the {side}:\n")
+        cells = [f"{ppl:.2f} ({ratio:.2f})" for ppl, ratio in zip(run.student_ppl, run.ratios)]
+        cells += [f"{value:.3f}" for value in run.results[-2:]]  # the worst and the mean ratio
+        rows.append([run.name, *values, *cells, run.note])
+        alike = run.path if run.note else tuple(values[:-2])
+        groups.setdefault(alike, {})[run.keys["seed"]] = run
+        before = tuple(column(run.evaluations[0], "student_ppl"))
+        bases.setdefault(before, f"student base of {run.name}, validation windows")
+    rows.append(["teacher", *[""] * len(columns), *[f"{ppl:.2f}" for ppl in measured.teacher_ppl], "", "", ""])
+    print(f"perplexity (ratio to the teacher's) on the {windows}:\n")
     print_table(rows)
+    # The means over seeds. In Fig. 1 each student base that differs is a bar, each group, and the teacher.
+    bars = [(label, before, 0) for before, label in bases.items()]
+    rows = [["mean ± standard error", "worst ratio", "mean ratio"]]
+    for by_seed in groups.values():
+        group = list(by_seed.values())
+        n = len(group)
+        results = np.array([run.results for run in group])
+        mean = results.mean(axis=0)
+        error = results.std(axis=0, ddof=min(1, n - 1)) / np.sqrt(n)  # the standard error; 0 for one run
+        label = f"{group[0].name} {group[0].note}".strip()
+        if n > 1:
+            label = f"{group[0].name} …: mean of {n} seeds"
+            rows.append([label, *[f"{value:.3f} ± {more:.3f}" for value, more in zip(mean[-2:], error[-2:])]])
+        bars.append((label, mean[:-2], error[:-2]))
+    bars.append(("teacher", measured.teacher_ppl, 0))
+    if len(rows) > 1:
+        print()
+        print_table(rows)
     r = show_replay(runs[0], args) if len(runs) == 1 else None
     if args.plot:
-        plot(args.plot, side, [*bases.values(), *bars, ("teacher", teacher_ppl, 0)], runs)
+        plot(args.plot, windows, bars, runs)
     return r
 
 
 def show_replay(run: Run, args: argparse.Namespace) -> dict[str, float]:
     """Print r as the rule and α, by default the run's, make it from the logged perplexities. Returns the last r."""
+    largest = 0.0
     with user_errors(f"--metrics={run.path}", "name the metrics.jsonl of a run with a teacher"):
         rule = args.rule or run.start["rule"]
         if rule not in RULES:
             raise ValueError(f"its rule {rule} is a fork's; replay it there, or name one with --rule")
-        alpha = run.keys["alpha"] if args.alpha is None else args.alpha
+        alpha = run.config["alpha"] if args.alpha is None else args.alpha
         replayed = replay(run.mixture_lines, rule, run.start["natural"], alpha)
-        rows = [["step", *run.domains]]
-        differences = []
+        rows = [["step", *replayed[0]]]
         for line, r in zip(run.mixture_lines, replayed):
-            rows.append([str(line["step"])] + [f"{share:.4f}" for share in r.values()])
-            differences += [abs(line["r"][name] - r[name]) for name in r]
+            rows.append([str(line["step"]), *[f"{share:.4f}" for share in r.values()]])
+            for name in r:
+                largest = max(largest, abs(line["r"][name] - r[name]))
     title = f"r replayed with α = {alpha}, rule {rule}"
-    run.curves[title] = replayed
+    run.curves.append((title, replayed))
     print(f"\n{title}:")
     print_table(rows)
-    print(f"largest difference from the run's own r: {max(differences):.1e}\n")
+    print(f"largest difference from the run's own r: {largest:.1e}\n")
     return replayed[-1]
 
 
-def plot(path: str, side: str, bars: list[tuple], runs: list[Run]):
+def plot(path: str, windows: str, bars: list[tuple], runs: list[Run]):
     """The paper's Fig. 1, of bars (label, heights, errors); of each run Fig. 3, its r, and the one replayed."""
     matplotlib_figure = import_optional("matplotlib.figure", f"--plot={path}")
-    rows = 1 + len(runs)
-    n = 1 + len(runs[0].curves)  # panels in a row
-    figure = matplotlib_figure.Figure(figsize=(6 * n, 4 * rows), layout="constrained")
-    panel = figure.add_subplot(rows, n, (1, n), title="last evaluation", xlabel="domain", ylabel=f"perplexity, {side}")
+    figure = matplotlib_figure.Figure(figsize=(16, 4 + 4 * len(runs)), layout="constrained")
+    subfigures = figure.subfigures(1 + len(runs))
+    panel = subfigures[0].subplots()
+    panel.set(title="last evaluation", xlabel="domain", ylabel=f"perplexity, {windows}")
     panel.margins(y=0.3)  # room for the legend
     left = np.arange(len(runs[0].domains))
     width = 0.8 / len(bars)
@@ -444,13 +457,14 @@ def plot(path: str, side: str, bars: list[tuple], runs: list[Run]):
         panel.bar(left + i * width, heights, width, yerr=errors, align="edge", label=label)
     panel.set_xticks(left + 0.4, runs[0].domains)
     # The ratio of each domain over tokens, and r, which holds until the next evaluation
-    for i, run in enumerate(runs, 1):
-        tokens = numbers(run.evaluations, "tokens").sum(axis=1)
-        panel = figure.add_subplot(rows, n, n * i + 1, title=run.name, xlabel="tokens", ylabel="ratio, validation")
-        panel.plot(tokens, numbers(run.evaluations, "ratio"), label=run.domains)
-        for column, (title, r) in enumerate(run.curves.items(), 2):
-            panel = figure.add_subplot(rows, n, n * i + column, title=title, xlabel="tokens", ylabel="r")
+    for run, subfigure in zip(runs, subfigures[1:]):
+        panels = subfigure.subplots(1, 1 + len(run.curves))
+        tokens = [column(line, "tokens").sum() for line in run.evaluations]
+        panels[0].plot(tokens, [column(line, "ratio") for line in run.evaluations], label=run.domains)
+        panels[0].set(title=run.name, xlabel="tokens", ylabel="ratio, validation")
+        for panel, (title, r) in zip(panels[1:], run.curves):
             panel.step(tokens[:len(r)], [list(shares.values()) for shares in r], where="post", label=run.domains)
+            panel.set(title=title, xlabel="tokens", ylabel="r")
     for panel in figure.axes:
         panel.legend(fontsize="small", ncols=2)
     with user_errors(f"--plot={path}", "name a .png in a folder that exists"):
@@ -507,9 +521,8 @@ def main():
         parser.error(f"--plot={args.plot} requires --metrics")
     if args.alpha is not None and not 0 <= args.alpha <= 1:
         parser.error(f"--alpha={args.alpha} must be from 0 to 1")
-    for key in ("block_size", "batch_size", "steps"):
-        if getattr(args, key) < 1:
-            parser.error(f"--{key}={getattr(args, key)} must be 1 or more")
+    if min(args.block_size, args.batch_size, args.steps) < 1:
+        parser.error(f"--block_size={args.block_size} --batch_size={args.batch_size} --steps={args.steps}: 1 or more")
     if len(args.metrics) != 1 and (args.rule or args.alpha is not None):
         parser.error("--rule and --alpha replay one run: name one --metrics")
 

@@ -182,18 +182,23 @@ def test_an_arm_that_is_a_fork_is_asked_for_with_its_diff_and_runs_where_the_cod
     assert chosen_arms("arms") == list(ARMS) and chosen_arms("ted,cpt_doremi") == ["ted", "cpt_doremi"]
 
 
-@pytest.mark.slow
-def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(tmp_path):
+@pytest.fixture
+def compare(tmp_path):
+    """Runs compare_arms.py in miniature: what it prints, or its errors where another status is expected than 0."""
     keys = ("max_steps=2,interval=1,val_samples=2,test_samples=2,batch_size=4,block_size=32,warmup_steps=1,"
             f"data_dir={tmp_path / 'bins'}")
     command = [sys.executable, ROOT / "tests" / "compare_arms.py", "--steps=2", f"--out_dir={tmp_path / 'out'}",
                f"--keys={keys}"]
 
-    def compare(*words):
+    def compare(*words, status=0):
         result = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+        assert result.returncode == status, result.stderr
+        return result.stderr if status else result.stdout
+    return compare
 
+
+@pytest.mark.slow
+def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(compare, tmp_path):
     assert "2/2  kd, seed 0" in compare("--arms=ddk,kd", "--seeds=1")
     (tmp_path / "fork").mkdir()
     fork = patched("doremi", tmp_path / "fork")
@@ -205,8 +210,7 @@ def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(tmp_path)
                                                                   "cpt_doremi": ["0"]}
     first = [results["ddk"][seed]["first_worst_ratio"] for seed in ("0", "1")]
     assert first[0] != first[1] and results["kd"]["0"]["first_worst_ratio"] == first[0]  # a base for each seed
-    other = subprocess.run([*command, "--arms=ddk", "--keys=lr=0.1"], cwd=tmp_path, capture_output=True, text=True)
-    assert other.returncode == 2 and "holds runs of ddk with other keys" in other.stderr
+    assert "holds runs of ddk with other keys" in compare("--arms=ddk", "--keys=lr=0.1", status=2)
     assert "| `ddk` | 2 |" in printed and "| `kd` | 2 |" in printed
     assert "1/1  again_kd, seed 0" in compare("--arms=kd", "--seeds=1", "--label=again_")
     again = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -224,18 +228,13 @@ def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(tmp_path)
 
 
 @pytest.mark.slow
-def test_a_pretrained_teacher_may_be_given(tmp_path, teacher):
-    keys = ("max_steps=2,interval=1,val_samples=2,test_samples=2,batch_size=4,block_size=32,warmup_steps=1,"
-            f"data_dir={tmp_path / 'bins'}")
+def test_a_pretrained_teacher_may_be_given(compare, tmp_path, teacher):
     folder = tmp_path / "teacher"
     torch.manual_seed(0)
     GPT(GPTConfig.scratch(12, 64, 257, 64)).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer_meta.json"):
         shutil.copy(teacher / name, folder)
-    command = [sys.executable, ROOT / "tests" / "compare_arms.py", "--setting=real", f"--teacher={folder}", "--steps=2",
-               "--seeds=2", "--arms=ddk,kd", f"--out_dir={tmp_path / 'out'}", f"--keys={keys}"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    compare("--setting=real", f"--teacher={folder}", "--seeds=2", "--arms=ddk,kd")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     first = [results[arm][seed]["first_worst_ratio"] for arm in ("ddk", "kd") for seed in ("0", "1")]
     assert first[:2] == first[2:]  # a base for each seed

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import read_lines
-from test_distributed import words
+from conftest import read_lines, words
 from torch._inductor.codecache import PyCodeCache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -27,13 +26,11 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(DEVICE == "cuda" and not torc
 
 
 @pytest.fixture
-def config(data_dir, teacher, tmp_path):
+def config(tiny, tmp_path):
     """A function that makes a tiny run's configuration."""
     def make(name: str, **given):
-        keys = dict(preset="paper", data_dir=str(data_dir), teacher=str(teacher), student="scratch:2x64", block_size=16,
-                    batch_size=8, val_samples=5, interval=5, max_steps=20, lr=3e-3, min_lr=3e-4, warmup_steps=2,
-                    save_every=10, device=DEVICE, out_dir=str(tmp_path / name))
-        return resolve_config({**keys, **given})
+        keys = dict(student="scratch:2x64", interval=5, max_steps=20, save_every=10, device=DEVICE)
+        return resolve_config({**tiny, **keys, "out_dir": str(tmp_path / name), **given})
     return make
 
 
@@ -89,12 +86,12 @@ def test_the_loss_holds_little_more_than_its_chunk():
         hidden.grad = head.grad = None
     chunk = default_chunk_size(151_936, True) * 151_936 * 2  # bytes of one model's logits
     gradient = head.numel() * (4 + 2)  # float32, and its copy in bfloat16
-    assert peaks[1] < 2.5 * chunk + gradient, peaks  # of each model once
+    assert peaks[1] < 4.5 * chunk + gradient, peaks  # of each model once, and what is compiled holds them in float32
 
 
 @pytest.fixture
 def nan_in_new_memory(monkeypatch):
-    """What torch allocates holds NaN at first, and what the code of Inductor does: how many tensors the latter made."""
+    """What torch allocates holds NaN at first, in the code of Inductor too: the shapes that the latter made."""
     name = f"_empty_strided_{DEVICE}"
     allocate = getattr(torch._C._dynamo.guards, name)
     made = []
@@ -160,21 +157,15 @@ def test_attention_in_bfloat16_holds_no_square_of_scores(head_dim):
         model(ids).float().mean().backward()
 
 
-def test_twenty_steps_are_the_cpus(config):
-    runs = {"cpu": config("cpu", device="cpu"), "float32": config("float32", dtype="float32", compile="false"),
-            "bfloat16": config("bfloat16", dtype="bfloat16", compile="false")}
-    for run in runs.values():
+@pytest.mark.parametrize("given, expected, within", [
+    (dict(dtype="float32", compile="false"), dict(device="cpu"), 1e-3),
+    (dict(dtype="bfloat16", compile="false"), dict(device="cpu"), 2e-2),
+    (dict(compile="true", micro_batch_size=2), dict(compile="true", micro_batch_size=8), 5e-3)], ids=str)
+def test_twenty_steps_are_the_cpus_and_in_passes_of_2_windows_and_of_8_the_same(config, given, expected, within):
+    runs = [config("given", **given), config("expected", **expected)]
+    for run in runs:
         train(run)
-    expected = losses(Path(runs["cpu"].out_dir))
-    assert losses(Path(runs["float32"].out_dir)) == pytest.approx(expected, rel=1e-3)
-    assert losses(Path(runs["bfloat16"].out_dir)) == pytest.approx(expected, rel=2e-2)
-
-
-def test_a_step_in_passes_of_2_windows_and_of_8_is_the_same(config):
-    runs = {size: config(f"passes of {size}", compile="true", micro_batch_size=size) for size in (2, 8)}
-    for run in runs.values():
-        train(run)
-    assert losses(Path(runs[2].out_dir)) == pytest.approx(losses(Path(runs[8].out_dir)), rel=5e-3)
+    assert losses(Path(runs[0].out_dir)) == pytest.approx(losses(Path(runs[1].out_dir)), rel=within)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
@@ -191,7 +182,7 @@ def test_compiled_there_is_no_break_and_no_recompilation_after_the_first_step(co
 
 
 def test_resumed_it_goes_on_as_if_it_had_not_stopped(config, tmp_path):
-    """In windows of several attention tiles, whose backward pass is deterministic only if torch is told to fail else."""
+    """Windows of several attention tiles. With `warn_only` their backward pass would not be deterministic."""
     keys = dict(compile="false", block_size=256, val_samples=1)
     torch.use_deterministic_algorithms(True)
     try:
@@ -247,11 +238,3 @@ def test_all_gpus_save_by_a_signal_and_half_of_them_go_on(config, tmp_path):
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=2e-2)
     breaks = [json.loads(line)[1] for line in (tmp_path / "graphs.0").read_text().splitlines()]
     assert breaks == [0] * 20
-
-
-def test_more_processes_than_gpus_are_one_message(config, tmp_path):
-    if DEVICE != "cuda":
-        pytest.skip("counts GPUs")
-    result = torchrun(torch.cuda.device_count() + 1, config("too many"))
-    assert result.returncode == 1 and "more processes than GPUs here" in result.stderr
-    assert not (tmp_path / "too many").exists()

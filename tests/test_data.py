@@ -323,7 +323,7 @@ def test_the_end_of_text_is_eos_token_of_the_config_or_eot(tmp_path, bpe_setting
     for source in (folder, folder / "tokenizer.json"):
         if ends is None:
             message = refused(load_tokenizer, source, eot)
-            assert f"--eot={eos or ''}: " in message and "tokenizer_config.json should name" in message
+            assert f"--eot={eos or ''}: " in message and "tokenizer_config.json names" in message
         else:
             assert load_tokenizer(source, eot).eot == ends
 

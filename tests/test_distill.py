@@ -27,8 +27,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import read_lines
-from safetensors.torch import load_file, save_file
+from conftest import (NAMES, Hostile, assert_same_run, change_tensors, copy_of, drop, edit, files_of, nothing, put,
+                      read_lines, words)
+from safetensors.torch import load_file
 
 import data
 import distill
@@ -39,7 +40,6 @@ from distill import (MAY_CHANGE, PRESETS, Config, contradictions, dense_distilla
 from model import GPT, GPTConfig
 from sample_mixture import MixtureSampler
 
-NAMES = ["letters", "digits", "signs"]
 T, B = 16, 8  # tokens of a window, windows of a step
 KEYS = {entry.name: entry for entry in fields(Config)}
 
@@ -108,14 +108,6 @@ def handled(number: signal.Signals, handler):
     signal.signal(number, before)
 
 
-@pytest.fixture(scope="module")
-def tiny(data_dir, teacher) -> dict:
-    """The keys of a tiny run."""
-    return dict(preset="paper", data_dir=str(data_dir), teacher=str(teacher), student="scratch:1x32", block_size=T,
-                batch_size=B, val_samples=5, test_samples=0, interval=2, max_steps=8, lr=3e-3, min_lr=3e-4,
-                warmup_steps=2, save_every=4, device="cpu")
-
-
 @pytest.fixture
 def config(tiny, tmp_path, sinks):
     """A function that makes a tiny run's configuration, in tmp_path/run unless named."""
@@ -125,10 +117,6 @@ def config(tiny, tmp_path, sinks):
         assert all(problem.startswith("--warmup_steps") for problem in problems)  # of a few steps all may be warm-up
         return config
     return make
-
-
-def words(given: dict) -> list[str]:
-    return [f"--{key}={value}" for key, value in given.items()]
 
 
 @pytest.fixture
@@ -159,32 +147,6 @@ def checkpoints(out_dir: Path) -> list[int]:
 
 def read_state(folder: Path) -> dict:
     return json.loads((folder / "train_state.json").read_text())
-
-
-def alike(one, other) -> bool:
-    """Whether what two .pt files hold is equal to the bit."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(alike(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(alike, one, other))
-    return one.equal(other) if isinstance(one, torch.Tensor) else one == other
-
-
-def assert_same_run(out_dir: Path, other: Path):
-    """All lines of metrics (the configuration aside) and all that the last checkpoint holds are equal to the bit."""
-    assert read_lines(out_dir)[1:] == read_lines(other)[1:]
-    folder, other_folder = (run / f"step_{checkpoints(run)[-1]:08d}" for run in (out_dir, other))
-    names = {path.name for path in folder.iterdir()}
-    assert folder.name == other_folder.name and names == {path.name for path in other_folder.iterdir()}
-    for name in names - {"optimizer.pt", "manifest.json"}:
-        assert (folder / name).read_bytes() == (other_folder / name).read_bytes(), name
-    assert alike(*(torch.load(path / "optimizer.pt", weights_only=True) for path in (folder, other_folder)))
-
-
-def files_of(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def natural(data_dir) -> list[float]:
@@ -227,51 +189,10 @@ def new_student(layers: int = 1, seed: int = 0, rows: int = 257) -> GPT:
     return GPT(GPTConfig.scratch(layers, 32, rows, T))
 
 
-# Changes of a folder
-
-
-def nothing(folder: Path):
-    pass
-
-
-def copy_of(folder: Path, to: Path, change=nothing) -> Path:
-    shutil.copytree(folder, to)
-    change(to)
-    return to
-
-
-def put(name: str, raw: bytes):
-    return lambda folder: (folder / name).write_bytes(raw)
-
-
-def drop(name: str):
-    return lambda folder: (folder / name).unlink()
-
-
-def edit(name: str, change=lambda content: None, **values):
-    """Change a JSON file; what `change` returns, if anything, replaces its content."""
-    def apply(folder: Path):
-        content = json.loads((folder / name).read_text())
-        replaced = change(content)
-        if replaced is None:
-            content.update(values)
-        (folder / name).write_text(json.dumps(content if replaced is None else replaced))
-    return apply
-
-
 def sign(folder: Path):
     """Make the manifest of a changed checkpoint fit."""
     hashes = {path.name: file_sha256(path) for path in folder.iterdir() if path.name != "manifest.json"}
     (folder / "manifest.json").write_text(json.dumps(hashes))
-
-
-def change_tensors(change):
-    """`change` a model's tensors: a function of their dict."""
-    def apply(folder: Path):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return apply
 
 
 # ------------ Alg. 1 --------------------------------------------------------------------------------------------------
@@ -479,43 +400,6 @@ def test_a_model_is_built_from_the_configuration_that_was_checked(config, teache
     assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 0.25
 
 
-def test_extra_modules_are_trained_with_the_student_saved_beside_it_and_resumed_to_the_bit(config, monkeypatch,
-                                                                                           tmp_path):
-    original = distill.read_model
-
-    def read_model(role, *args):
-        model = original(role, *args)
-        if role == "student":
-            model.extra["filter"] = torch.nn.Linear(32, 32, bias=False)
-            torch.nn.init.eye_(model.extra["filter"].weight)
-            model.layers[0].register_forward_hook(lambda layer, inputs, output: model.extra["filter"](output))
-        return model
-
-    monkeypatch.setattr(distill, "read_model", read_model)
-    folder = train(config())
-    saved = [load_file(path / "extra.safetensors") for path in (folder.with_name("step_00000004"), folder)]
-    assert [list(tensors) for tensors in saved] == [["filter.weight"]] * 2
-    assert not saved[0]["filter.weight"].equal(torch.eye(32)) and not alike(*saved)
-    assert not any("extra" in name for name in load_file(folder / "model.safetensors"))
-    GPT.from_pretrained(folder)  # as it opens without the modules
-    copy_of(tmp_path / "run", tmp_path / "resumed", lambda run: shutil.rmtree(run / folder.name))
-    train(config(out_dir=str(tmp_path / "resumed")))
-    assert_same_run(tmp_path / "resumed", tmp_path / "run")
-
-
-def test_bfloat16_computes_otherwise_than_float32(config, straight, tmp_path):
-    train(config(dtype="bfloat16"))
-    rounded, plain = ([line["loss"] for line in read_lines(run, "train")] for run in (tmp_path / "run", straight()))
-    assert rounded == pytest.approx(plain, rel=0.02)
-
-    # In both models, evaluated and trained
-    rounded, plain = (read_lines(run)[1:3] for run in (tmp_path / "run", straight()))
-    for name in NAMES:
-        for key in ("student_ppl", "teacher_ppl"):
-            assert rounded[0]["domains"][name][key] != plain[0]["domains"][name][key]
-    assert rounded[1]["ce"] != plain[1]["ce"]
-
-
 def test_fsdp_gathers_in_the_dtype_of_the_products_and_reduces_in_float32(monkeypatch):
     wrapped = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -624,6 +508,8 @@ def test_metrics_have_the_promised_keys(straight):
     run, mixture, step, end = lines[0], lines[1], lines[2], lines[-1]
     assert {"config", "command", "rule", "natural", "versions", "parameters"} <= set(run) and "git" in run["versions"]
     assert run["config"]["seed"] == 0 and run["rule"] == "ddk" and list(run["natural"]) == NAMES
+    assert run["content"] == json.loads((straight() / "config.json").read_text())["content"]
+    assert run["may_change"] == sorted(MAY_CHANGE)
     assert run["parameters"]["student"] == sum(p.numel() for p in new_student().parameters())
     assert {"kind", "step", "t", "r", "domains"} <= set(mixture)
     assert {"student_ppl", "teacher_ppl", "ratio", "tokens", "epochs"} <= set(mixture["domains"]["signs"]) - {"r"}
@@ -678,30 +564,20 @@ def test_the_configuration_is_saved_as_it_is_resolved_and_printed_where_it_is_no
     assert saved.keys() == KEYS.keys() and saved["mixture"] == "letters=3,digits=2,signs=1"
     for key, value in saved.items():
         assert (f"\n{key} = {value}\n" in f"\n{out}") == (value != KEYS[key].default) and value != "auto"
-    assert f"All will stand in {tmp_path / 'run' / 'config.json'}" in out
-
-
-def test_the_run_line_says_what_config_json_says_of_bins_and_models_and_which_keys_may_change(straight):
-    run, = read_lines(straight(), "run")
-    assert run["content"] == json.loads((straight() / "config.json").read_text())["content"]
-    assert run["may_change"] == sorted(MAY_CHANGE)
+    assert f"a run writes all to {tmp_path / 'run' / 'config.json'}" in out
 
 
 def test_ends_of_text_agree_in_all_files_of_a_checkpoint(config, straight, teacher, tmp_path):
     transformers = pytest.importorskip("transformers")
-    folder = straight() / "step_00000008"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    for settings in (transformers.AutoConfig.from_pretrained(folder),
-                     transformers.GenerationConfig.from_pretrained(folder)):
-        assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == (256, 256, 256)
-    assert tokenizer.eos_token_id == tokenizer.bos_token_id == 256
-
-    # A model that says else: what it says of the beginning stays, documents end as in the bins.
+    # Of a model that says else, what it says of the beginning stays; documents end as in the bins.
     source = copy_of(teacher, tmp_path / "source", edit("config.json", eos_token_id=7, bos_token_id=8))
-    folder = train(config(teacher="", method="cpt", student=str(source), max_steps=0))
-    for settings in (transformers.AutoConfig.from_pretrained(folder),
-                     transformers.GenerationConfig.from_pretrained(folder)):
-        assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == (256, 256, 8)
+    other = train(config(teacher="", method="cpt", student=str(source), max_steps=0))
+    for folder, beginning in ((straight() / "step_00000008", 256), (other, 8)):
+        for settings in (transformers.AutoConfig.from_pretrained(folder),
+                         transformers.GenerationConfig.from_pretrained(folder)):
+            assert (settings.eos_token_id, settings.pad_token_id, settings.bos_token_id) == (256, 256, beginning)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert tokenizer.eos_token_id == tokenizer.bos_token_id == 256
 
 
 def test_the_files_of_a_checkpoint_may_be_read_by_whom_the_umask_lets(config, tmp_path):
@@ -872,27 +748,24 @@ def test_a_signal_straight_after_a_resume_writes_no_checkpoint_again(config, at,
     assert_same_run(tmp_path / "run", straight())
 
 
-def test_a_finished_run_says_so_and_does_nothing(program, straight, monkeypatch):
-    before = files_of(straight())
+@pytest.mark.parametrize("change", [nothing, put("metrics.jsonl", b"")], ids=["whole", "without its log"])
+def test_a_finished_run_says_so_and_does_nothing(program, straight, tmp_path, monkeypatch, change):
+    run = copy_of(straight(), tmp_path / "run", change)
+    before = files_of(run)
     monkeypatch.setattr(GPT, "from_pretrained", None)  # nothing is loaded
-    status, out, err = program(f"--out_dir={straight()}", "--timeout=77")
-    assert (status, err) == (0, "") and f"{straight()}: this run is finished (step 8)" in out
-    assert f"The student is in {straight() / 'step_00000008'}" in out
-    assert files_of(straight()) == before
-
-
-def test_a_finished_run_without_its_log_is_still_reported(program, straight, tmp_path):
-    copy_of(straight(), tmp_path / "run", drop("metrics.jsonl"))
-    (tmp_path / "run" / "metrics.jsonl").touch()
-    status, out, err = program()
-    assert (status, err) == (0, "") and "The student is in" in out
+    status, out, err = program("--timeout=77")
+    assert (status, err) == (0, "") and f"{run}: this run is finished (step 8)" in out
+    assert f"The student is in {run / 'step_00000008'}" in out
+    assert files_of(run) == before
 
 
 def test_two_runs_do_not_share_a_folder(config, at, straight, tmp_path):
     def start_others():
+        before = files_of(tmp_path)
         for given in ({}, {"lr": 1e-3}):
             with pytest.raises(UserError, match=f"^{tmp_path / 'run'}: another process is using it"):
                 train(config(**given))
+        assert files_of(tmp_path) == before
     at["train", 3] = start_others
     train(config())
     assert at == {} and [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -1022,13 +895,6 @@ def test_where_no_whole_checkpoint_is_left_a_run_says_so_and_starts_again(config
     assert_same_run(tmp_path / "run", straight("kd"))
 
 
-class Hostile:
-    """Unpickling it makes a file."""
-
-    def __reduce__(self):
-        return Path.touch, (Path("unpickled").resolve(),)
-
-
 def insert_line(line: bytes):
     """Put a line into the middle of metrics.jsonl."""
     def insert(folder: Path):
@@ -1086,8 +952,9 @@ OUT_OF_RANGE = {"gamma": -1.0, "lr": "nan", "min_lr": "inf", "temperature": 0.0,
     (["--data_dir"], "argument --data_dir: expected one argument"),
     *(([f"--{key}={word}"], f"argument --{key}: invalid choice: '{word}' (choose from ")
       for key, word in {"method": "dkd", "dtype": "float16", "preset": "papers", "compile": "yes"}.items()),
-    *(([f"--{key}={value}"], f"--{key}={value}: must be a number from ") for key, value in OUT_OF_RANGE.items()),
+    *(([f"--{key}={value}"], f"--{key}={value}: must be a finite number, at ") for key, value in OUT_OF_RANGE.items()),
     (["--alpha=2"], "--alpha=2.0: must be a number from 0 to 1"),
+    (["--lr=3e5"], "--lr=300000.0: must be at most 1"),
     (["--warmup_steps=300"], "--warmup_steps=300: must be below --max_steps=300")], ids=str)
 def test_a_mistake_on_the_command_line_is_one_message(run_main, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1269,7 +1136,7 @@ def test_what_contradicts_itself_is_refused_without_opening_a_file(program, monk
 def test_what_auto_means_on_a_machine(given, cuda, world, resolved, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    monkeypatch.setattr(torch.mps, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(dist, "is_initialized", lambda: world > 1)
     monkeypatch.setattr(dist, "get_world_size", lambda: world)
     config = resolve_config({"batch_size": 8, **given})
@@ -1317,7 +1184,8 @@ MAKE_ANEW = "make the bins again with data.py --tokenizer={other}"
                                                "['cats'], and lack ['digits', 'signs']; name each domain of "]),
     (nothing, ["--domains=letters", "--mixture=letters=1,signs=1"], ["unknown domains ['signs'], and lack []"]),
     (nothing, ["--student=layers:9"], ["--student=layers:9: the teacher has only 2 layers"]),
-    (nothing, ["--student=layers:1", "--teacher=", "--method=cpt"], ["--student=layers:1: ", "name one with --teacher"]),
+    (nothing, ["--student=layers:1", "--teacher=", "--method=cpt"],
+     ["--student=layers:1: ", "name one with --teacher"]),
     (nothing, ["--teacher=nowhere"], ["--teacher=nowhere: nowhere: no config.json"]),
     (nothing, ["--student=2x64"], ["--student=2x64: 2x64: no config.json"]),
     (nothing, ["--data_dir=nowhere"], ["--data_dir=nowhere: has no meta.json; make bins with data.py"]),
@@ -1474,4 +1342,4 @@ def test_a_teacher_with_little_to_teach_is_warned_of_at_once(program, trained, t
     top = out.partition("first → last evaluation")[0]
     assert out.count("THE TEACHER") == (3 if message else 0)
     assert message is None or all(top.count(message.format(name)) == 1 for name in NAMES)
-    assert f"\nwarnings after the first evaluation: {6 if message else 3}\n" in out
+    assert f"\nwarnings at the first evaluation: {6 if message else 3}\n" in out

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import read_lines
+from conftest import NAMES, assert_same_run, read_lines, words
 from safetensors.torch import load_file
-from test_distill import NAMES, B, T, assert_same_run, exact_softmax, first_batch, new_student, read_state, words
+from test_distill import B, T, exact_softmax, first_batch, new_student, read_state
 
 import distill
 from data import TokenBins
@@ -68,11 +68,9 @@ def doremi(forked):
 
 
 @pytest.fixture(scope="session")
-def keys(data_dir, teacher) -> dict:
+def keys(tiny) -> dict:
     """The keys of a tiny run; TED's first stage has one step."""
-    return dict(preset="paper", data_dir=str(data_dir), teacher=str(teacher), student="scratch:1x32", block_size=T,
-                batch_size=B, val_samples=5, interval=2, max_steps=10, lr=3e-3, min_lr=3e-4, warmup_steps=2,
-                save_every=4, device="cpu")
+    return {**tiny, "max_steps": 10}
 
 
 @pytest.fixture

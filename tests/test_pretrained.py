@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import read_lines
+from conftest import open_in_transformers, read_lines
 from safetensors.torch import load_file
 
 from data import TOKENIZER_FILES, TokenBins, UserError, build_bins, load_tokenizer, save_tokenizer
@@ -130,13 +130,6 @@ def run(keys, models, tmp_path_factory) -> Path:
     out_dir = tmp_path_factory.mktemp("run") / "ddk"
     train(resolve_config(keys(*models(), out_dir)))
     return out_dir
-
-
-def open_in_transformers(folder: Path):
-    """The model, of whose tensors none is missing, unexpected or reshaped."""
-    model, loading = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(loading.values()), loading
-    return model.eval()
 
 
 def assert_same_logits(folder: Path):
@@ -305,9 +298,11 @@ def own_bins(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("named", ["{}", '{"tokenizer_class": "GPT2Tokenizer"}', '{"tokenizer_class": "LlamaTokenizer"}'])
+@pytest.mark.parametrize("named", [
+    "{}", '{"tokenizer_class": "GPT2Tokenizer"}', '{"tokenizer_class": "LlamaTokenizer"}'])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gpt_bigcode", "starcoder2"])
-def test_autotokenizer_gives_the_bins_ids_for_a_student_of_any_model_type(own_bins, tmp_path, family, named, monkeypatch):
+def test_autotokenizer_gives_the_bins_ids_for_a_student_of_any_model_type(own_bins, tmp_path, monkeypatch, family,
+                                                                          named):
     bins = own_bins(named)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": bins.vocab_size}))
     save_tokenizer(tmp_path, bins)

@@ -31,7 +31,8 @@ def test_the_table_of_arms_is_the_codes():
 
 def test_each_key_that_the_readme_names_is_there():
     theirs = {"data_dir", "tokenizer", "text_key", "val_fraction", "val_bytes", "domain_key", "verify", "metrics",
-              "rule", "plot", "model", "prompt", "alpha", "setting", "seeds", "arms", "device"}  # of the other programs
+              "rule", "plot", "model", "prompt", "eot", "alpha", "setting", "seeds", "arms",
+              "device"}  # of the other programs
     launchers = {"nproc_per_node", "nodes", "ntasks-per-node", "signal", "signals-to-handle", "nnodes", "rdzv_id",
                  "rdzv_backend", "rdzv_endpoint", "kill-on-bad-exit", "time", "help", "key", "model_args", "tasks",
                  "repo-type", "include", "local-dir", "shutdown-timeout", "directory", "gpus-per-node", "cpus-per-task",

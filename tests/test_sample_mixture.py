@@ -65,15 +65,6 @@ def test_eq1_and_eq2_are_those_of_exact_arithmetic_and_stay_within_their_bounds(
         assert abs(r.sum() - 1) < 1e-12
 
 
-R_0 = [0.7310585786300049, 0.2689414213699951]  # of ratios 2 and 1: e²/(e² + e)
-R_1 = [0.6587872380968218, 0.3412127619031782]  # then of 1.5 and 1: ψ/Σψ = 1/(1 + e^∓1.5), α = 0.5
-
-
-def test_a_worked_example():
-    np.testing.assert_allclose(discrepancy_factor([8, 4], [4, 4]), R_0, rtol=0, atol=1e-15)
-    np.testing.assert_allclose(smooth_update(R_0, [6, 4], [4, 4]), R_1, rtol=0, atol=1e-15)
-
-
 @pytest.mark.parametrize("student, teacher", [
     ([], []), ([2], [2, 2]), ([[2, 2]], [[2, 2]]), ([math.nan, 2], [2, 2]), ([2, 2], [math.inf, 2]),
     ([0.99, 2], [2, 2]), ([2, 2], [2, None])])
@@ -269,18 +260,23 @@ def bins(tmp_path_factory):
     return folder
 
 
-def domains(student_ppl: list[float], teacher_ppl: float | None = 4) -> dict:
-    ratios = [ppl / teacher_ppl if teacher_ppl else None for ppl in student_ppl]
-    return {name: {"student_ppl": ppl, "teacher_ppl": teacher_ppl, "ratio": ratio, "tokens": 0, "epochs": 0.0}
-            for name, ppl, ratio in zip("xy", student_ppl, ratios)}
+def three(student_ppl, teacher_ppl, prefix="", names="abc", **more) -> dict:
+    return {name: {f"{prefix}student_ppl": student, f"{prefix}teacher_ppl": teacher,
+                   f"{prefix}ratio": student / teacher if teacher else None,
+                   **{key: value[i] for key, value in more.items()}}
+            for i, (name, student, teacher) in enumerate(zip(names, student_ppl, teacher_ppl))}
 
 
+two = partial(three, names="xy", tokens=[0, 0], epochs=[0.0, 0.0])
+# A worked example: ratios 2 and 1 give r_0 = 1/(1 + e^∓1), and then 1.5 and 1, with ψ/Σψ = 1/(1 + e^∓1.5) and α = 0.5:
+R_1 = [0.6587872380968218, 0.3412127619031782]
 LINES = [
-    {"kind": "run", "step": 0, "config": {"alpha": 0.5}, "rule": "ddk", "natural": {"x": 0.25, "y": 0.75}},
-    {"kind": "mixture", "step": 0, "t": 0, "r": {"x": 0.25, "y": 0.75}, "domains": domains([8, 4])},
+    {"kind": "run", "step": 0, "config": {"method": "ddk", "seed": 0, "alpha": 0.5, "max_steps": 30}, "rule": "ddk",
+     "natural": {"x": 0.25, "y": 0.75}},
+    {"kind": "mixture", "step": 0, "t": 0, "r": {"x": 0.25, "y": 0.75}, "domains": two([8, 4], [4, 4])},
     {"kind": "train", "step": 1, "loss": 2.0},
-    {"kind": "mixture", "step": 20, "t": 1, "r": dict(zip("xy", R_1)), "domains": domains([6, 4])},
-    {"kind": "end", "step": 30, "domains": domains([5, 4])},
+    {"kind": "mixture", "step": 20, "t": 1, "r": dict(zip("xy", R_1)), "domains": two([6, 4], [4, 4])},
+    {"kind": "end", "step": 30, "domains": two([5, 4], [4, 4])},
 ]
 
 
@@ -337,7 +333,7 @@ def test_the_program_replays_r_by_the_runs_own_rule_or_another(program, metrics,
 
 
 def test_a_run_without_a_teacher_replays_by_its_rule_and_by_none_that_requires_one(program, metrics):
-    write_lines(metrics, [{**LINES[0], "rule": "natural"}, {**LINES[1], "domains": domains([8, 4], None)}])
+    write_lines(metrics, [{**LINES[0], "rule": "natural"}, {**LINES[1], "domains": two([8, 4], [None, None])}])
     assert shares(program(f"--metrics={metrics}")[1]) == {0: [0.25, 0.75]}
     status, _, stderr = program(f"--metrics={metrics}", "--rule=ddk")
     assert status == 2 and "--metrics=" in stderr and "teacher" in stderr
@@ -367,28 +363,23 @@ CONFIG = {"method": "ddk", "seed": 0, "alpha": 0.5, "gamma": 0.2, "teacher": "mo
           "test_samples": 6, "max_steps": 3000, "save_every": 0}
 
 
-def three(student_ppl, teacher_ppl, prefix="", **more) -> dict:
-    return {name: {f"{prefix}student_ppl": student, f"{prefix}teacher_ppl": teacher,
-                   f"{prefix}ratio": student / teacher, **{key: value[i] for key, value in more.items()}}
-            for i, (name, student, teacher) in enumerate(zip("abc", student_ppl, teacher_ppl))}
-
-
 @pytest.fixture
 def make_run(tmp_path):
     """Writes the metrics.jsonl of a run: `test` is its last perplexities on the test windows, `end` those on the
     validation windows, None where there are none. Returns its path."""
-    def make(name, test=(6.0, 15.0, 40.0), end=(5.0, 8.0, 10.0), before=BEFORE, content=CONTENT, older=False, **keys):
+    def make(name, test=(6.0, 15.0, 40.0), end=(5.0, 8.0, 10.0), before=BEFORE, content=CONTENT, older=False,
+             names="abc", **keys):
         config = {**CONFIG, "out_dir": name, **keys}
-        start = {"kind": "run", "step": 0, "config": config, "rule": "ddk", "natural": dict(zip("abc", R[0]))}
+        start = {"kind": "run", "step": 0, "config": config, "rule": "ddk", "natural": dict(zip(names, R[0]))}
         if not older:
             start.update(content=content, may_change=["data_dir", "out_dir", "save_every", "student", "teacher"])
         lines = [start]
         for t, ppl in enumerate([before, MIDDLE]):
             tokens = [100 * t, 200 * t, 300 * t]
-            lines.append({"kind": "mixture", "step": 80 * t, "t": t, "r": dict(zip("abc", R[t])),
-                          "domains": three(ppl, VAL_TEACHER, tokens=tokens)})
+            lines.append({"kind": "mixture", "step": 80 * t, "t": t, "r": dict(zip(names, R[t])),
+                          "domains": three(ppl, VAL_TEACHER, names=names, tokens=tokens)})
         if end:
-            last = three(end, VAL_TEACHER, tokens=[150, 350, 500])
+            last = three(end, VAL_TEACHER, names=names, tokens=[150, 350, 500])
             if test:
                 for domain, tested in zip(last.values(), three(test, TEST_TEACHER, "test_").values()):
                     domain.update(tested)
@@ -454,15 +445,22 @@ def test_runs_that_differ_in_the_seed_or_also_in_its_base_are_averaged_and_other
 
 
 @pytest.mark.parametrize("keys, named", [
-    ({"content": {**CONTENT, "teacher": "9" * 64}}, "teacher"), ({"content": {**CONTENT, "data_dir": "9" * 64}}, "data"),
-    ({"block_size": 32}, "block_size"), ({"val_samples": 9}, "val_samples"), ({"test_samples": 5}, "test_samples")])
+    ({"content": {**CONTENT, "teacher": "9" * 64}}, "teacher"), ({"names": "abd"}, "domains"),
+    ({"content": {**CONTENT, "data_dir": "9" * 64}}, "data_dir"), ({"block_size": 32}, "block_size"),
+    ({"val_samples": 9}, "val_samples"), ({"test_samples": 5}, "test_samples")])
 def test_runs_of_other_bins_another_teacher_or_other_windows_are_refused_by_name(program, make_run, keys, named):
     paths = [make_run("one"), make_run("stranger", **keys), make_run("two", alpha=0.1)]
     status, stdout, stderr = program("--metrics", *paths)
     assert status == 2 and stdout == ""
     told, = [line for line in stderr.splitlines() if "stranger" in line and "its" in line]
     assert f"{paths[1]}: its {named}" in told and str(paths[0]) in told and str(paths[2]) not in stderr
+    if named in ("teacher", "data_dir"):
+        assert f"9999999999999999 ({CONFIG[named]})" in told and f"({CONFIG[named]})" in told.partition("that of")[2]
     assert program("--metrics", paths[0], paths[2])[0] == 0
+
+    # Where the first run is the odd one out, it alone is named
+    stderr = program("--metrics", paths[1], paths[0], paths[2])[2]
+    assert [line for line in stderr.splitlines() if "its" in line] == [told]
 
 
 def test_an_older_run_is_known_by_its_config_json_or_refused(program, make_run):
@@ -600,9 +598,8 @@ LINES_OF_NO_RUN = {
     "no mixture": LINES[:1],
     "no run": LINES[1:],
     "no object": [[1]],
-    "unknown rule": [{**LINES[0], "rule": "other"}, *LINES[1:]],
     "no r": [LINES[0], {**LINES[1], "r": {}}],
-    "no perplexity": [LINES[0], {**LINES[1], "domains": domains([0.5, 4])}],
+    "no perplexity": [LINES[0], {**LINES[1], "domains": two([0.5, 4], [4, 4])}],
 }
 
 
