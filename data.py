@@ -799,16 +799,20 @@ class BinWriter:
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.waiting = []  # documents that are not written yet
         self.sha256 = hashlib.sha256()
-        self.counts = Counter()
+        self.tokens = 0
+        self.documents = 0
+        self.bytes = 0  # of the documents in UTF-8
 
     def append(self, ids: np.ndarray, eot: int, n_bytes: int):
-        """Add a document: its ids and the end of text. `n_bytes` is its length in UTF-8."""
+        """Add a document: its ids and the end of text."""
         encoded = np.empty(len(ids) + 1, dtype=self.dtype)
         encoded[:-1] = ids
         encoded[-1] = eot
         self.waiting.append(encoded)
         self.sha256.update(encoded)
-        self.counts.update(tokens=len(encoded), documents=1, bytes=n_bytes)
+        self.tokens += len(encoded)
+        self.documents += 1
+        self.bytes += n_bytes
 
     def flush(self):
         """Write the documents that wait."""
@@ -820,7 +824,8 @@ class BinWriter:
         """Give the bin its name. Returns its entry of meta.json."""
         fsync(self.temporary)
         os.replace(self.temporary, self.path)
-        return {"file": self.path.name, **self.counts, "sha256": self.sha256.hexdigest()}
+        return {"file": self.path.name, "tokens": self.tokens, "documents": self.documents, "bytes": self.bytes,
+                "sha256": self.sha256.hexdigest()}
 
 
 class DomainBuild:
@@ -876,8 +881,10 @@ class DomainBuild:
         # If all exceed it, the first without copies is taken, or else the one with the fewest bytes.
         if not chosen:
             chosen = [min(keys, key=lambda key: sizes[key] if self.copies[key] > 1 else 0)]
-        for key in sorted(self.held.keys() - chosen, reverse=True):
-            yield from repeat((self.train, self.held[key]), self.copies[key])
+        validation = set(chosen)
+        for key in reversed(keys):
+            if key not in validation:
+                yield from repeat((self.train, self.held[key]), self.copies[key])
         for key in chosen:
             yield from repeat((self.val, self.held[key]), self.copies[key])
         self.held.clear()
@@ -944,9 +951,10 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
             assigned = split_documents(documents, domains, out_dir, dtype, val_fraction, val_bytes)
             for batch in batches(assigned, lambda pair: len(pair[1]), BATCH_BYTES):
                 encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
+                some_with_end = tokenizer.eot in np.concatenate(encoded)
                 for (writer, raw), ids in zip(batch, encoded, strict=True):
                     n_bytes += len(raw)
-                    if tokenizer.eot in ids:
+                    if some_with_end and tokenizer.eot in ids:
                         n_with_end += 1  # it would end in the middle
                     else:
                         writer.append(ids, tokenizer.eot, len(raw))
@@ -961,7 +969,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
             # Every bin is complete, and gets its name. meta.json comes last: a folder that has it is complete.
             entries = {}
             for name, domain in domains.items():
-                if domain.train.counts and domain.val.counts:
+                if domain.train.documents and domain.val.documents:
                     entries[name] = {"dtype": dtype, "train": domain.train.publish(), "val": domain.val.publish()}
                 else:
                     domain.train.temporary.unlink()
