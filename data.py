@@ -318,7 +318,7 @@ def verify(data_dir: str | Path):
 # ------------ Tokenizers ----------------------------------------------------------------------------------------------
 
 END_OF_TEXT = "<|endoftext|>"
-PART = 4 << 20  # characters that a tokenizer.json encodes at once, since its library holds about 100 bytes an id
+PART = 2 << 20  # characters that a tokenizer.json encodes at once, since its library holds about 100 bytes an id
 TOKENIZER_META = "tokenizer_meta.json"  # in a model's folder: the tokenizer's entry of meta.json
 # The files of a tokenizer. They are copied to the bins, and from there to the student.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -710,7 +710,7 @@ def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> 
     suffix = suffix_of(path)
     with user_errors(path, "copy it again, or make a .zst that needs no more memory than --long=27"):
         if suffix == ".parquet":
-            file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path, buffer_size=PIECE)
+            file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path, buffer_size=PIECE, pre_buffer=False)
             # Columns that the file lacks are left out. Rows may be long, so few are read at once.
             for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=4):
                 yield from rows.to_pylist()
