@@ -58,8 +58,8 @@ def user_errors(source: str | Path, fix: str):
 def run_program(main: Callable):
     """Run `main` as a program, and end it in one way.
 
-    A UserError or OSError is one message and status 2, Ctrl-C status 130, a closed output (as head's) 141, all without
-    a traceback. Under torchrun rank 0 alone prints an error that all ranks raise: torchrun ends the others."""
+    A UserError or OSError is one message and status 2, without a traceback. Under torchrun rank 0 alone prints an error
+    that all ranks raise: torchrun ends the others."""
     rank = os.environ.get("RANK")
     status = 0
     with suppress(AttributeError):  # an output that the shell closed is None
@@ -70,7 +70,7 @@ def run_program(main: Callable):
     except SystemExit as stop:
         status = stop.code or 0
     except KeyboardInterrupt:
-        status = 130
+        status = 128 + 2  # as SIGINT gives
     except BrokenPipeError:
         status = 128 + 13  # as SIGPIPE gives
     except (UserError, OSError) as error:
@@ -105,8 +105,8 @@ def import_optional(module: str, needed_for: str, or_else: str = ""):
 def model_folder(source: str | Path, option: str, files: Iterable[str]) -> Path:
     """The folder that `source` names. If it is a name on the Hugging Face Hub, the folder that has `files` (patterns).
 
-    It is a name if it looks like OWNER/MODEL and neither it nor OWNER exists here. UserError, which names the `option`
-    that gave the source, if what huggingface_hub's cache lacks cannot be downloaded."""
+    It is a name if it looks like OWNER/MODEL and neither it nor OWNER exists here. `option` gave it, for the message
+    if what huggingface_hub's cache lacks cannot be downloaded."""
     path = Path(source)
     if path.exists() or path.parent.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         return path
@@ -281,15 +281,15 @@ class TokenBins:
 
     def eval_documents(self, name: str, side: str, n: int) -> int:
         """How many distinct documents the windows of `eval_windows` touch."""
-        # Document i lies between the edges i and i + 1, which are ends of text.
+        # Document i lies between the edges i and i + 1.
         tokens = self._tokens(name, "val")
         ends = np.flatnonzero(tokens == self.tokenizer["eot"])
-        edges = np.concatenate([[-1], ends, [len(tokens)]])
+        edges = np.concatenate([[-1], ends, [len(tokens)]]) + 1
         starts = self._eval_ids(name, side, n) * self.block_size
-        touched = set()
-        for first, last in zip(np.searchsorted(ends, starts), np.searchsorted(ends, starts + self.block_size - 1)):
-            touched.update(range(first, last + 1))
-        return len({tokens[edges[i] + 1:edges[i + 1]].tobytes() for i in touched})
+        firsts = np.searchsorted(ends, starts)
+        lasts = np.searchsorted(ends, starts + self.block_size - 1)
+        touched = set(chain.from_iterable(map(range, firsts, lasts + 1)))
+        return len({tokens[edges[i]:edges[i + 1]].tobytes() for i in touched})
 
     def content(self) -> str:
         """Identity of the tokens, independent of the folder: over the bins' entries and the tokenizer."""
@@ -341,9 +341,8 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
-    """The tokenizer `source`: "bytes", a tiktoken encoding, a tokenizer.json or the folder that holds one,
-    or a model's name on the Hugging Face Hub. `eot` is the token that ends a document; default: the tokenizer's own
-    (`eos_token` in tokenizer_config.json). UserError if there is no such tokenizer or token."""
+    """The tokenizer `source`: "bytes", a tiktoken encoding, a tokenizer.json or the folder that holds one, or a model's
+    name on the Hugging Face Hub. Each document ends with the token `eot`; default: the tokenizer's own eos_token."""
     names = ["bytes", *tiktoken.list_encoding_names()]
     if source in names:  # even if there is a folder of the same name
         return _tiktoken_tokenizer(source, eot)
@@ -445,28 +444,25 @@ def check_characters(tokenizer: Tokenizer):
     texts = ["ab", "abab", *(f"a{character}b" for character in characters)]
     with user_errors(f"--tokenizer={tokenizer.name}", "name another one"):
         ab, abab, *decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(texts)]
-    # If they are one unknown word, the same comes back of any word, and none is lost.
-    if ab and ab == abab:
-        return
     # A normalizer may take out some of PROBE_BYTES by design, such as accents, but half a character is a byte lost.
     pairs = zip(characters, decoded, strict=True)
     lost = [repr(c) for c, text in pairs if "\ufffd" in text or text == ab and c in PROBE_TEXT]
-    if lost:
+    # If the same comes back of any word, it is one unknown word, which loses no character.
+    if lost and (ab != abab or not ab):
         raise UserError(f"--tokenizer={tokenizer.name}: loses {' '.join(lost[:20])}; name one that keeps them")
 
 
 def print_changes(documents: list[tuple[str, str]], tokenizer: Tokenizer):
     """A note, if the tokenizer changes some of the first (domain, text) by design. It says what happens."""
-    texts = [text[:1000] for name, text in documents if name == documents[0][0]]
-    changes = []
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
-        decoded = tokenizer.decode(ids.tolist())
-        if decoded != text:
-            start = len(os.path.commonprefix([text, decoded]))
-            changes.append(f"{text[start:start + 40]!r} comes back as {decoded[start:start + 40]!r}")
-    if changes:
-        print(f"note: the tokenizer changes {len(changes)} of the first {len(texts)} documents of {documents[0][0]}: "
-              f"{changes[0]}")
+    name = documents[0][0]
+    texts = [text[:1000] for domain, text in documents if domain == name]
+    decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(texts)]
+    changed = [pair for pair in zip(texts, decoded, strict=True) if pair[0] != pair[1]]
+    if changed:
+        start = len(os.path.commonprefix(changed[0]))
+        before, after = [text[start:start + 40] for text in changed[0]]
+        print(f"note: the tokenizer changes {len(changed)} of the first {len(texts)} documents of {name}: {before!r} "
+              f"comes back as {after!r}")
 
 
 def settings_digest(settings: dict) -> str:
@@ -538,9 +534,9 @@ def save_tokenizer(folder: Path, bins: TokenBins):
 def write_tokenizer_config(folder: Path, model_type: str, eot_token: str):
     """Name the end of text in tokenizer_config.json, and the class with which transformers encodes by tokenizer.json.
 
-    Most other classes, and those of model types where none is named, keep its vocabulary in transformers 5, but split
-    text in their own way. Qwen's class is right for Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever
-    is named, unless `auto_map` names code too. Without trust_remote_code that is not run; the named class counts."""
+    Most other classes keep its vocabulary in transformers 5, but split text in their own way. Qwen's class is right for
+    Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever is named, unless `auto_map` names code too. That
+    code is not run without trust_remote_code: then the named class counts."""
     path = folder / "tokenizer_config.json"
     config = {"bos_token": eot_token, "clean_up_tokenization_spaces": False}  # the beginning is the end, as GPT-2's
     if path.is_file():
@@ -629,8 +625,13 @@ def find_files(pattern: str, left_out: Counter) -> list[Path]:
 
 def find_paths(pattern: str, left_out: Counter) -> list[str]:
     """What glob.glob finds, but links in a circle end, and what cannot be read is counted."""
+    def unreadable(error: OSError):
+        left_out["unreadable folders left out"] += 1
+
     head, deep, tail = pattern.partition("**")
     if not deep:
+        for folder in filter(os.path.isdir, glob.glob(os.path.dirname(pattern) or ".")):
+            next(os.walk(folder, onerror=unreadable), None)
         paths = glob.glob(pattern)
         lost = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
         left_out.update(["links to nothing, pipes and devices left out"] * len(lost))
@@ -640,15 +641,14 @@ def find_paths(pattern: str, left_out: Counter) -> list[str]:
     paths = []
     entered = set()
     for top in glob.glob(head or "."):
-        walk = os.walk(top, followlinks=True, onerror=lambda _: left_out.update(["unreadable folders left out"]))
-        for folder, subfolders, _ in walk:
+        for folder, subfolders, _ in os.walk(top, followlinks=True, onerror=unreadable):
+            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             real = os.path.realpath(folder)
             if real in entered:
                 subfolders.clear()
-                continue
-            entered.add(real)
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-            paths += find_paths(os.path.join(glob.escape(folder), tail.lstrip("/") or "*"), left_out)
+            else:
+                entered.add(real)
+                paths += find_paths(os.path.join(glob.escape(folder), tail.lstrip("/") or "*"), left_out)
     return paths
 
 
@@ -797,28 +797,23 @@ class BinWriter:
         self.temporary = path.with_name(path.name + ".tmp")
         self.temporary.write_bytes(b"")
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.waiting = []  # documents that are not written yet
         self.sha256 = hashlib.sha256()
         self.tokens = 0
         self.documents = 0
         self.bytes = 0  # of the documents in UTF-8
 
-    def append(self, ids: np.ndarray, eot: int, n_bytes: int):
-        """Add a document: its ids and the end of text."""
-        encoded = np.empty(len(ids) + 1, dtype=self.dtype)
-        encoded[:-1] = ids
-        encoded[-1] = eot
-        self.waiting.append(encoded)
-        self.sha256.update(encoded)
-        self.tokens += len(encoded)
-        self.documents += 1
-        self.bytes += n_bytes
-
-    def flush(self):
-        """Write the documents that wait."""
+    def write(self, documents: list[tuple[np.ndarray, int]], eot: int):
+        """Add documents, (ids, bytes in UTF-8), each with the end of text."""
         with user_errors(self.path, "make room there, and build again"), open(self.temporary, "ab") as file:
-            file.writelines(self.waiting)
-        self.waiting.clear()
+            for ids, n_bytes in documents:
+                encoded = np.empty(len(ids) + 1, dtype=self.dtype)
+                encoded[:-1] = ids
+                encoded[-1] = eot
+                file.write(encoded)
+                self.sha256.update(encoded)
+                self.tokens += len(encoded)
+                self.documents += 1
+                self.bytes += n_bytes
 
     def publish(self) -> dict:
         """Give the bin its name. Returns its entry of meta.json."""
@@ -831,8 +826,8 @@ class BinWriter:
 class DomainBuild:
     """A domain that is being built: its two bins, and those of its documents that may become validation.
 
-    They are the ones with the smallest content hashes, so the order in which documents come does not matter. Equal
-    documents are held once. `add` and `split` yield pairs of a bin and a document in UTF-8."""
+    They are the ones with the smallest content hashes, so the order in which documents come does not matter. The
+    methods yield pairs of a bin and a document in UTF-8."""
 
     def __init__(self, name: str, out_dir: Path, dtype: str):
         self.train = BinWriter(out_dir / f"{name}.train.bin", dtype)
@@ -854,14 +849,14 @@ class DomainBuild:
         if key not in self.held:
             self.held[key] = raw
             self.held_bytes += len(raw)
-            if self.held_bytes > 1.1 * limit:
-                yield from self.shrink(limit)
+        if self.held_bytes > 1.1 * limit:
+            yield from self.shrink(limit)
 
     def shrink(self, limit: int) -> Iterator[tuple[BinWriter, bytes]]:
         """Hold at most `limit` bytes or MIN_HELD documents. Others are train text: those with smaller hashes fill all
         that validation may have."""
-        for key in sorted(self.held, reverse=True):
-            if self.held_bytes <= limit or len(self.held) <= MIN_HELD:
+        for key in sorted(self.held, reverse=True)[:-MIN_HELD]:
+            if self.held_bytes <= limit:
                 return
             self.bound = key
             raw = self.held.pop(key)
@@ -871,19 +866,17 @@ class DomainBuild:
     def split(self, fraction: float, limit: int) -> Iterator[tuple[BinWriter, bytes]]:
         """After the last document: validation has at most `limit` bytes and this fraction, and a document at least."""
         yield from self.shrink(limit)
-        keys = sorted(self.held)
-        sizes = {key: len(self.held[key]) * self.copies[key] for key in keys}
         limit = min(limit, fraction * self.total_bytes)
+        sizes = {key: len(self.held[key]) * self.copies[key] for key in sorted(self.held)}
         # A document that exceeds the limit by itself or by its copies is train text. The others fill the limit.
-        small = [key for key in keys if sizes[key] <= limit]
+        small = [key for key in sizes if sizes[key] <= limit]
         totals = np.cumsum([sizes[key] for key in small])
-        chosen = small[:np.searchsorted(totals, limit, side="right")]
+        chosen = dict.fromkeys(small[:np.searchsorted(totals, limit, side="right")])
         # If all exceed it, the first without copies is taken, or else the one with the fewest bytes.
         if not chosen:
-            chosen = [min(keys, key=lambda key: sizes[key] if self.copies[key] > 1 else 0)]
-        validation = set(chosen)
-        for key in reversed(keys):
-            if key not in validation:
+            chosen = [min(sizes, key=lambda key: sizes[key] if self.copies[key] > 1 else 0)]
+        for key in reversed(sizes):
+            if key not in chosen:
                 yield from repeat((self.train, self.held[key]), self.copies[key])
         for key in chosen:
             yield from repeat((self.val, self.held[key]), self.copies[key])
@@ -892,9 +885,7 @@ class DomainBuild:
 
 def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, DomainBuild], out_dir: Path, dtype: str,
                     val_fraction: float, val_bytes: int) -> Iterator[tuple[BinWriter, bytes]]:
-    """Read a stream of (domain, text) once, and yield (bin, document in UTF-8) as soon as a document's bin is known.
-
-    A domain is added to `domains` at its first document."""
+    """Yield (bin, document in UTF-8) of a stream of (domain, text), as soon as the bin is known. Adds to `domains`."""
     for name, text in documents:
         if name not in domains:
             if len(domains) == MAX_DOMAINS:
@@ -926,14 +917,12 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
 
     Of each domain, the documents with the smallest content hashes are validation, in the order of their hashes: at most
     val_fraction (below 1) of the domain's bytes and val_bytes, and at least one distinct document on each side. A
-    domain with a single one is left out. Memory is at most val_bytes a domain, a few hundred bytes for each document
-    that is held, and a batch. A build that is killed has to start again. `made_by` is kept in meta.json. UserError if
-    out_dir holds files of the same names or is in use, or if no domain is left."""
+    domain with a single one is left out. Memory is a batch, and at most val_bytes a domain with a few hundred bytes for
+    each document in them. A build that is killed has to start again. `made_by` is kept in meta.json."""
     out_dir = Path(out_dir)
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction}: must be at least 0 and below 1")
-    if val_bytes < 0:
-        raise UserError(f"--val_bytes={val_bytes}: must be at least 0")
+    if not 0 <= val_fraction < 1 or val_bytes < 0:
+        raise UserError(f"--val_fraction={val_fraction} and --val_bytes={val_bytes} must be at least 0, and the fraction "
+                        "below 1")
     # What a killed build left is written again. It left the lock file too.
     for path in own_files(out_dir, tokenizer):
         if path.is_file() and not (out_dir / LOCK).exists():
@@ -947,22 +936,13 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         if (out_dir / "meta.json").exists():
             raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
         try:
-            # Encode a batch over all domains at a time, and append each document to its bin.
+            # Write a batch over all domains at a time.
             assigned = split_documents(documents, domains, out_dir, dtype, val_fraction, val_bytes)
             for batch in batches(assigned, lambda pair: len(pair[1]), BATCH_BYTES):
-                encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
-                some_with_end = tokenizer.eot in np.concatenate(encoded)
-                for (writer, raw), ids in zip(batch, encoded, strict=True):
-                    n_bytes += len(raw)
-                    if some_with_end and tokenizer.eot in ids:
-                        n_with_end += 1  # it would end in the middle
-                    else:
-                        writer.append(ids, tokenizer.eot, len(raw))
-                for writer in {writer for writer, raw in batch}:
-                    writer.flush()
+                n_bytes += sum(len(raw) for writer, raw in batch)
+                n_with_end += write_batch(batch, tokenizer)
                 print(f"{n_bytes / 1e6:,.1f} MB of text", flush=True)
-                batch.clear()
-                encoded.clear()
+                batch.clear()  # before the next one is read
             if n_with_end:
                 print(f"note: {n_with_end:,} documents left out, which hold {tokenizer.eot_token}, the end of text")
 
@@ -984,6 +964,24 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
             raise
 
 
+def write_batch(batch: list[tuple[BinWriter, bytes]], tokenizer: Tokenizer) -> int:
+    """Encode documents and add them to their bins. Leaves out those that the end of text would end in their middle, and
+    returns how many these are."""
+    encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
+    # One comparison for all: there is hardly ever one.
+    some_with_end = tokenizer.eot in np.concatenate(encoded)
+    written = defaultdict(list)  # bin → its documents
+    n_with_end = 0
+    for (writer, raw), ids in zip(batch, encoded, strict=True):
+        if some_with_end and tokenizer.eot in ids:
+            n_with_end += 1
+        else:
+            written[writer].append((ids, len(raw)))
+    for writer, documents in written.items():
+        writer.write(documents, tokenizer.eot)
+    return n_with_end
+
+
 def own_files(folder: Path, tokenizer: Tokenizer) -> list[Path]:
     """What there is in a folder by the names that a build would use; not the tokenizer's files where they lie."""
     patterns = [path.name for path in tokenizer.files if path.parent.resolve() != folder.resolve()]
@@ -995,7 +993,7 @@ def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], mad
     """Copy the tokenizer's files to `folder`, write meta.json there, and return its content.
 
     `domains`: name → {"dtype": "uint16" or "uint32", "train": side, "val": side}, each side {"file", "tokens",
-    "sha256"}. This opens nanoGPT's train.bin and val.bin, too, as one domain."""
+    "sha256"}. nanoGPT's train.bin and val.bin can be such a domain."""
     for path in tokenizer.files:
         with suppress(shutil.SameFileError):
             shutil.copyfile(path, folder / path.name)
@@ -1027,9 +1025,8 @@ def docstrings(text: str) -> list[str]:
 
 
 # Where a domain's text is: files below the folder of a module that comes with Python, torch, or what torch requires.
-# `left_out` is a regular expression of paths, `extract` makes documents of a file's text. Those longer than `longest`
-# characters are left out, so that the few windows of validation are of many. Python source is cut where two lines are
-# blank: a document per class or function, about.
+# `left_out` is a regular expression of paths, `extract` makes documents of a file's text: of Python source one per
+# class or function, about. Validation has few windows: documents up to `longest` characters make them many texts.
 QUICKSTART = {
     "python": {"module": "argparse", "suffix": ".py", "longest": 20_000,
                "extract": lambda text: text.split("\n\n\n"),
@@ -1041,8 +1038,6 @@ QUICKSTART = {
     "prose": {"module": "numpy", "suffix": ".py", "extract": docstrings, "longest": 3_000,
               "left_out": r"tests/|_pyinstaller/"},
 }
-
-
 # Unequal domains, as in a real corpus: most of the text is Python.
 QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 800_000, "math": 800_000, "prose": 600_000}
 
