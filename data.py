@@ -12,6 +12,7 @@ tokenizer, and gives the size and sha256 of each bin. Helpers that all four prog
 import argparse
 import ast
 import fcntl
+import fnmatch
 import glob
 import gzip
 import hashlib
@@ -111,8 +112,7 @@ def model_folder(source: str | Path, option: str, files: Iterable[str]) -> Path:
     if path.exists() or path.parent.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         return path
     where = f"{option}={source}: no such folder, and not to be had from the Hugging Face Hub"
-    download = f"hf download {source} --local-dir models/{path.name}"
-    fix = f"name a folder; where there is a network:  {download}"
+    fix = f"name a folder; where there is a network:  hf download {source} --local-dir models/{path.name}"
     huggingface_hub = import_optional("huggingface_hub", where, f"or {fix}")
     with user_errors(where, fix):
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
@@ -177,8 +177,7 @@ TOKENIZER_KEYS = ("name", "vocab_size", "eot", "eot_token", "fingerprint", "file
 
 def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
     """meta.json of a bins folder, checked against the files beside it. UserError names the `option` that gave it."""
-    data_dir = Path(data_dir)
-    path = data_dir / "meta.json"
+    path = Path(data_dir, "meta.json")
     if not path.is_file():
         raise UserError(f"{option}={data_dir}: has no meta.json; make bins with data.py --out_dir={data_dir}")
     with user_errors(path, "copy the folder again, or delete meta.json and make the bins again"):
@@ -201,8 +200,8 @@ def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
         if lacking or not meta["domains"]:
             raise ValueError(f"lacks {' '.join(lacking) or 'domains'}")
         for name, size in sizes.items():
-            file = data_dir / name
-            if file.parent != data_dir or not file.is_file() or size not in (None, file.stat().st_size):
+            file = path.parent / name
+            if file.parent != path.parent or not file.is_file() or size not in (None, file.stat().st_size):
                 raise ValueError(f"{file} is not in the folder, or not of the size that is recorded")
     return meta
 
@@ -234,11 +233,10 @@ class TokenBins:
             raise UserError(f"--block_size={block_size}: no train text that long in domain {empty} of {self.dir}")
 
     def _count(self, name: str, side: str) -> int:
-        return max(self.domains[name][side]["tokens"] - 1, 0) // self.block_size
+        return (self.domains[name][side]["tokens"] - 1) // self.block_size
 
     def _tokens(self, name: str, side: str) -> np.ndarray:
-        """A bin, mapped. It is mapped anew for each batch, as in nanoGPT, so that pages read before stop counting as
-        this process's memory."""
+        """A bin, mapped anew for each batch, as in nanoGPT, so that pages read before do not count as memory in use."""
         dtype = np.dtype(self.domains[name]["dtype"]).newbyteorder("<")
         return np.memmap(self.dir / self.domains[name][side]["file"], dtype=dtype, mode="r")
 
@@ -250,8 +248,7 @@ class TokenBins:
         largest = windows.max(initial=0)
         if largest >= self.vocab_size:
             path = self.dir / self.domains[name][side]["file"]
-            raise UserError(f"{path}: holds the id {largest}, but the tokenizer has {self.vocab_size} ids; run data.py "
-                            f"--verify={self.dir}, or make the bins again")
+            raise UserError(f"{path}: holds the id {largest} of {self.vocab_size} ids; run data.py --verify={self.dir}")
         return windows
 
     def train_windows(self, domain_ids: np.ndarray, window_ids: np.ndarray) -> np.ndarray:
@@ -264,8 +261,7 @@ class TokenBins:
 
     def eval_windows(self, name: str, side: str, n: int) -> np.ndarray:
         """`n` windows of a domain's validation bin, evenly spaced over its first half (`side` is "val") or its second
-        ("test"): (n, block_size + 1) int64. The order of hashes makes its documents random. UserError if there are
-        fewer windows in that half."""
+        ("test"), whose documents are random: (n, block_size + 1) int64. UserError if that half has fewer windows."""
         return self._windows(name, "val", self._eval_ids(name, side, n))
 
     def _eval_ids(self, name: str, side: str, n: int) -> np.ndarray:
@@ -276,7 +272,7 @@ class TokenBins:
         if n > available:
             raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {available} windows of "
                             f"{self.block_size} tokens in that half of its validation bin; lower --{side}_samples or "
-                            "--block_size, or make bins of more text or with a larger --val_fraction")
+                            "--block_size, or make bins with more text or --val_fraction")
         return first + np.arange(n) * available // max(n, 1)
 
     def eval_documents(self, name: str, side: str, n: int) -> int:
@@ -310,8 +306,7 @@ def verify(data_dir: str | Path):
                 changed.append(entry["file"])
             print(f"{entry['file']:32} {state}")
     if changed:
-        raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json, or with ids beyond the tokenizer's; "
-                        "copy again, or make the bins again")
+        raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins again")
     saved_tokenizer(Path(data_dir), meta["tokenizer"])
 
 
@@ -362,8 +357,7 @@ def _tiktoken_tokenizer(name: str, eot: str) -> Tokenizer:
                                      mergeable_ranks={bytes([byte]): byte for byte in range(256)})
         fingerprint = settings_digest(bytes_settings())
     else:
-        fix = "tiktoken downloads it; set TIKTOKEN_CACHE_DIR to a folder that has it"
-        with user_errors(f"--tokenizer={name}", fix):
+        with user_errors(f"--tokenizer={name}", "set TIKTOKEN_CACHE_DIR to a folder that has it, or download it"):
             encoding = tiktoken.get_encoding(name)
         ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
         fingerprint = digest(ranks, encoding._pat_str, encoding._special_tokens)
@@ -410,7 +404,6 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None
 
-    # The vocabulary, in which each id has one token.
     vocab = tokenizer.get_vocab()
     tokens = {}  # id → token
     for token, i in vocab.items():
@@ -573,11 +566,11 @@ RECORDS = (".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet")  # suffixes o
 
 
 def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Counter]) -> dict[str, list[Path]]:
-    """NAME=GLOB words to domain → sorted files. If records are `labelled`, plain GLOB words are allowed: "" → files.
+    """NAME=GLOB words to domain → sorted files, each once. If records are `labelled`, a GLOB alone is "" → files.
 
-    A domain has each file once, whatever links lead to it. UserError if a word matches no file, or one whose suffix
-    says that it is not read. `left_out` as in read_documents."""
-    domains = defaultdict(lambda: defaultdict(list))  # name → device and number of a file → its names
+    UserError if a word matches no file, or one whose suffix says that it is not read. `left_out`: see read_documents.
+    """
+    domains = defaultdict(list)  # name → paths, and what those lead to that are links
     for word in sources:
         named = re.fullmatch("([A-Za-z0-9][A-Za-z0-9_-]*)=(.*)", word)
         # With labels, a word such as year=2023/*.jsonl may be a glob as it stands.
@@ -588,18 +581,20 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
             name, pattern = named.groups()
         else:
             raise UserError(f"{word!r}: write NAME=GLOB, with letters, digits, - and _ in NAME, or name a --domain_key")
-        files = find_files(pattern, left_out[name])
-        if not files:
+        paths = find_files(pattern, left_out[name])
+        if not paths:
             fix = " ".join(left_out[name]) or "name a folder or a glob of files"
             raise UserError(f"{word}: no file matches {pattern!r}; {fix}")
-        for path in files:
-            status = path.stat()
-            domains[name][status.st_dev, status.st_ino] += [path, Path(os.path.realpath(path))]
+        domains[name] += paths + [path.resolve() for path in paths]
 
     found = {}
-    for name, files in domains.items():
+    for name, paths in domains.items():
         # Of the names of a file, the first that says that it holds records is used, if there is one.
-        found[name] = sorted(min(names, key=lambda path: suffix_of(path) not in RECORDS) for names in files.values())
+        names = {}
+        for path in sorted(paths, key=lambda path: suffix_of(path) not in RECORDS):
+            status = path.stat()
+            names.setdefault((status.st_dev, status.st_ino), path)
+        found[name] = sorted(names.values())
         for path in found[name]:
             suffix = suffix_of(path)
             if suffix in (".csv", ".tsv"):
@@ -613,43 +608,40 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
 
 def find_files(pattern: str, left_out: Counter) -> list[Path]:
     """The files that a name or a glob stands for. If these are folders alone: all files in them that are not hidden."""
-    pattern = os.path.expanduser(pattern)
-    if os.path.lexists(pattern):
-        pattern = glob.escape(pattern)  # a name that exists is no pattern
-    paths = find_paths(pattern, left_out)
+    pattern = re.sub(r"(^|/)\*\*/*$", r"\1**/*", os.path.expanduser(pattern))
+    paths = [pattern]
+    if not os.path.lexists(pattern):  # a name that exists is no pattern
+        paths = list(find_paths(pattern, left_out))
     if not any(map(os.path.isfile, paths)):
         for folder in list(filter(os.path.isdir, paths)):
-            paths += find_paths(os.path.join(glob.escape(folder), "**"), left_out)
-    return sorted(map(Path, set(filter(os.path.isfile, paths))))
+            paths += find_paths(os.path.join(glob.escape(folder), "**/*"), left_out)
+    lost = [path for path in paths if os.path.lexists(path) and not os.path.isfile(path) and not os.path.isdir(path)]
+    left_out.update(["links to nothing, pipes and devices left out"] * len(lost))
+    return sorted(map(Path, filter(os.path.isfile, paths)))
 
 
-def find_paths(pattern: str, left_out: Counter) -> list[str]:
-    """What glob.glob finds, but links in a circle end, and what cannot be read is counted."""
-    def unreadable(error: OSError):
-        left_out["unreadable folders left out"] += 1
-
-    head, deep, tail = pattern.partition("**")
-    if not deep:
-        for folder in filter(os.path.isdir, glob.glob(os.path.dirname(pattern) or ".")):
-            next(os.walk(folder, onerror=unreadable), None)
-        paths = glob.glob(pattern)
-        lost = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
-        left_out.update(["links to nothing, pipes and devices left out"] * len(lost))
-        return paths
-
-    # Each folder that ** stands for is entered once, and the rest of the pattern matches in it.
-    paths = []
+def find_paths(pattern: str, left_out: Counter) -> Iterator[str]:
+    """What glob.glob finds. Folders that cannot be read are counted, and links in a circle end."""
+    head, tail = os.path.split(pattern.rstrip("/"))
+    if not glob.has_magic(pattern):
+        yield pattern
+        return
     entered = set()
-    for top in glob.glob(head or "."):
-        for folder, subfolders, _ in os.walk(top, followlinks=True, onerror=unreadable):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+    for top in filter(os.path.isdir, find_paths(head or ".", left_out)):
+        walk = os.walk(top, followlinks=True, onerror=lambda _: left_out.update(["unreadable folders left out"]))
+        for folder, subfolders, files in walk:
+            if tail != "**":
+                for name in fnmatch.filter(subfolders + files, tail):
+                    if tail.startswith(".") or not name.startswith("."):
+                        yield os.path.join(folder, name)
+                break
+            # ** stands for all folders below, each of which is entered once.
             real = os.path.realpath(folder)
-            if real in entered:
-                subfolders.clear()
-            else:
+            subfolders[:] = [name for name in subfolders if real not in entered and not name.startswith(".")]
+            if real not in entered:
                 entered.add(real)
-                paths += find_paths(os.path.join(glob.escape(folder), tail.lstrip("/") or "*"), left_out)
-    return paths
+                yield folder
+    # A hidden name requires a pattern that begins with a dot.
 
 
 def suffix_of(path: Path) -> str:
@@ -663,8 +655,8 @@ def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
                    left_out: dict[str, Counter]) -> Iterator[tuple[str, str]]:
     """The documents of the files as a stream of (domain, text). UserError if a name has none, or a file is damaged.
 
-    Under the name "" the domain is what each record says at `domain_key`, made safe for the name of a file. `left_out`
-    counts, by name and reason, what is not a document and what was replaced."""
+    Under the name "" the domain is what each record says at `domain_key`. `left_out` counts, by name and reason, what
+    is no document and what was replaced."""
     labels = {}  # domain → the label that it was made from
     for name, paths in files.items():
         counts = left_out[name]
@@ -917,12 +909,11 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
 
     Of each domain, the documents with the smallest content hashes are validation, in the order of their hashes: at most
     val_fraction (below 1) of the domain's bytes and val_bytes, and at least one distinct document on each side. A
-    domain with a single one is left out. Memory is a batch, and at most val_bytes a domain with a few hundred bytes for
+    domain with a single one is left out. Memory is two batches, and a domain's val_bytes with a few hundred bytes for
     each document in them. A build that is killed has to start again. `made_by` is kept in meta.json."""
     out_dir = Path(out_dir)
     if not 0 <= val_fraction < 1 or val_bytes < 0:
-        raise UserError(f"--val_fraction={val_fraction} and --val_bytes={val_bytes} must be at least 0, and the fraction "
-                        "below 1")
+        raise UserError(f"--val_fraction={val_fraction} --val_bytes={val_bytes}: at least 0, and the fraction below 1")
     # What a killed build left is written again. It left the lock file too.
     for path in own_files(out_dir, tokenizer):
         if path.is_file() and not (out_dir / LOCK).exists():
@@ -936,13 +927,21 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         if (out_dir / "meta.json").exists():
             raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
         try:
-            # Write a batch over all domains at a time.
+            # Encode a batch over all domains at a time. No document may hold the end of text.
             assigned = split_documents(documents, domains, out_dir, dtype, val_fraction, val_bytes)
             for batch in batches(assigned, lambda pair: len(pair[1]), BATCH_BYTES):
-                n_bytes += sum(len(raw) for writer, raw in batch)
-                n_with_end += write_batch(batch, tokenizer)
+                encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
+                some_with_end = tokenizer.eot in np.concatenate(encoded)
+                by_writer = defaultdict(list)
+                for (writer, raw), ids in zip(batch, encoded, strict=True):
+                    n_bytes += len(raw)
+                    if some_with_end and tokenizer.eot in ids:
+                        n_with_end += 1
+                    else:
+                        by_writer[writer].append((ids, len(raw)))
+                for writer, written in by_writer.items():
+                    writer.write(written, tokenizer.eot)
                 print(f"{n_bytes / 1e6:,.1f} MB of text", flush=True)
-                batch.clear()  # before the next one is read
             if n_with_end:
                 print(f"note: {n_with_end:,} documents left out, which hold {tokenizer.eot_token}, the end of text")
 
@@ -962,24 +961,6 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
             for path in own_files(out_dir, tokenizer):
                 path.unlink()
             raise
-
-
-def write_batch(batch: list[tuple[BinWriter, bytes]], tokenizer: Tokenizer) -> int:
-    """Encode documents and add them to their bins. Leaves out those that the end of text would end in their middle, and
-    returns how many these are."""
-    encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
-    # One comparison for all: there is hardly ever one.
-    some_with_end = tokenizer.eot in np.concatenate(encoded)
-    written = defaultdict(list)  # bin → its documents
-    n_with_end = 0
-    for (writer, raw), ids in zip(batch, encoded, strict=True):
-        if some_with_end and tokenizer.eot in ids:
-            n_with_end += 1
-        else:
-            written[writer].append((ids, len(raw)))
-    for writer, documents in written.items():
-        writer.write(documents, tokenizer.eot)
-    return n_with_end
 
 
 def own_files(folder: Path, tokenizer: Tokenizer) -> list[Path]:
@@ -1015,18 +996,17 @@ def without_licence(text: str) -> str:
     return text
 
 
-def docstrings(text: str) -> list[str]:
+def docstrings(text: str) -> Iterator[str]:
     """Python source as a document per docstring."""
-    found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            found.append(ast.get_docstring(node) or "")
-    return found
+            yield ast.get_docstring(node) or ""
 
 
 # Where a domain's text is: files below the folder of a module that comes with Python, torch, or what torch requires.
 # `left_out` is a regular expression of paths, `extract` makes documents of a file's text: of Python source one per
 # class or function, about. Validation has few windows: documents up to `longest` characters make them many texts.
+# The domain math is sympy's formulas and worked examples, and prose is documentation.
 QUICKSTART = {
     "python": {"module": "argparse", "suffix": ".py", "longest": 20_000,
                "extract": lambda text: text.split("\n\n\n"),
@@ -1057,9 +1037,7 @@ def _quickstart_texts(name: str) -> Iterator[str]:
 
 
 def quickstart_documents(n_bytes: dict[str, int]) -> Iterator[tuple[str, str]]:
-    """The quickstart's text as a stream of (domain, text), of each domain about as many bytes as `n_bytes` says.
-
-    The domains are python and cpp, math (sympy's formulas and worked examples), and prose (documentation)."""
+    """The quickstart's text as a stream of (domain, text), of each domain about as many bytes as `n_bytes` says."""
     for name, limit in n_bytes.items():
         taken = 0
         for text in _quickstart_texts(name):
