@@ -227,13 +227,10 @@ class TokenBins:
             if name not in meta["domains"]:
                 raise UserError(f"{option}: {self.dir} has no {name}; it has {' '.join(meta['domains'])}")
             self.domains[name] = meta["domains"][name]
-            self.n_windows[name] = self._count(name, "train")
+            self.n_windows[name] = (self.domains[name]["train"]["tokens"] - 1) // block_size
         empty = " ".join(name for name in self.names if self.n_windows[name] == 0)
         if empty:
             raise UserError(f"--block_size={block_size}: no train text that long in domain {empty} of {self.dir}")
-
-    def _count(self, name: str, side: str) -> int:
-        return (self.domains[name][side]["tokens"] - 1) // self.block_size
 
     def _tokens(self, name: str, side: str) -> np.ndarray:
         """A bin, mapped anew for each batch, as in nanoGPT, so that pages read before do not count as memory in use."""
@@ -266,9 +263,9 @@ class TokenBins:
 
     def _eval_ids(self, name: str, side: str, n: int) -> np.ndarray:
         # If the number of windows is odd, the second half is the larger one.
-        half = self._count(name, "val") // 2
-        first = 0 if side == "val" else half
-        available = half if side == "val" else self._count(name, "val") - half
+        n_windows = (self.domains[name]["val"]["tokens"] - 1) // self.block_size
+        first = 0 if side == "val" else n_windows // 2
+        available = n_windows // 2 if side == "val" else n_windows - first
         if n > available:
             raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {available} windows of "
                             f"{self.block_size} tokens in that half of its validation bin; lower --{side}_samples or "
@@ -517,9 +514,10 @@ def save_tokenizer(folder: Path, bins: TokenBins):
     write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
     # config.json and generation_config.json name the bins' end of text, whatever the model named before.
-    ids = {"bos_token_id": config.get("bos_token_id"), "eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
-    if ids["bos_token_id"] is None:
-        ids["bos_token_id"] = entry["eot"]
+    bos = config.get("bos_token_id")
+    if bos is None:
+        bos = entry["eot"]
+    ids = {"bos_token_id": bos, "eos_token_id": entry["eot"], "pad_token_id": entry["eot"]}
     write_text(folder / "generation_config.json", json.dumps(ids))
     write_text(folder / "config.json", json.dumps({**config, **ids}, indent=2, sort_keys=True))
 
@@ -534,18 +532,18 @@ def write_tokenizer_config(folder: Path, model_type: str, eot_token: str):
     config = {"bos_token": eot_token, "clean_up_tokenization_spaces": False}  # the beginning is the end, as GPT-2's
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
-    before = dict(config)
-    if not config.get("eos_token"):
-        config["eos_token"] = eot_token
-    if not str(config.get("tokenizer_class")).startswith("Qwen2Tokenizer"):
+    qwens = str(config.get("tokenizer_class")).startswith("Qwen2Tokenizer")
+    if qwens and config.get("eos_token"):
+        return
+    config["eos_token"] = config.get("eos_token") or eot_token
+    if not qwens:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # what a model takes
         if model_type == "qwen2":
             config["auto_map"] = {"AutoTokenizer": [None, "tokenizer_as_saved.TokenizerAsSaved"]}
             write_text(folder / "tokenizer_as_saved.py", "from transformers import PreTrainedTokenizerFast\n\n\n"
                        "class TokenizerAsSaved(PreTrainedTokenizerFast):\n    pass\n")
-    if config != before:
-        write_text(path, json.dumps(config, indent=2))
+    write_text(path, json.dumps(config, indent=2))
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
@@ -951,16 +949,15 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                 if domain.train.documents and domain.val.documents:
                     entries[name] = {"dtype": dtype, "train": domain.train.publish(), "val": domain.val.publish()}
                 else:
-                    domain.train.temporary.unlink()
-                    domain.val.temporary.unlink()
                     print(f"note: {name}: left out; a domain requires two distinct documents, to train and to validate")
             if not entries:
                 raise UserError(f"--out_dir={out_dir}: no domain has two distinct documents")
             return write_meta(out_dir, tokenizer, entries, made_by)
-        except BaseException:
+        finally:
+            complete = (out_dir / "meta.json").exists()
             for path in own_files(out_dir, tokenizer):
-                path.unlink()
-            raise
+                if path.suffix == ".tmp" or not complete:
+                    path.unlink()
 
 
 def own_files(folder: Path, tokenizer: Tokenizer) -> list[Path]:
