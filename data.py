@@ -12,14 +12,13 @@ tokenizer, and gives the size and sha256 of each bin. Helpers that all four prog
 import argparse
 import ast
 import fcntl
+import fnmatch
 import glob
 import gzip
 import hashlib
-import heapq
 import importlib.util
 import io
 import json
-import math
 import os
 import pydoc_data.topics
 import random
@@ -33,7 +32,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice, repeat
 from pathlib import Path
 
 import numpy as np
@@ -61,18 +60,19 @@ def user_errors(source: str | Path, fix: str):
 def run_program(main: Callable):
     """Run `main` as a program, and end it in one way.
 
-    A UserError or OSError is one message and status 2, Ctrl-C is status 130, and a closed output (as head's) 141, all
-    without a traceback. Under torchrun an error that all ranks raise is printed by rank 0 alone: torchrun ends the
-    others while they wait."""
+    A UserError or OSError is one message and status 2, without a traceback. Under torchrun rank 0 alone prints an error
+    that all ranks raise: torchrun ends the others."""
     rank = os.environ.get("RANK")
     status = 0
+    with suppress(AttributeError):  # an output that the shell closed is None
+        sys.stdout.reconfigure(errors="backslashreplace")  # for names that the terminal cannot show
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)
     except SystemExit as stop:
         status = stop.code or 0
     except KeyboardInterrupt:
-        status = 130
+        status = 128 + 2  # as SIGINT gives
     except BrokenPipeError:
         status = 128 + 13  # as SIGPIPE gives
     except (UserError, OSError) as error:
@@ -91,7 +91,7 @@ def run_program(main: Callable):
     # would wait for lost processes (NCCL), and sometimes it aborts (threads of gloo).
     if rank is not None or status == 128 + 13:
         with suppress(BrokenPipeError):
-            sys.stdout.flush()
+            print(end="", flush=True)
         os._exit(status)
     if status != 0:
         sys.exit(status)
@@ -107,14 +107,13 @@ def import_optional(module: str, needed_for: str, or_else: str = ""):
 def model_folder(source: str | Path, option: str, files: Iterable[str]) -> Path:
     """The folder that `source` names. If it is a name on the Hugging Face Hub, the folder that has `files` (patterns).
 
-    It is a name if it looks like OWNER/MODEL and neither it nor OWNER exists here. What huggingface_hub's cache lacks
-    is downloaded. UserError if that cannot be done; it names the `option` that gave the source."""
+    It is a name if it looks like OWNER/MODEL and neither it nor OWNER exists here. `option` gave it, for the message
+    if what huggingface_hub's cache lacks cannot be downloaded."""
     path = Path(source)
     if path.exists() or path.parent.exists() or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         return path
     where = f"{option}={source}: no such folder, and not to be had from the Hugging Face Hub"
-    download = f"hf download {source} --local-dir models/{path.name}"
-    fix = f"name a folder; where there is a network:  {download}"
+    fix = f"name a folder; where there is a network:  hf download {source} --local-dir models/{path.name}"
     huggingface_hub = import_optional("huggingface_hub", where, f"or {fix}")
     with user_errors(where, fix):
         return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files)))
@@ -174,33 +173,36 @@ def locked(folder: Path):
 # ------------ Windows and bins ----------------------------------------------------------------------------------------
 
 FORMAT_VERSION = 2
+TOKENIZER_KEYS = ("name", "vocab_size", "eot", "eot_token", "fingerprint", "files")  # of its entry in meta.json
 
 
 def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
     """meta.json of a bins folder, checked against the files beside it. UserError names the `option` that gave it."""
-    data_dir = Path(data_dir)
-    path = data_dir / "meta.json"
+    path = Path(data_dir, "meta.json")
     if not path.is_file():
         raise UserError(f"{option}={data_dir}: has no meta.json; make bins with data.py --out_dir={data_dir}")
     with user_errors(path, "copy the folder again, or delete meta.json and make the bins again"):
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
-        ids = range(meta["tokenizer"]["vocab_size"])
-        if meta["tokenizer"]["eot"] not in ids:
-            raise ValueError(f"the end of text {meta['tokenizer']['eot']} is not one of {len(ids)} ids")
+        tokenizer = meta["tokenizer"]
+        lacking = set(TOKENIZER_KEYS) - tokenizer.keys()
         # Every file is in the folder itself, and every bin has the size that its number of tokens gives.
-        sizes = dict.fromkeys(meta["tokenizer"]["files"])  # None: any size
+        sizes = dict.fromkeys(tokenizer["files"])  # None: any size
         for name, domain in meta["domains"].items():
-            if ids[-1] > np.iinfo(domain["dtype"]).max:
-                raise ValueError(f"domain {name}: {domain['dtype']} cannot hold {len(ids)} ids")
+            dtype = np.dtype(domain["dtype"])
+            if not tokenizer["eot"] < tokenizer["vocab_size"] <= np.iinfo(dtype).max + 1:
+                raise ValueError(f"domain {name}: {dtype} and the end of text do not fit the number of ids")
             for entry in (domain["train"], domain["val"]):
-                if type(entry["tokens"]) is not int or entry["file"] in sizes:
-                    raise ValueError(f"domain {name}: tokens are no integer, or {entry['file']} is named twice")
-                sizes[entry["file"]] = entry["tokens"] * np.dtype(domain["dtype"]).itemsize
+                lacking |= {"sha256"} - entry.keys()
+                if entry["file"] in sizes or entry["tokens"] < 1:
+                    raise ValueError(f"domain {name}: {entry['file']} is empty, or named twice")
+                sizes[entry["file"]] = entry["tokens"] * dtype.itemsize
+        if lacking or not meta["domains"]:
+            raise ValueError(f"lacks {' '.join(lacking) or 'domains'}")
         for name, size in sizes.items():
-            file = data_dir / name
-            if file.parent != data_dir or not file.is_file() or size not in (None, file.stat().st_size):
+            file = path.parent / name
+            if file.parent != path.parent or not file.is_file() or size not in (None, file.stat().st_size):
                 raise ValueError(f"{file} is not in the folder, or not of the size that is recorded")
     return meta
 
@@ -209,8 +211,8 @@ class TokenBins:
     """The bins of a folder, cut into windows of block_size + 1 tokens: the inputs, and the targets one token later.
 
     A bin of n tokens has (n − 1) // B windows, B = block_size, and window i is the tokens i·B … i·B + B inclusive.
-    `names` selects domains (default: all). UserError, which names the `option` that gave them, if a domain is missing
-    or has no train window. No file stays open, so an instance can be pickled."""
+    `names`, given by `option`, selects domains (default: all). UserError if one is missing or has no train window. No
+    file stays open, so an instance can be pickled."""
 
     def __init__(self, data_dir: str | Path, block_size: int, names: list[str] | None = None,
                  option: str = "--domains"):
@@ -226,16 +228,13 @@ class TokenBins:
             if name not in meta["domains"]:
                 raise UserError(f"{option}: {self.dir} has no {name}; it has {' '.join(meta['domains'])}")
             self.domains[name] = meta["domains"][name]
-            self.n_windows[name] = self._count(name, "train")
-            if self.n_windows[name] == 0:
-                raise UserError(f"--block_size={block_size}: no train text that long in domain {name} of {self.dir}")
-
-    def _count(self, name: str, side: str) -> int:
-        return max(self.domains[name][side]["tokens"] - 1, 0) // self.block_size
+            self.n_windows[name] = (self.domains[name]["train"]["tokens"] - 1) // block_size
+        empty = " ".join(name for name in self.names if self.n_windows[name] == 0)
+        if empty:
+            raise UserError(f"--block_size={block_size}: no train text that long in domain {empty} of {self.dir}")
 
     def _tokens(self, name: str, side: str) -> np.ndarray:
-        """A bin, mapped. It is mapped anew for each batch, as in nanoGPT, so that pages read before stop counting as
-        this process's memory."""
+        """A bin, mapped anew for each batch, as in nanoGPT, so that pages read before do not count as memory in use."""
         dtype = np.dtype(self.domains[name]["dtype"]).newbyteorder("<")
         return np.memmap(self.dir / self.domains[name][side]["file"], dtype=dtype, mode="r")
 
@@ -247,8 +246,7 @@ class TokenBins:
         largest = windows.max(initial=0)
         if largest >= self.vocab_size:
             path = self.dir / self.domains[name][side]["file"]
-            raise UserError(f"{path}: holds the id {largest}, but the tokenizer has {self.vocab_size} ids; run data.py "
-                            f"--verify={self.dir}, or make the bins again")
+            raise UserError(f"{path}: holds the id {largest} of {self.vocab_size} ids; run data.py --verify={self.dir}")
         return windows
 
     def train_windows(self, domain_ids: np.ndarray, window_ids: np.ndarray) -> np.ndarray:
@@ -260,33 +258,32 @@ class TokenBins:
         return windows
 
     def eval_windows(self, name: str, side: str, n: int) -> np.ndarray:
-        """`n` windows of a domain's validation bin, (n, block_size + 1) int64: evenly spaced over its first half if
-        `side` is "val", and over its second if it is "test".
-
-        The bin's documents are in the order of their hashes, so the halves hold random ones. UserError if there are
-        fewer windows in that half."""
+        """`n` windows of a domain's validation bin, evenly spaced over its first half (`side` is "val") or its second
+        ("test"), whose documents are random: (n, block_size + 1) int64. UserError if that half has fewer windows."""
         return self._windows(name, "val", self._eval_ids(name, side, n))
 
     def _eval_ids(self, name: str, side: str, n: int) -> np.ndarray:
-        n_windows = self._count(name, "val")
-        half = n_windows // 2
-        first = 0 if side == "val" else half
-        available = half if side == "val" else n_windows - half
+        # If the number of windows is odd, the second half is the larger one.
+        n_windows = (self.domains[name]["val"]["tokens"] - 1) // self.block_size
+        first = 0 if side == "val" else n_windows // 2
+        available = n_windows // 2 if side == "val" else n_windows - first
         if n > available:
             raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {available} windows of "
                             f"{self.block_size} tokens in that half of its validation bin; lower --{side}_samples or "
-                            "--block_size, or make bins of more text or with a larger --val_fraction")
+                            "--block_size, or make bins with more text or --val_fraction")
         return first + np.arange(n) * available // max(n, 1)
 
     def eval_documents(self, name: str, side: str, n: int) -> int:
-        """How many documents the windows of `eval_windows` touch: by the end-of-text ids before them."""
-        starts = self._eval_ids(name, side, n) * self.block_size
+        """How many distinct documents the windows of `eval_windows` touch."""
+        # Document i lies between the edges i and i + 1.
         tokens = self._tokens(name, "val")
         ends = np.flatnonzero(tokens == self.tokenizer["eot"])
-        touched = set()
-        for first, last in zip(np.searchsorted(ends, starts), np.searchsorted(ends, starts + self.block_size - 1)):
-            touched.update(range(first, last + 1))
-        return len(touched)
+        edges = np.concatenate([[-1], ends, [len(tokens)]]) + 1
+        starts = self._eval_ids(name, side, n) * self.block_size
+        firsts = np.searchsorted(ends, starts)
+        lasts = np.searchsorted(ends, starts + self.block_size - 1)
+        touched = set(chain.from_iterable(map(range, firsts, lasts + 1)))
+        return len({tokens[edges[i]:edges[i + 1]].tobytes() for i in touched})
 
     def content(self) -> str:
         """Identity of the tokens, independent of the folder: over the bins' entries and the tokenizer."""
@@ -294,24 +291,27 @@ class TokenBins:
 
 
 def verify(data_dir: str | Path):
-    """Hash every bin of a folder again. UserError names those that changed, or the tokenizer if its files did."""
+    """Hash every bin of a folder again. UserError names what changed: bins, or the tokenizer."""
     meta = read_meta(data_dir, "--verify")
     changed = []
     for domain in meta["domains"].values():
         for entry in (domain["train"], domain["val"]):
-            unchanged = file_sha256(Path(data_dir, entry["file"])) == entry["sha256"]
-            print(f"{entry['file']:32} {'ok' if unchanged else 'CHANGED'}")
-            if not unchanged:
+            path = Path(data_dir, entry["file"])
+            largest = np.memmap(path, domain["dtype"], mode="r").max()
+            state = "ok"
+            if file_sha256(path) != entry["sha256"] or largest >= meta["tokenizer"]["vocab_size"]:
+                state = "CHANGED"
                 changed.append(entry["file"])
+            print(f"{entry['file']:32} {state}")
     if changed:
         raise UserError(f"{data_dir}: {', '.join(changed)} not as in meta.json; copy again, or make the bins again")
-    if meta["tokenizer"]["files"]:
-        saved_tokenizer(Path(data_dir), meta["tokenizer"])
+    saved_tokenizer(Path(data_dir), meta["tokenizer"])
 
 
 # ------------ Tokenizers ----------------------------------------------------------------------------------------------
 
 END_OF_TEXT = "<|endoftext|>"
+PART = 2 << 20  # characters that a tokenizer.json encodes at once, since its library holds about 100 bytes an id
 TOKENIZER_META = "tokenizer_meta.json"  # in a model's folder: the tokenizer's entry of meta.json
 # The files of a tokenizer. They are copied to the bins, and from there to the student.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -334,13 +334,10 @@ class Tokenizer:
 
 
 def load_tokenizer(source: str | Path, eot: str = "") -> Tokenizer:
-    """The tokenizer `source`: "bytes", a tiktoken encoding, a tokenizer.json or the folder that holds one,
-    or a model's name on the Hugging Face Hub. `eot` is the token that ends a document; default: the tokenizer's own
-    (`eos_token` in tokenizer_config.json). UserError if there is no such tokenizer or token, or if it has to be
-    downloaded and cannot be."""
+    """The tokenizer `source`: "bytes", a tiktoken encoding, a tokenizer.json or the folder that holds one, or a model's
+    name on the Hugging Face Hub. Each document ends with the token `eot`; default: the tokenizer's own eos_token."""
     names = ["bytes", *tiktoken.list_encoding_names()]
-    # Names come first, even if there is a folder of the same name.
-    if source in names:
+    if source in names:  # even if there is a folder of the same name
         return _tiktoken_tokenizer(source, eot)
     path = model_folder(source, "--tokenizer", TOKENIZER_FILES)
     if path.is_dir():
@@ -358,8 +355,7 @@ def _tiktoken_tokenizer(name: str, eot: str) -> Tokenizer:
                                      mergeable_ranks={bytes([byte]): byte for byte in range(256)})
         fingerprint = settings_digest(bytes_settings())
     else:
-        fix = "tiktoken downloads it; set TIKTOKEN_CACHE_DIR to a folder that has it"
-        with user_errors(f"--tokenizer={name}", fix):
+        with user_errors(f"--tokenizer={name}", "set TIKTOKEN_CACHE_DIR to a folder that has it, or download it"):
             encoding = tiktoken.get_encoding(name)
         ranks = sorted((rank, token.hex()) for token, rank in encoding._mergeable_ranks.items())
         fingerprint = digest(ranks, encoding._pat_str, encoding._special_tokens)
@@ -405,32 +401,59 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
     tokenizer.no_padding()
     if getattr(tokenizer.model, "dropout", None):
         tokenizer.model.dropout = None
-    eot_id = tokenizer.token_to_id(eot) if isinstance(eot, str) else None
-    if eot_id is None:
-        raise UserError(f"--eot={eot}: {eot or 'no eos_token in tokenizer_config.json'}: not a token of {path.parent}; "
-                        "name the token that ends a document with --eot=TOKEN")
+
+    vocab = tokenizer.get_vocab()
+    tokens = {}  # id → token
+    for token, i in vocab.items():
+        if tokens.setdefault(i, token) != token:
+            raise UserError(f"--tokenizer={path}: {tokens[i]!r} and {token!r} have one id, {i}; name another")
+    if eot not in vocab:
+        raise UserError(f"--eot={eot}: not a token of {path.parent}, whose tokenizer_config.json names the end of text "
+                        "as eos_token; name the token that ends a document with --eot=TOKEN")
 
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        ids = []
+        for part in batches(texts, len, PART):
+            encodings = tokenizer.encode_batch_fast(part, add_special_tokens=False)
+            ids += [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+        return ids
 
-    largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values())
     files = [path.with_name(name) for name in TOKENIZER_FILES if path.with_name(name).is_file()]
-    return Tokenizer(name=name, vocab_size=largest_id + 1, eot=eot_id, eot_token=eot,
+    return Tokenizer(name=name, vocab_size=max(tokens) + 1, eot=vocab[eot], eot_token=eot,
                      fingerprint=settings_digest(json.loads(tokenizer.to_str())), encode_batch=encode_batch,
                      decode=lambda ids: tokenizer.decode(ids, skip_special_tokens=False), files=tuple(files))
 
 
-PROBE_TEXT = "".join(map(chr, range(33, 127))) + "éßΩЖ漢か한ع≈👩"
+# The characters that every tokenizer has to keep, and those that have, together with them, all bytes of UTF-8.
+PROBE_TEXT = "".join(map(chr, range(33, 127))) + " \t\néßΩЖ漢か한ع≈👩"
+PROBE_BYTES = "".join(map(chr, [*range(128, 0x900), *range(0x1400, 0xFC00, 0x1000), *range(2**18, 2**20 + 1, 2**18)]))
 
 
 def check_characters(tokenizer: Tokenizer):
-    """UserError if a character of PROBE_TEXT alone, or a part of its bytes, has no id: it would vanish from a text."""
+    """UserError if the tokenizer loses a character between two letters, or a byte of it."""
+    characters = list(dict.fromkeys(PROBE_TEXT + PROBE_BYTES))
+    texts = ["ab", "abab", *(f"a{character}b" for character in characters)]
     with user_errors(f"--tokenizer={tokenizer.name}", "name another one"):
-        decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(list(PROBE_TEXT))]
-    lost = [c for c, text in zip(PROBE_TEXT, decoded, strict=True) if not text.strip() or "\ufffd" in text]
-    if lost:
-        raise UserError(f"--tokenizer={tokenizer.name}: loses {' '.join(lost)}, without an unknown token; name another")
+        ab, abab, *decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(texts)]
+    # A normalizer may take out some of PROBE_BYTES by design, such as accents, but half a character is a byte lost.
+    pairs = zip(characters, decoded, strict=True)
+    lost = [repr(c) for c, text in pairs if "\ufffd" in text or text == ab and c in PROBE_TEXT]
+    # If the same comes back of any word, it is one unknown word, which loses no character.
+    if lost and (ab != abab or not ab):
+        raise UserError(f"--tokenizer={tokenizer.name}: loses {' '.join(lost[:20])}; name one that keeps them")
+
+
+def print_changes(documents: list[tuple[str, str]], tokenizer: Tokenizer):
+    """A note, if the tokenizer changes some of the first (domain, text) by design. It says what happens."""
+    name = documents[0][0]
+    texts = [text[:1000] for domain, text in documents if domain == name]
+    decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(texts)]
+    changed = [pair for pair in zip(texts, decoded, strict=True) if pair[0] != pair[1]]
+    if changed:
+        start = len(os.path.commonprefix(changed[0]))
+        before, after = [text[start:start + 40] for text in changed[0]]
+        print(f"note: the tokenizer changes {len(changed)} of the first {len(texts)} documents of {name}: {before!r} "
+              f"comes back as {after!r}")
 
 
 def settings_digest(settings: dict) -> str:
@@ -448,10 +471,8 @@ def bytes_settings() -> dict:
     """The tokenizer `bytes` as a tokenizer.json: GPT-2's alphabet, in which each byte is a character, and no merges."""
     # Bytes that are not printable are the characters from 256 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    vocab = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in printable]
-    for i, byte in enumerate(others):
-        vocab[chr(256 + i)] = byte
+    others = sorted(set(range(256)) - set(printable))
+    vocab = dict(zip(map(chr, [*printable, *range(256, 256 + len(others))]), [*printable, *others]))
     # All fields that the library writes, so that a file that it wrote again has the same fingerprint.
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     end_of_text = {"id": 256, "content": END_OF_TEXT, "single_word": False, "lstrip": False, "rstrip": False,
@@ -463,13 +484,15 @@ def bytes_settings() -> dict:
             "decoder": byte_level, "model": model}
 
 
-def saved_tokenizer(folder: Path, entry: dict) -> Tokenizer:
-    """The tokenizer of an entry of meta.json: from its files in `folder`, or by its name. UserError if it changed."""
+def saved_tokenizer(folder: Path, entry: dict, eot: str = "") -> Tokenizer:
+    """The tokenizer of an entry of meta.json: from its files in `folder`, or by its name. UserError if it changed.
+    `eot` as in load_tokenizer; default: the entry's."""
     source = folder if entry["files"] else entry["name"]
-    tokenizer = load_tokenizer(source, entry["eot_token"])
-    if tokenizer.fingerprint != entry["fingerprint"]:
-        fix = "copy it again" if entry["files"] else "install the version that was used then, or make the bins again"
-        raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with; {fix}")
+    tokenizer = load_tokenizer(source, eot or entry["eot_token"])
+    changed = [key for key in ("fingerprint", "vocab_size", "eot") if getattr(tokenizer, key) != entry[key]]
+    if changed and not (eot and changed == ["eot"]):
+        raise UserError(f"{folder}: the tokenizer {entry['name']} is not the one that it was made with, by its "
+                        f"{' '.join(changed)}; copy its files again, or install the version that was used then")
     return tokenizer
 
 
@@ -479,22 +502,17 @@ def is_tiktoken(name: str, files: Iterable) -> bool:
 
 
 def save_tokenizer(folder: Path, bins: TokenBins):
-    """Write the bins' tokenizer to a model's folder: files, and its entry of meta.json. transformers is told to take
-    its tokenizer.json as it is."""
+    """Write the bins' tokenizer to a model's folder: files, and its entry of meta.json."""
     entry = bins.tokenizer
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     for name in entry["files"]:
         shutil.copyfile(bins.dir / name, folder / name)
-    # transformers loads a tokenizer from files only, so `bytes` gets some.
+    # transformers loads a tokenizer from files only, so `bytes` gets one.
     if entry["name"] == "bytes" and not entry["files"]:
-        config = {"bos_token": entry["eot_token"], "eos_token": entry["eot_token"],
-                  "clean_up_tokenization_spaces": False}  # both alike, as GPT-2's
         write_text(folder / "tokenizer.json", json.dumps(bytes_settings()))
-        write_text(folder / "tokenizer_config.json", json.dumps(config))
-    write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
-
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if (folder / "tokenizer.json").is_file():
-        name_tokenizer_class(folder, config["model_type"])
+        write_tokenizer_config(folder, config["model_type"], entry["eot_token"])
+    write_text(folder / TOKENIZER_META, json.dumps(entry, indent=1))
 
     # config.json and generation_config.json name the bins' end of text, whatever the model named before.
     bos = config.get("bos_token_id")
@@ -505,35 +523,36 @@ def save_tokenizer(folder: Path, bins: TokenBins):
     write_text(folder / "config.json", json.dumps({**config, **ids}, indent=2, sort_keys=True))
 
 
-def name_tokenizer_class(folder: Path, model_type: str):
-    """Name the class in tokenizer_config.json with which transformers encodes by tokenizer.json, as the bins were.
+def write_tokenizer_config(folder: Path, model_type: str, eot_token: str):
+    """Name the end of text in tokenizer_config.json, and the class with which transformers encodes by tokenizer.json.
 
-    Most other classes, and those of model types where none is named, keep its vocabulary in transformers 5, but split
-    text in their own way. Qwen's class is right for Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever
-    is named, unless `auto_map` names code too. Without trust_remote_code that is not run; the named class counts."""
+    Most other classes keep its vocabulary in transformers 5, but split text in their own way. Qwen's class is right for
+    Qwen's tokenizer. In a qwen2 model transformers 5 takes it whatever is named, unless `auto_map` names code too. That
+    code is not run without trust_remote_code: then the named class counts."""
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if str(config.get("tokenizer_class")).startswith("Qwen2Tokenizer"):
+    config = {"bos_token": eot_token, "clean_up_tokenization_spaces": False}  # the beginning is the end, as GPT-2's
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+    qwens = str(config.get("tokenizer_class")).startswith("Qwen2Tokenizer")
+    if qwens and config.get("eos_token"):
         return
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # what a model takes
-    if model_type == "qwen2":
-        config["auto_map"] = {"AutoTokenizer": [None, "tokenizer_as_saved.TokenizerAsSaved"]}
-        write_text(folder / "tokenizer_as_saved.py", "from transformers import PreTrainedTokenizerFast\n\n\n"
-                   "class TokenizerAsSaved(PreTrainedTokenizerFast):\n    pass\n")
+    config["eos_token"] = config.get("eos_token") or eot_token
+    if not qwens:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # what a model takes
+        if model_type == "qwen2":
+            config["auto_map"] = {"AutoTokenizer": [None, "tokenizer_as_saved.TokenizerAsSaved"]}
+            write_text(folder / "tokenizer_as_saved.py", "from transformers import PreTrainedTokenizerFast\n\n\n"
+                       "class TokenizerAsSaved(PreTrainedTokenizerFast):\n    pass\n")
     write_text(path, json.dumps(config, indent=2))
 
 
 def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
     """The tokenizer of a model's folder, or None if the folder has none. `eot` as in load_tokenizer."""
     path = folder / TOKENIZER_META
-    # The folder was written by a run.
-    if path.is_file():
+    if path.is_file():  # a run wrote the folder
         with user_errors(path, "copy it again from the folder that a run wrote"):
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            entry["eot_token"] = eot or entry["eot_token"]
-            return saved_tokenizer(folder, entry)
-    # The folder comes from elsewhere.
+            return saved_tokenizer(folder, json.loads(path.read_text(encoding="utf-8")), eot)
     if (folder / "tokenizer.json").is_file():
         return load_tokenizer(folder, eot)
     return None
@@ -542,69 +561,90 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
 # ------------ Documents -----------------------------------------------------------------------------------------------
 
 PIECE = 8_000_000  # characters, about: a longer text becomes several documents, so that memory stays bounded
-JSON_LINES = (".json", ".jsonl", ".ndjson")  # suffixes of files with one record a line
+RECORDS = (".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet")  # suffixes of files of records
 
 
 def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Counter]) -> dict[str, list[Path]]:
-    """NAME=GLOB words to domain → sorted files. If records are `labelled`, plain GLOB words are allowed: "" → files.
+    """NAME=GLOB words to domain → sorted files, each once. If records are `labelled`, a GLOB alone is "" → files.
 
-    A folder stands for all files below it that are not hidden. A domain has each file once, whatever links lead to it.
-    `left_out` as in read_documents. UserError if a word matches no file, or one whose suffix says that it is not read.
+    UserError if a word matches no file, or one whose suffix says that it is not read. `left_out`: see read_documents.
     """
-    domains = {}  # name → real path → the first path that leads there
+    domains = defaultdict(list)  # name → paths, and what those lead to that are links
     for word in sources:
         named = re.fullmatch("([A-Za-z0-9][A-Za-z0-9_-]*)=(.*)", word)
         # With labels, a word such as year=2023/*.jsonl may be a glob as it stands.
-        if labelled and (not named or any(find_files(word, Counter()))):
+        if labelled and (not named or find_files(word, Counter())):
             name = ""
             pattern = word
         elif named:
             name, pattern = named.groups()
         else:
             raise UserError(f"{word!r}: write NAME=GLOB, with letters, digits, - and _ in NAME, or name a --domain_key")
-        files = sorted(find_files(pattern, left_out[name]))
-        if not files:
-            raise UserError(f"{word}: no file matches {pattern!r}; name a folder or a glob of files")
-        for path in files:
-            suffix = uncompressed_suffix(path)
+        paths = find_files(pattern, left_out[name])
+        if not paths:
+            fix = " ".join(left_out[name]) or "name a folder or a glob of files"
+            raise UserError(f"{word}: no file matches {pattern!r}; {fix}")
+        domains[name] += paths + [path.resolve() for path in paths]
+
+    found = {}
+    for name, paths in domains.items():
+        # Of the names of a file, the first that says that it holds records is used, if there is one.
+        names = {}
+        for path in sorted(paths, key=lambda path: suffix_of(path) not in RECORDS):
+            status = path.stat()
+            names.setdefault((status.st_dev, status.st_ino), path)
+        found[name] = sorted(names.values())
+        for path in found[name]:
+            suffix = suffix_of(path)
             if suffix in (".csv", ".tsv"):
                 raise UserError(f"{path}: write its rows to .jsonl or .parquet, or name the other files")
             if suffix == ".parquet" or path.suffix == ".zst":
                 import_optional("pyarrow", str(path))
-            if not name and suffix not in (*JSON_LINES, ".parquet"):
+            if not name and suffix not in RECORDS:
                 raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet, or NAME=GLOB")
-            domains.setdefault(name, {}).setdefault(os.path.realpath(path), path)
-    return {name: sorted(files.values()) for name, files in domains.items()}
+    return found
 
 
-def find_files(pattern: str, left_out: Counter) -> Iterator[Path]:
-    """The files that a folder or a glob stands for. Folders are entered once each, so that links in a circle end."""
-    if os.path.isdir(pattern):
-        pattern = os.path.join(glob.escape(pattern), "**")
-    recursive = re.fullmatch(r"(|.*?/)\*\*(/.*)?", pattern, re.DOTALL)
-    if not recursive:
-        for match in glob.glob(pattern):  # without names that begin with a dot
-            if os.path.isfile(match):
-                yield Path(match)
-            elif not os.path.isdir(match):
-                left_out["links to nothing, pipes and devices left out"] += 1
+def find_files(pattern: str, left_out: Counter) -> list[Path]:
+    """The files that a name or a glob stands for. If these are folders alone: all files in them that are not hidden."""
+    pattern = re.sub(r"(^|/)\*\*/*$", r"\1**/*", os.path.expanduser(pattern))
+    paths = [pattern]
+    if not os.path.lexists(pattern):  # a name that exists is no pattern
+        paths = list(find_paths(pattern, left_out))
+    if not any(map(os.path.isfile, paths)):
+        for folder in list(filter(os.path.isdir, paths)):
+            paths += find_paths(os.path.join(glob.escape(folder), "**/*"), left_out)
+    lost = [path for path in paths if os.path.lexists(path) and not os.path.isfile(path) and not os.path.isdir(path)]
+    left_out.update(["links to nothing, pipes and devices left out"] * len(lost))
+    return sorted(map(Path, filter(os.path.isfile, paths)))
+
+
+def find_paths(pattern: str, left_out: Counter) -> Iterator[str]:
+    """What glob.glob finds. Folders that cannot be read are counted, and links in a circle end."""
+    head, tail = os.path.split(pattern.rstrip("/"))
+    if not glob.has_magic(pattern):
+        yield pattern
         return
-
-    # The folders that ** stands for, and what the rest of the pattern matches in each.
     entered = set()
-    for top in glob.glob(recursive[1] or "."):
+    for top in filter(os.path.isdir, find_paths(head or ".", left_out)):
         walk = os.walk(top, followlinks=True, onerror=lambda _: left_out.update(["unreadable folders left out"]))
-        for folder, subfolders, _ in walk:
-            if os.path.realpath(folder) in entered:
-                subfolders.clear()
-                continue
-            entered.add(os.path.realpath(folder))
-            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-            yield from find_files(glob.escape(folder) + (recursive[2] or "/*"), left_out)
+        for folder, subfolders, files in walk:
+            if tail != "**":
+                for name in fnmatch.filter(subfolders + files, tail):
+                    if tail.startswith(".") or not name.startswith("."):
+                        yield os.path.join(folder, name)
+                break
+            # ** stands for all folders below, each of which is entered once.
+            real = os.path.realpath(folder)
+            subfolders[:] = [name for name in subfolders if real not in entered and not name.startswith(".")]
+            if real not in entered:
+                entered.add(real)
+                yield folder
+    # A hidden name requires a pattern that begins with a dot.
 
 
-def uncompressed_suffix(path: Path) -> str:
-    """The suffix in lower case, without .gz or .zst behind it."""
+def suffix_of(path: Path) -> str:
+    """The suffix in lower case, without .gz or .zst where another is before it."""
     if path.suffix in (".gz", ".zst"):
         path = path.with_suffix("")
     return path.suffix.lower()
@@ -614,8 +654,8 @@ def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
                    left_out: dict[str, Counter]) -> Iterator[tuple[str, str]]:
     """The documents of the files as a stream of (domain, text). UserError if a name has none, or a file is damaged.
 
-    Under the name "" the domain is what each record says at `domain_key`, made safe for the name of a file. `left_out`
-    counts, by name and reason, what is not a document and what was replaced."""
+    Under the name "" the domain is what each record says at `domain_key`. `left_out` counts, by name and reason, what
+    is no document and what was replaced."""
     labels = {}  # domain → the label that it was made from
     for name, paths in files.items():
         counts = left_out[name]
@@ -629,8 +669,8 @@ def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
                 # Leave out what is not a document.
                 reason = None
                 if not isinstance(text, str):
-                    reason = f"records left out, without a text under the key {text_key}"
-                elif label is None or not domain:
+                    reason = f"records left out, without a text (bytes are none) under the key {text_key}"
+                elif type(label) not in (str, int, float) or label != label or not domain:  # NaN is not equal to itself
                     reason = f"records left out, without a letter or digit of ASCII under the key {domain_key}"
                 elif not text or text.isspace():
                     reason = "empty documents left out"
@@ -648,9 +688,9 @@ def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
                     text = re.sub("[\ud800-\udfff]", "\ufffd", text)
                     counts["texts with bytes that are not UTF-8, each replaced by U+FFFD"] += 1
                 # A long text is several documents.
+                found = True
                 file = io.StringIO(text)
                 while piece := file.read(PIECE) + file.readline(PIECE):
-                    found = True
                     yield domain, piece
         if not found:
             raise UserError(f"{name or 'records'}: no document in its {len(paths)} files; notes say what was left out")
@@ -658,32 +698,32 @@ def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
 
 def read_file(path: Path, text_key: str, domain_key: str, left_out: Counter) -> Iterator[dict]:
     """The records of a file. A text file is one with its text under `text_key`, or several, cut at ends of lines."""
-    suffix = uncompressed_suffix(path)
-    with user_errors(path, "copy it again"):
+    suffix = suffix_of(path)
+    with user_errors(path, "copy it again, or make a .zst that needs no more memory than --long=27"):
         if suffix == ".parquet":
-            file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path)
-            # Columns that the file lacks are left out.
-            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=64):
+            file = import_optional("pyarrow.parquet", str(path)).ParquetFile(path, buffer_size=PIECE, pre_buffer=False)
+            # Columns that the file lacks are left out. Rows may be long, so few are read at once.
+            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=4):
                 yield from rows.to_pylist()
             return
-
         with _open_text(path) as file:
-            if suffix in JSON_LINES:
+            if suffix in RECORDS:
                 yield from json_records(file, path, left_out)
                 return
+            taken = ""
             while piece := file.read(PIECE) + file.readline(PIECE):
                 # Text has no NUL characters.
-                if "\0" in piece[:65536]:
-                    left_out["binary files left out"] += 1
+                if "\0" in piece:
+                    left_out[f"binary files left out{taken}"] += 1
                     return
+                taken = f" after the first part, which was taken: {path}"
                 yield {text_key: piece}
 
 
 def json_records(lines: Iterable[str], path: Path, left_out: Counter) -> Iterator[dict]:
-    """The records of lines of JSON, without broken ones. UserError if there are no others, or if they are an array."""
-    reason = "broken records left out"
+    """The records of lines of JSON, without broken ones. UserError if there are more of these than of others."""
     first = ""  # what is wrong with the first broken one of the file
-    found = False
+    surplus = 0  # of broken ones
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -693,15 +733,14 @@ def json_records(lines: Iterable[str], path: Path, left_out: Counter) -> Iterato
                 raise ValueError("no record")
         except (ValueError, RecursionError) as error:
             first = first or f"{path}, line {number}: {error}; expected one JSON record per line"
-            if left_out[reason] == 0:
+            if left_out["broken records left out"] == 0:
                 print(f"note: {first}", flush=True)
-            left_out[reason] += 1
-            if number == 1 and line.startswith("[") and not line.rstrip().endswith("]"):
-                break
+            left_out["broken records left out"] += 1
+            surplus += 1
         else:
-            found = True
+            surplus -= 1
             yield record
-    if first and not found:
+    if surplus > 0:
         raise UserError(f"{first}; jq -c '.[]' FILE writes the records of one array so, or name the other files")
 
 
@@ -710,9 +749,7 @@ def value_at(record: dict, key: str):
     if key in record:
         return record[key]
     for name in key.split("."):
-        if not isinstance(record, dict):
-            return None
-        record = record.get(name)
+        record = record.get(name) if isinstance(record, dict) else None
     return record
 
 
@@ -728,119 +765,141 @@ def _open_text(path: Path) -> io.TextIOWrapper:
         file = open(path, "rb")
     if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
         raise ValueError("a compressed file is never empty")
-    if file.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise UserError(f"{path}: is UTF-16, expected UTF-8; convert it:  iconv -f UTF-16 -t UTF-8 {path} > NEW")
+    start = file.peek(4)[:4]
+    if start.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
+        encoding = "UTF-32" if b"\0\0" in start else "UTF-16"
+        raise UserError(f"{path}: is {encoding}; convert it:  iconv -f {encoding} -t UTF-8 {path} > NEW")
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
 
 
 # ------------ The build: one pass over a stream of documents ----------------------------------------------------------
 
 BATCH_BYTES = 32 << 20  # of text that is encoded at once: enough for many cores
-FIX_FULL = "make room there, and build again"
+BATCH_DOCUMENTS = 100_000  # at most, however short they are
 MAX_DOMAINS = 256  # each keeps up to --val_bytes in memory
+MIN_HELD = 8  # documents of a domain, among which validation is chosen however few bytes it may have
 
 
 class BinWriter:
-    """A bin that is being written, under a temporary name until `publish`."""
+    """A bin that is being written, under a temporary name until `publish`. No file stays open: domains may be many."""
 
     def __init__(self, path: Path, dtype: str):
         self.path = path
+        self.temporary = path.with_name(path.name + ".tmp")
+        self.temporary.write_bytes(b"")
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.file = open(path.with_name(path.name + ".tmp"), "wb")
         self.sha256 = hashlib.sha256()
-        self.counts = Counter()
+        self.tokens = 0
+        self.documents = 0
+        self.bytes = 0  # of the documents in UTF-8
 
-    def append(self, ids: np.ndarray, eot: int, n_bytes: int):
-        """Write a document: its ids and the end of text. `n_bytes` is its length in UTF-8."""
-        encoded = np.empty(len(ids) + 1, dtype=self.dtype)
-        encoded[:-1] = ids
-        encoded[-1] = eot
-        with user_errors(self.path, FIX_FULL):
-            self.file.write(encoded)
-        self.sha256.update(encoded)
-        self.counts.update(tokens=len(encoded), documents=1, bytes=n_bytes)
+    def write(self, documents: list[tuple[np.ndarray, int]], eot: int):
+        """Add documents, (ids, bytes in UTF-8), each with the end of text."""
+        with user_errors(self.path, "make room there, and build again"), open(self.temporary, "ab") as file:
+            for ids, n_bytes in documents:
+                encoded = np.empty(len(ids) + 1, dtype=self.dtype)
+                encoded[:-1] = ids
+                encoded[-1] = eot
+                file.write(encoded)
+                self.sha256.update(encoded)
+                self.tokens += len(encoded)
+                self.documents += 1
+                self.bytes += n_bytes
 
     def publish(self) -> dict:
         """Give the bin its name. Returns its entry of meta.json."""
-        with user_errors(self.path, FIX_FULL):
-            self.file.close()
-            fsync(self.file.name)
-            os.replace(self.file.name, self.path)
-        return {"file": self.path.name, **self.counts, "sha256": self.sha256.hexdigest()}
+        fsync(self.temporary)
+        os.replace(self.temporary, self.path)
+        return {"file": self.path.name, "tokens": self.tokens, "documents": self.documents, "bytes": self.bytes,
+                "sha256": self.sha256.hexdigest()}
 
 
 class DomainBuild:
     """A domain that is being built: its two bins, and those of its documents that may become validation.
 
-    They are the ones with the smallest content hashes, so the order in which documents come does not matter. Equal
-    documents are held once, so memory is at most the limit in bytes, and a few hundred bytes a document."""
+    They are the ones with the smallest content hashes, so the order in which documents come does not matter. The
+    methods yield pairs of a bin and a document in UTF-8."""
 
     def __init__(self, name: str, out_dir: Path, dtype: str):
         self.train = BinWriter(out_dir / f"{name}.train.bin", dtype)
         self.val = BinWriter(out_dir / f"{name}.val.bin", dtype)
-        self.heap = []  # (−hash, document in UTF-8): the largest hash first
-        self.copies = Counter()  # hash → number of equal documents
-        self.held_bytes = 0  # copies included
-        self.total_bytes = 0  # of all documents of the domain
-        self.bound = math.inf  # every document with a smaller hash is held
+        self.held = {}  # hash → document
+        self.copies = Counter()  # hash → how often the document came
+        self.held_bytes = 0  # each document once
+        self.total_bytes = 0  # of all documents of the domain, as often as they came
+        self.bound = b"\xff" * 33  # every document with a smaller hash is held
 
-    def add(self, raw: bytes, limit: int) -> list[bytes]:
-        """Take the next document and hold at most `limit` bytes. Returns what is released, which is train text."""
-        # Documents below the bound are held, all others are released at once.
-        key = int.from_bytes(hashlib.sha256(raw).digest()[:16], "big")
+    def add(self, raw: bytes, limit: int) -> Iterator[tuple[BinWriter, bytes]]:
+        """Take the next document and hold about `limit` bytes."""
+        key = hashlib.sha256(raw).digest()
         self.total_bytes += len(raw)
         if key >= self.bound:
-            return [raw]
-        if key not in self.copies:
-            heapq.heappush(self.heap, (-key, raw))
+            yield self.train, raw
+            return
         self.copies[key] += 1
-        self.held_bytes += len(raw)
-        return self.shrink(limit)
+        if key not in self.held:
+            self.held[key] = raw
+            self.held_bytes += len(raw)
+        if self.held_bytes > 1.1 * limit:
+            yield from self.shrink(limit)
 
-    def shrink(self, limit: float) -> list[bytes]:
-        """Release the documents with the largest hashes, each with all its copies. One document is always held."""
-        released = []
-        while self.held_bytes > limit and len(self.heap) > 1:
-            negated, raw = heapq.heappop(self.heap)
-            self.bound = -negated
-            copies = self.copies.pop(self.bound)
-            self.held_bytes -= copies * len(raw)
-            released += [raw] * copies
-        return released
+    def shrink(self, limit: int) -> Iterator[tuple[BinWriter, bytes]]:
+        """Hold at most `limit` bytes or MIN_HELD documents. Others are train text: those with smaller hashes fill all
+        that validation may have."""
+        for key in sorted(self.held, reverse=True)[:-MIN_HELD]:
+            if self.held_bytes <= limit:
+                return
+            self.bound = key
+            raw = self.held.pop(key)
+            self.held_bytes -= len(raw)
+            yield from repeat((self.train, raw), self.copies.pop(key))
+
+    def split(self, fraction: float, limit: int) -> Iterator[tuple[BinWriter, bytes]]:
+        """After the last document: validation has at most `limit` bytes and this fraction, and a document at least."""
+        yield from self.shrink(limit)
+        limit = min(limit, fraction * self.total_bytes)
+        sizes = {key: len(self.held[key]) * self.copies[key] for key in sorted(self.held)}
+        # A document that exceeds the limit by itself or by its copies is train text. The others fill the limit.
+        small = [key for key in sizes if sizes[key] <= limit]
+        totals = np.cumsum([sizes[key] for key in small])
+        chosen = dict.fromkeys(small[:np.searchsorted(totals, limit, side="right")])
+        # If all exceed it, the first without copies is taken, or else the one with the fewest bytes.
+        if not chosen:
+            chosen = [min(sizes, key=lambda key: sizes[key] if self.copies[key] > 1 else 0)]
+        for key in reversed(sizes):
+            if key not in chosen:
+                yield from repeat((self.train, self.held[key]), self.copies[key])
+        for key in chosen:
+            yield from repeat((self.val, self.held[key]), self.copies[key])
+        self.held.clear()
 
 
 def split_documents(documents: Iterable[tuple[str, str]], domains: dict[str, DomainBuild], out_dir: Path, dtype: str,
                     val_fraction: float, val_bytes: int) -> Iterator[tuple[BinWriter, bytes]]:
-    """Read a stream of (domain, text) once, and yield (bin, document in UTF-8) as soon as a document's bin is known.
-
-    A domain is added to `domains` at its first document."""
+    """Yield (bin, document in UTF-8) of a stream of (domain, text), as soon as the bin is known. Adds to `domains`."""
     for name, text in documents:
         if name not in domains:
             if len(domains) == MAX_DOMAINS:
                 raise UserError(f"domain {name}: at most {MAX_DOMAINS} domains fit into memory; merge some")
             domains[name] = DomainBuild(name, out_dir, dtype)
-        # What the domain releases is train text: documents with smaller hashes fill all that validation may have.
-        raw = text.encode()
-        for released in domains[name].add(raw, val_bytes):
-            yield domains[name].train, released
-
-    # The size of each domain is known now, so what it holds shrinks to its validation.
-    for name, domain in domains.items():
-        for released in domain.shrink(val_fraction * domain.total_bytes):
-            yield domain.train, released
-        for negated, raw in sorted(domain.heap, reverse=True):
-            for _ in range(domain.copies[-negated]):
-                yield domain.val, raw
+        yield from domains[name].add(text.encode(), val_bytes)
+    for domain in domains.values():
+        yield from domain.split(val_fraction, val_bytes)
 
 
-def take_batch(assigned: Iterator[tuple[BinWriter, bytes]]) -> Iterator[tuple[BinWriter, bytes]]:
-    """The next BATCH_BYTES, about, of what split_documents yields."""
-    batch_bytes = 0
-    for writer, raw in assigned:
-        yield writer, raw
-        batch_bytes += len(raw)
-        if batch_bytes >= BATCH_BYTES:
-            return
+def batches(items: Iterable, size: Callable, limit: int) -> Iterator[list]:
+    """Cut a stream into lists whose items have a `size` of about `limit` together. Short items are not too many."""
+    batch = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= limit or len(batch) == BATCH_DOCUMENTS:
+            yield batch
+            batch = []
+            total = 0
+    if batch:
+        yield batch
 
 
 def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tuple[str, str]], *,
@@ -849,59 +908,77 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
 
     Of each domain, the documents with the smallest content hashes are validation, in the order of their hashes: at most
     val_fraction (below 1) of the domain's bytes and val_bytes, and at least one distinct document on each side. A
-    domain with a single one is left out. Memory is at most val_bytes a domain, a few hundred bytes for each document
-    that is held, and a batch: BATCH_BYTES and one document, with 4 bytes for each of its ids, or about 100 while a
-    tokenizer.json encodes it. A build that is killed leaves only temporary files, and has to start again. `made_by` is
-    kept in meta.json. UserError if out_dir holds bins or is in use, or if no domain is left."""
+    domain with a single one is left out. Memory is two batches, and a domain's val_bytes with a few hundred bytes for
+    each document in them. A build that is killed has to start again. `made_by` is kept in meta.json."""
     out_dir = Path(out_dir)
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val_fraction={val_fraction}: must be at least 0 and below 1")
-    if val_bytes < 0:
-        raise UserError(f"--val_bytes={val_bytes}: must be at least 0")
+    if not 0 <= val_fraction < 1 or val_bytes < 0:
+        raise UserError(f"--val_fraction={val_fraction} --val_bytes={val_bytes}: at least 0, and the fraction below 1")
+    # What a killed build left is written again. It left the lock file too.
+    for path in own_files(out_dir, tokenizer):
+        if path.is_file() and not (out_dir / LOCK).exists():
+            raise UserError(f"--out_dir={out_dir}: holds {path.name}, which no build has left; name another folder")
+
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     domains = {}
+    n_bytes = 0
+    n_with_end = 0
     with locked(out_dir):
         if (out_dir / "meta.json").exists():
             raise UserError(f"--out_dir={out_dir}: holds bins already; name another folder")
         try:
-            # Encode a batch over all domains at a time, and append each document to its bin.
+            # Encode a batch over all domains at a time. No document may hold the end of text.
             assigned = split_documents(documents, domains, out_dir, dtype, val_fraction, val_bytes)
-            n_bytes = 0
-            while batch := list(take_batch(assigned)):
+            for batch in batches(assigned, lambda pair: len(pair[1]), BATCH_BYTES):
                 encoded = tokenizer.encode_batch([raw.decode() for writer, raw in batch])
+                some_with_end = tokenizer.eot in np.concatenate(encoded)
+                by_writer = defaultdict(list)
                 for (writer, raw), ids in zip(batch, encoded, strict=True):
-                    writer.append(ids, tokenizer.eot, len(raw))
                     n_bytes += len(raw)
-                print(f"{n_bytes / 1e6:,.0f} MB of text", flush=True)
+                    if some_with_end and tokenizer.eot in ids:
+                        n_with_end += 1
+                    else:
+                        by_writer[writer].append((ids, len(raw)))
+                for writer, written in by_writer.items():
+                    writer.write(written, tokenizer.eot)
+                print(f"{n_bytes / 1e6:,.1f} MB of text", flush=True)
+            if n_with_end:
+                print(f"note: {n_with_end:,} documents left out, which hold {tokenizer.eot_token}, the end of text")
 
             # Every bin is complete, and gets its name. meta.json comes last: a folder that has it is complete.
             entries = {}
             for name, domain in domains.items():
-                if domain.train.counts:
+                if domain.train.documents and domain.val.documents:
                     entries[name] = {"dtype": dtype, "train": domain.train.publish(), "val": domain.val.publish()}
                 else:
                     print(f"note: {name}: left out; a domain requires two distinct documents, to train and to validate")
             if not entries:
                 raise UserError(f"--out_dir={out_dir}: no domain has two distinct documents")
-            with user_errors(out_dir / "meta.json", FIX_FULL):
-                return write_meta(out_dir, tokenizer, entries, made_by)
+            return write_meta(out_dir, tokenizer, entries, made_by)
         finally:
-            for path in [*out_dir.glob("*.bin.tmp"), out_dir / "meta.json.tmp"]:
-                path.unlink(missing_ok=True)
+            complete = (out_dir / "meta.json").exists()
+            for path in own_files(out_dir, tokenizer):
+                if path.suffix == ".tmp" or not complete:
+                    path.unlink()
+
+
+def own_files(folder: Path, tokenizer: Tokenizer) -> list[Path]:
+    """What there is in a folder by the names that a build would use; not the tokenizer's files where they lie."""
+    patterns = [path.name for path in tokenizer.files if path.parent.resolve() != folder.resolve()]
+    patterns += ["*.train.bin", "*.train.bin.tmp", "*.val.bin", "*.val.bin.tmp", "meta.json", "meta.json.tmp"]
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], made_by: dict | None = None) -> dict:
     """Copy the tokenizer's files to `folder`, write meta.json there, and return its content.
 
     `domains`: name → {"dtype": "uint16" or "uint32", "train": side, "val": side}, each side {"file", "tokens",
-    "sha256"}. This opens nanoGPT's train.bin and val.bin, too, as one domain."""
+    "sha256"}. nanoGPT's train.bin and val.bin can be such a domain."""
     for path in tokenizer.files:
-        if path.parent.resolve() != folder.resolve():
+        with suppress(shutil.SameFileError):
             shutil.copyfile(path, folder / path.name)
-    files = [path.name for path in tokenizer.files]
-    tokenizer_entry = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot,
-                       "eot_token": tokenizer.eot_token, "fingerprint": tokenizer.fingerprint, "files": files}
-    meta = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer_entry, "domains": domains, "made_by": made_by}
+    entry = {key: getattr(tokenizer, key) for key in TOKENIZER_KEYS}
+    entry["files"] = [path.name for path in tokenizer.files]
+    meta = {"format_version": FORMAT_VERSION, "tokenizer": entry, "domains": domains, "made_by": made_by}
     fsync(folder)
     write_text(folder / "meta.json", json.dumps(meta, indent=1))
     return meta
@@ -917,25 +994,20 @@ def without_licence(text: str) -> str:
     return text
 
 
-def definitions(text: str) -> list[str]:
-    """Python source as a document per class or function, about: cut where two lines are blank."""
-    return text.split("\n\n\n")
-
-
-def docstrings(text: str) -> list[str]:
+def docstrings(text: str) -> Iterator[str]:
     """Python source as a document per docstring."""
-    found = []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            found.append(ast.get_docstring(node) or "")
-    return found
+            yield ast.get_docstring(node) or ""
 
 
 # Where a domain's text is: files below the folder of a module that comes with Python, torch, or what torch requires.
-# `left_out` is a regular expression of paths, `extract` makes documents of a file's text. Those longer than `longest`
-# characters are left out, so that the few windows of validation are of many.
+# `left_out` is a regular expression of paths, `extract` makes documents of a file's text: of Python source one per
+# class or function, about. Validation has few windows: documents up to `longest` characters make them many texts.
+# The domain math is sympy's formulas and worked examples, and prose is documentation.
 QUICKSTART = {
-    "python": {"module": "argparse", "suffix": ".py", "extract": definitions, "longest": 20_000,
+    "python": {"module": "argparse", "suffix": ".py", "longest": 20_000,
+               "extract": lambda text: text.split("\n\n\n"),
                "left_out": r"(^|/)(site-packages|tests?|idlelib|encodings|pydoc_data)/"},
     "cpp": {"module": "torch", "suffix": ".h", "extract": lambda text: [text], "longest": 6_000,
             "left_out": r"^(?!include/)|ATen/(ops|[^/]*$)|google/|sleef"},
@@ -944,8 +1016,6 @@ QUICKSTART = {
     "prose": {"module": "numpy", "suffix": ".py", "extract": docstrings, "longest": 3_000,
               "left_out": r"tests/|_pyinstaller/"},
 }
-
-
 # Unequal domains, as in a real corpus: most of the text is Python.
 QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 800_000, "math": 800_000, "prose": 600_000}
 
@@ -966,9 +1036,7 @@ def _quickstart_files(name: str) -> Iterator[list[str]]:
 
 def quickstart_documents(n_bytes: dict[str, int], seed: int | None = None) -> Iterator[tuple[str, str]]:
     """The quickstart's text as a stream of (domain, text), of each domain about as many bytes as `n_bytes` says; with a
-    `seed`, of files drawn at random.
-
-    The domains are python and cpp, math (sympy's formulas and worked examples), and prose (documentation)."""
+    `seed`, of files in random order."""
     for name, limit in n_bytes.items():
         files = _quickstart_files(name)
         if seed is not None:
@@ -999,19 +1067,19 @@ def main():
     add = parser.add_argument
     add("sources", nargs="*", metavar="NAME=GLOB", help="a domain and its files, or a folder of them; with "
         "--domain_key also a GLOB alone, of records that say their domain")
-    add("--out_dir", default="", help="folder to write the bins to")
-    add("--tokenizer", default="bytes", help="bytes, a tiktoken encoding, a folder or file with a tokenizer.json, or a "
-        "model's name on the Hugging Face Hub (default: %(default)s)")
+    add("--out_dir", default="", type=os.path.expanduser, help="folder to write the bins to")
+    add("--tokenizer", default="bytes", type=os.path.expanduser, help="bytes, a tiktoken encoding, a folder or file "
+        "with a tokenizer.json, or a model's name on the Hugging Face Hub (default: %(default)s)")
     add("--eot", default="", help="token that ends a document; empty: the tokenizer's own")
     add("--text_key", default="text", help="where the text is in a record (default: %(default)s)")
     add("--domain_key", default="", help="where the domain is in a record, such as meta.source; empty: from NAME=GLOB")
     add("--val_fraction", type=float, default=0.05, help="maximum share of a domain's bytes for validation "
         "(default: %(default)s)")
     add("--val_bytes", type=int, default=32_000_000, help="maximum of them (default: %(default)s)")
-    add("--verify", default="", metavar="DIR", help="only hash the bins of this folder again")
+    add("--verify", default="", type=os.path.expanduser, metavar="DIR", help="only hash the bins of this folder again")
     arguments = parser.parse_intermixed_args()
-    if not arguments.verify and not (arguments.out_dir and arguments.sources):
-        parser.error("requires --out_dir=DIR and NAME=GLOB for each domain, or --verify=DIR")
+    if bool(arguments.verify) == bool(arguments.sources) or arguments.sources and not arguments.out_dir:
+        parser.error("requires --out_dir=DIR and NAME=GLOB for each domain, or --verify=DIR alone")
     if arguments.verify:
         verify(arguments.verify)
         return
@@ -1028,21 +1096,26 @@ def main():
     # Build the bins. After an error too, say what was left out: it may be the reason.
     documents = read_documents(files, arguments.text_key, arguments.domain_key, left_out)
     try:
-        meta = build_bins(arguments.out_dir, tokenizer, documents, val_fraction=arguments.val_fraction,
+        first = list(islice(documents, 20))
+        print_changes(first, tokenizer)
+        meta = build_bins(arguments.out_dir, tokenizer, chain(first, documents), val_fraction=arguments.val_fraction,
                           val_bytes=arguments.val_bytes, made_by=vars(arguments))
     finally:
         for name, reasons in left_out.items():
             for reason, count in reasons.items():
                 print(f"note: {name or 'records'}: {count:,} {reason}")
 
-    # Show what was built.
+    # Show what was built, and where it is little.
     rows = [["domain", "documents", "MB of text", "train tokens", "val tokens"]]
     for name, domain in meta["domains"].items():
         train = domain["train"]
         val = domain["val"]
+        documents = train["documents"] + val["documents"]
         megabytes = (train["bytes"] + val["bytes"]) / 1e6
-        rows.append([name, f"{train['documents'] + val['documents']:,}", f"{megabytes:,.1f}", f"{train['tokens']:,}",
-                     f"{val['tokens']:,}"])
+        rows.append([name, f"{documents:,}", f"{megabytes:,.1f}", f"{train['tokens']:,}", f"{val['tokens']:,}"])
+        if val["documents"] < 20 or val["tokens"] < 20_000:
+            print(f"WARNING: {name} has only {val['documents']} documents, {val['tokens']:,} tokens, for validation, "
+                  "and r follows these; give it more text, or raise --val_fraction")
     print_table(rows)
     print(f"wrote {arguments.out_dir}")
 

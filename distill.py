@@ -51,7 +51,7 @@ from torch.utils.checkpoint import checkpoint
 
 from data import (LOCK, MODEL_FILES, QUICKSTART_BYTES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError,
                   build_quickstart_bins, digest, file_sha256, fsync, import_optional, is_tiktoken, locked, model_folder,
-                  model_tokenizer, print_table, run_program, save_tokenizer, user_errors, write_text)
+                  model_tokenizer, print_table, run_program, save_tokenizer, saved_tokenizer, user_errors, write_text)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import RULES, MixtureSampler, parse_mixture, read_metrics
 
@@ -1139,6 +1139,8 @@ def preflight(config: Config) -> tuple[TokenBins, dict]:
     """The bins, and role → GPTConfig of the models, checked before a weight is read. Raises UserError."""
     # The bins against the keys
     bins = open_bins(config)
+    if not is_tiktoken(bins.tokenizer["name"], bins.tokenizer["files"]):  # which may have to be downloaded
+        saved_tokenizer(bins.dir, bins.tokenizer)
     fixed_windows(bins, "val", config.val_samples)
     fixed_windows(bins, "test", config.test_samples)
     with user_errors(f"--mixture={config.mixture}", f"name each domain of {config.data_dir} once"):

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
+from conftest import drop, edit, put
 
 import data
 from data import (TokenBins, UserError, build_bins, expand_sources, file_sha256, import_optional, load_tokenizer,
@@ -149,6 +150,7 @@ def test_help_lists_every_key_with_its_default_and_meaning(program):
     (["--out_dir=x", "../a=a.txt"], ["'../a=a.txt'", "letters"]),
     (["--out_dir=a.txt", "a=a.txt"], ["a.txt", "File exists"]),
     (["--out_dir=bins", "a=a.txt"], ["--out_dir=bins", "holds bins"]),
+    (["--verify=bins", "a=a.txt"], ["--verify=DIR alone"]),
     (["--verify=no_such_folder"], ["--verify=no_such_folder", "meta.json"])])
 def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
         program, made, copied, monkeypatch, arguments, named):
@@ -268,16 +270,11 @@ def test_a_tiktoken_encoding_is_known_by_its_name_and_may_have_gaps_between_its_
     assert (tokenizer.vocab_size, tokenizer.decode([97, 257, 98, 259])) == (260, "ab<|endoftext|>")
 
 
-def test_a_text_that_tiktoken_cannot_encode_is_one_message(tmp_path, monkeypatch):
+def test_what_tiktoken_cannot_encode_or_download_is_one_message(tmp_path, monkeypatch):
     monkeypatch.setattr("tiktoken.get_encoding", partial(small_encoding, pattern=r"\s+(?!\S)|\s+|\S+"))
     message = refused(build, tmp_path, ["first", "second" + " " * 10**6 + "x"], load_tokenizer("gpt2"))
     assert "--tokenizer=gpt2, a text that begins with 'second  " in message and "leave it out" in message
-
-
-def test_a_tokenizer_that_cannot_be_downloaded_is_refused(monkeypatch):
-    def offline(name):
-        raise ConnectionError("no network")
-    monkeypatch.setattr("tiktoken.get_encoding", offline)
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: 1 / 0)
     assert "TIKTOKEN_CACHE_DIR" in refused(load_tokenizer, "gpt2")
 
 
@@ -304,7 +301,7 @@ def save_bpe(folder: Path, settings: dict, eos="<|im_end|>", **how) -> Path:
     return folder
 
 
-def test_a_huggingface_tokenizer_encodes_all_of_a_text_and_nothing_else(tmp_path, bpe_settings):
+def test_a_huggingface_tokenizer_encodes_all_of_a_text_and_nothing_else(tmp_path, bpe_settings, monkeypatch):
     tokenizer = load_tokenizer(save_bpe(tmp_path / "mine", bpe_settings))
     assert (tokenizer.name, tokenizer.eot, tokenizer.vocab_size) == ("mine", 1, len(bpe_settings["model"]["vocab"]))
     for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
@@ -312,6 +309,10 @@ def test_a_huggingface_tokenizer_encodes_all_of_a_text_and_nothing_else(tmp_path
         assert tokenizer.decode(ids.tolist()) == text
     assert len(encode(tokenizer, "the cat")) < 7  # merges are applied
     assert tokenizer.decode([0, tokenizer.eot]) == "<s><|im_end|>"  # which shows where a document ends
+    # Its library holds much for each id, so it gets a part of the texts at a time.
+    limits = []
+    monkeypatch.setattr(data, "batches", lambda texts, size, limit: limits.append(limit) or [texts])
+    assert tokenizer.encode_batch(TEXTS)[1].size and limits == [data.PART]
 
 
 @pytest.mark.parametrize("eos, eot, ends", [
@@ -321,31 +322,30 @@ def test_the_end_of_text_is_eos_token_of_the_config_or_eot(tmp_path, bpe_setting
     folder = save_bpe(tmp_path, bpe_settings, eos)
     for source in (folder, folder / "tokenizer.json"):
         if ends is None:
-            assert f"--eot={eos or ''}: " in refused(load_tokenizer, source, eot)
+            message = refused(load_tokenizer, source, eot)
+            assert f"--eot={eos or ''}: " in message and "tokenizer_config.json names" in message
         else:
             assert load_tokenizer(source, eot).eot == ends
 
 
-def test_dropout_of_merges_is_switched_off(tmp_path, bpe_settings):
-    dropping = {**bpe_settings, "model": {**bpe_settings["model"], "dropout": 0.5}}
-    ours = load_tokenizer(save_bpe(tmp_path / "a", bpe_settings))
-    theirs = load_tokenizer(save_bpe(tmp_path / "b", dropping))
-    assert ours.fingerprint == theirs.fingerprint
-    for _ in range(20):
-        assert encode(ours, "the cat sat") == encode(theirs, "the cat sat")
-
-
 @pytest.mark.parametrize("kind, missing, normalizer, unknown, refusal", [
-    ("ByteLevel", "", "Lowercase", None, None), ("ByteLevel", "", "NFKD", None, None),
-    ("Metaspace", "éΩ", "NFC", "<unk>", None), ("Metaspace", "éΩ", "NFC", None, "loses é Ω,"),
-    ("ByteLevel", "Ã", "NFC", None, "loses é ß,")])  # of bytes, Ã stands for the first of é
+    ("ByteLevel", "", "Lowercase", None, None), ("ByteLevel", "Ā", "BertNormalizer", None, None),  # which takes it out
+    ("Metaspace", "éΩ", "NFC", "<unk>", None), ("Metaspace", "éΩ", "NFC", None, "loses 'é' 'Ω';"),
+    ("Metaspace", "\t", "NFC", None, r"loses '\t';"), ("Split", " ", "NFC", None, "loses ' ';"),
+    ("ByteLevel", "Ã", "NFC", None, "loses 'é' 'ß' 'À'"),  # of bytes, Ã stands for the first of é,
+    ("ByteLevel", "Ċ", "NFC", None, r"loses '\n';"), ("ByteLevel", "ĉ", "BertNormalizer", None, None),  # tabs to blanks
+    ("ByteLevel", "ô", "NFC", None, "loses '\\U00100000';"), ("ByteLevel", "a", "NFC", None, "loses 'a';")])
 def test_a_tokenizer_that_loses_characters_is_refused(tmp_path, kind, missing, normalizer, unknown, refusal):
     tokenizers = pytest.importorskip("tokenizers")
-    alphabet = {*tokenizers.pre_tokenizers.ByteLevel.alphabet(), *data.PROBE_TEXT, "▁"} - {*missing}
-    vocab = {token: i for i, token in enumerate(["<s>", "<unk>", *sorted(alphabet)])}
+    byte_level = kind == "ByteLevel"
+    alphabet = {*(tokenizers.pre_tokenizers.ByteLevel.alphabet() if byte_level else data.PROBE_TEXT + data.PROBE_BYTES)}
+    vocab = {token: i for i, token in enumerate(["<s>", "<unk>", *sorted({*alphabet, "▁"} - {*missing})])}
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token=unknown))
-    bpe.pre_tokenizer = getattr(tokenizers.pre_tokenizers, kind)()
-    bpe.decoder = getattr(tokenizers.decoders, kind)()
+    if kind == "Split":
+        bpe.decoder = tokenizers.decoders.Fuse()
+    else:
+        bpe.pre_tokenizer = getattr(tokenizers.pre_tokenizers, kind)()
+        bpe.decoder = getattr(tokenizers.decoders, kind)()
     bpe.normalizer = getattr(tokenizers.normalizers, normalizer)()
     tokenizer = load_tokenizer(save_bpe(tmp_path / "bpe", json.loads(bpe.to_str()), eos="<s>"))
     if refusal:
@@ -354,12 +354,72 @@ def test_a_tokenizer_that_loses_characters_is_refused(tmp_path, kind, missing, n
         data.check_characters(tokenizer)
 
 
-@pytest.mark.parametrize("content", [None, '{"model": '])
-def test_a_folder_without_a_readable_tokenizer_json_is_refused(tmp_path, content):
-    pytest.importorskip("tokenizers")
-    if content:
-        (tmp_path / "tokenizer.json").write_text(content)
-    assert "tokenizer.json" in refused(load_tokenizer, tmp_path, "<s>")
+def word_pieces(tokenizers):
+    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece(
+        {token: i for i, token in enumerate(["</s>", "[UNK]", "the", "cat", "a", "b", "##b"])}, unk_token="[UNK]"))
+    pieces.normalizer = tokenizers.normalizers.BertNormalizer()
+    pieces.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    pieces.decoder = tokenizers.decoders.WordPiece()
+    return pieces
+
+
+def words(tokenizers):
+    level = tokenizers.Tokenizer(tokenizers.models.WordLevel({"</s>": 0, "[UNK]": 1, "The": 2, "cat": 3}, "[UNK]"))
+    level.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return level
+
+
+@pytest.mark.parametrize("make, text, change", [
+    (word_pieces, "The cat", "'The cat' comes back as 'the cat'"),
+    (word_pieces, "the\tcat", r"'\tcat' comes back as ' cat'"),
+    (words, "The dog", "'dog' comes back as '[UNK]'"), (words, "The cat\n", r"'\n' comes back as ''")])
+def test_what_a_tokenizer_changes_by_design_is_told_once(program, tmp_path, make, text, change):
+    made = make(pytest.importorskip("tokenizers"))
+    save_bpe(tmp_path / "tokenizer", json.loads(made.to_str()), eos="</s>")
+    for name, first in (("x", ["cat"] * 8 + [text] * 12 + ["The dog"]), ("y", [text, "cat"])):
+        records = "".join(json.dumps({"text": text}) + "\n" for text in first)
+        (tmp_path / f"{name}.jsonl").write_text(records)
+    status, stdout, _ = program(f"--tokenizer={tmp_path}/tokenizer", f"--out_dir={tmp_path}/bins",
+                                f"x={tmp_path}/x.jsonl", f"y={tmp_path}/y.jsonl")
+    [note] = [line for line in stdout.splitlines() if "note" in line]
+    assert status == 0 and note == f"note: the tokenizer changes 12 of the first 20 documents of x: {change}"
+
+
+def special_by_its_text(tokenizers):
+    """A Unigram that holds </s> as an entry."""
+    entries = [(token, -1.0) for token in ["<unk>", "</s>", "▁", *map(chr, range(33, 127))]]
+    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram(entries, unk_id=0))
+    unigram.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    unigram.decoder = tokenizers.decoders.Metaspace()
+    return unigram
+
+
+def not_special(tokenizers):
+    level = words(tokenizers)
+    level.model = tokenizers.models.WordLevel({"[UNK]": 0, "one": 1, "two": 2, "three": 3}, "[UNK]")
+    level.add_tokens(["</s>"])
+    return level
+
+
+@pytest.mark.parametrize("make", [special_by_its_text, words, not_special])
+def test_a_document_that_holds_the_end_of_text_is_left_out_and_counted(tmp_path, capsys, make):
+    made = make(pytest.importorskip("tokenizers"))
+    tokenizer = load_tokenizer(save_bpe(tmp_path / "tokenizer", json.loads(made.to_str()), eos="</s>"))
+    build(tmp_path / "bins", ["one", "two", "three </s> three", "one two", "two one"], tokenizer, val_fraction=0.4)
+    assert "note: 1 documents left out, which hold </s>, the end of text\n" in capsys.readouterr().out
+    n_ends = sum((read_bin(path) == tokenizer.eot).sum() for path in (tmp_path / "bins").glob("*.bin"))
+    domain = read_meta(tmp_path / "bins")["domains"]["code"]
+    assert n_ends == domain["train"]["documents"] + domain["val"]["documents"] == 4
+
+
+def test_an_id_that_two_tokens_have_is_refused_and_a_file_that_is_broken(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    level = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 1, "b": 2, "c": 3}, "c"))
+    level.add_special_tokens(["</s>"])  # gets the id 3: the vocabulary has 3 tokens
+    message = refused(load_tokenizer, save_bpe(tmp_path, json.loads(level.to_str()), eos="</s>"))
+    assert "have one id, 3" in message and "'</s>'" in message and "'c'" in message
+    (tmp_path / "tokenizer.json").write_text('{"model": ')
+    assert "tokenizer.json" in refused(load_tokenizer, tmp_path, "</s>")
 
 
 def test_the_vocabulary_counts_added_tokens_up_to_the_largest_id(tmp_path, bpe_settings):
@@ -379,7 +439,13 @@ def test_differently_serialised_files_of_one_tokenizer_have_one_fingerprint(tmp_
     assert settings_digest(a) == settings_digest(b)
     save_bpe(tmp_path / "a", a)
     save_bpe(tmp_path / "b", dict(reversed(b.items())), indent=3, ensure_ascii=False)
-    assert load_tokenizer(tmp_path / "a").fingerprint == load_tokenizer(tmp_path / "b").fingerprint
+    ours = load_tokenizer(tmp_path / "a")
+    assert ours.fingerprint == load_tokenizer(tmp_path / "b").fingerprint
+
+    # Dropout of merges, which is switched off
+    dropping = load_tokenizer(save_bpe(tmp_path / "dropping", {**a, "model": {**a["model"], "dropout": 0.5}}))
+    assert ours.fingerprint == dropping.fingerprint
+    assert all(encode(ours, "the cat sat") == encode(dropping, "the cat sat") for _ in range(20))
 
     # How a special token would be matched in text
     special = [{**token, "normalized": True, "lstrip": True} for token in b["added_tokens"] if token["special"]]
@@ -465,9 +531,13 @@ def compressed(name: str, raw: bytes) -> bytes:
     return raw
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "a.jsonl.zst", "a.json", "c4-train.00000.json.gz"])
-def test_each_json_record_of_a_line_is_a_document(tmp_path, name):
-    (tmp_path / name).write_bytes(compressed(name, RECORDS.encode()))
+MARK = b"\xef\xbb\xbf"  # of byte order, which is no text
+
+
+@pytest.mark.parametrize("mark", [b"", MARK])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonlines", "a.ndjson", "a.jsonl.zst", "a.json", "c4.00000.json.gz"])
+def test_each_json_record_of_a_line_is_a_document(tmp_path, name, mark):
+    (tmp_path / name).write_bytes(compressed(name, mark + RECORDS.encode()))
     assert documents(tmp_path / name) == (["one é", "two\nlines\0"], Counter())
     assert documents(tmp_path / name, text_key="body")[0] == ["ONE É", "TWO\nLINES\0"]
 
@@ -482,10 +552,11 @@ def test_each_row_of_parquet_is_a_document(tmp_path):
     assert "a: no document in its 1 files" in refused(documents, path, text_key="absent")
 
 
+@pytest.mark.parametrize("mark", [b"", MARK])
 @pytest.mark.parametrize("name, text", [
     ("a.py", "naïve\r\n漢字"), ("a.txt.gz", "naïve\n漢字, and more"), ("a.md", '{\n  "text": "x"\n}\n'), ("none", "x")])
-def test_any_other_file_is_one_document_as_it_stands(tmp_path, name, text):
-    (tmp_path / name).write_bytes(compressed(name, text.encode()))
+def test_any_other_file_is_one_document_as_it_stands(tmp_path, name, text, mark):
+    (tmp_path / name).write_bytes(compressed(name, mark + text.encode()))
     assert documents(tmp_path / name) == ([text], Counter())
 
 
@@ -501,7 +572,8 @@ def test_a_long_text_is_cut_at_the_ends_of_lines_in_a_record_too(tmp_path):
 @pytest.mark.parametrize("name, raw, texts, reason", [
     ("a.txt", b"bad \xff byte", ["bad \ufffd byte"], "UTF-8"),
     ("a.txt", b" \n\t", [], "empty"),
-    ("a.png", b"\x89PNG\0\0\xff", [], "binary"),
+    ("a.png", b"\x89PNG\0\0\xff", [], "binary"), ("a.txt", b"a" * 70_000 + b"\0", [], "binary"),
+    ("a.txt", b"a" * 8_000_000 + b"\nb\0", ["a" * 8_000_000 + "\n"], "after the first part, which was taken: /"),
     ("a.jsonl", b'{"text": "bad \xff byte"}\n', ["bad \ufffd byte"], "UTF-8"),
     ("a.jsonl", b'{"text": "half \\ud800"}\n', ["half \ufffd"], "UTF-8"),
     ("a.jsonl", b'{"text": ""}\n', [], "empty"),
@@ -518,7 +590,11 @@ def test_what_is_left_out_or_replaced_is_counted(tmp_path, name, raw, texts, rea
 @pytest.mark.parametrize("name, raw, named", [
     ("a.jsonl", b'\n[{"text": "x"}]\n{"text": \n', "a.jsonl, line 2"),
     ("a.jsonl", b'[{"text": "x"},\n{"text": "y"}\n,{"text": "z"}]', "a.jsonl, line 1"),
+    ("a.jsonl", b'\n [\n{"text": "x"},\n{"text": "y"}\n]\n', "a.jsonl, line 2"),
+    ("a.json", b'{"data": [\n{"text": "x"},\n{"text": "y"}\n]}', "jq -c '.[]'"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": \n{"text": \n', "a.jsonl, line 2"),
     ("a.jsonl", '{"text": "x"}'.encode("utf-16"), "a.jsonl: is UTF-16"),
+    ("a.txt", "text".encode("utf-32"), "iconv -f UTF-32 -t UTF-8"),
     ("a.txt", "\ufefftext".encode("utf-16-be"), "iconv -f UTF-16 -t UTF-8"),
     ("a.txt.gz", b"", "a.txt.gz"), ("a.txt.zst", b"", "a.txt.zst"),
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz"), ("a.jsonl.zst", b"no zstd", "a.jsonl.zst"),
@@ -542,6 +618,19 @@ def test_broken_records_are_left_out_and_the_first_is_told(program, tmp_path):
     assert domain["train"]["documents"] + domain["val"]["documents"] == 6
 
 
+def test_a_zst_of_a_larger_window_and_parquet_of_bytes_are_told(tmp_path):
+    zstandard, parquet = pytest.importorskip("zstandard"), pytest.importorskip("pyarrow.parquet")
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=31)
+    writer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    (tmp_path / "a.txt.zst").write_bytes(writer.compress(b"text" * 1000) + writer.flush())
+    message = refused(documents, tmp_path / "a.txt.zst")
+    assert "a.txt.zst: " in message and "too much memory" in message and "--long=27" in message
+    parquet.write_table(sys.modules["pyarrow"].table({"text": [b"one", b"two"]}), tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("b")
+    assert documents(tmp_path / "a.parquet", tmp_path / "b.txt") == (["b"], {
+        "records left out, without a text (bytes are none) under the key text": 2})
+
+
 @pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst"])
 def test_a_compressed_file_that_is_cut_off_is_no_whole_one(tmp_path, name):
     text = "".join(f"{i * i}\n" for i in range(100_000))  # more than one block
@@ -549,13 +638,6 @@ def test_a_compressed_file_that_is_cut_off_is_no_whole_one(tmp_path, name):
     assert name in refused(documents, tmp_path / name)
     (tmp_path / name).write_bytes(compressed(name, text.encode()))
     assert documents(tmp_path / name)[0] == [text]
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt"])
-def test_a_byte_order_mark_is_no_text(tmp_path, name):
-    raw = b"one\n" if name == "a.txt" else b'{"text": "one\\n"}\n'
-    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + raw)
-    assert documents(tmp_path / name) == (["one\n"], Counter())
 
 
 def names(found: dict[str, list[Path]], folder: Path) -> dict[str, list[str]]:
@@ -596,6 +678,27 @@ def test_links_lead_to_each_file_once_and_what_cannot_be_read_is_counted(tmp_pat
     once = ["root/a/more/x.txt", "root/a/x.txt"]
     assert names(found, Path(".")) == {"all": once, "glob": once}
     assert left_out["all"] == {"links to nothing, pipes and devices left out": 3, "unreadable folders left out": 1}
+    # It is said where that is why nothing matches.
+    for word in ("all=root/closed/**/*.txt", "all=root/closed/*.txt", "all=root/closed"):
+        assert "unreadable folders" in refused(expand_sources, [word], False, defaultdict(Counter))
+
+
+def test_a_file_is_read_by_the_name_that_says_what_it_is_and_a_name_is_no_pattern(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("hub/blobs", "hub/snapshots", "man/man1", "man/man5", "~"):
+        Path(folder).mkdir(parents=True)
+    for name in ("hub/blobs/9f86", "part[1].jsonl", "part1.jsonl", "man/man5/passwd", "~/home.txt", "d.jsonl"):
+        Path(name).write_text(RECORDS)
+    Path("hub/snapshots/train.jsonl").symlink_to("../blobs/9f86")
+    Path("latest").symlink_to("d.jsonl")
+    os.link("d.jsonl", "hard.txt")
+    monkeypatch.setenv("HOME", str(tmp_path / "~"))
+    words = ["hub=hub", "link=latest", "hard=*d*", "name=part[1].jsonl", "man=man/man[15]", "home=~/*.txt"]
+    found = expand_sources(words, False, defaultdict(Counter))
+    found = {name: [Path(os.path.abspath(path)) for path in paths] for name, paths in found.items()}
+    assert names(found, tmp_path) == {
+        "hub": ["hub/snapshots/train.jsonl"], "link": ["d.jsonl"], "hard": ["d.jsonl"], "name": ["part[1].jsonl"],
+        "man": ["man/man5/passwd"], "home": ["~/home.txt"]}
 
 
 def test_the_documents_of_all_domains_are_one_stream_and_an_empty_domain_is_refused(tmp_path):
@@ -610,8 +713,7 @@ def test_the_documents_of_all_domains_are_one_stream_and_an_empty_domain_is_refu
 
 @pytest.mark.parametrize("name, raw, fix", [
     ("a.csv", b"a,b", ".jsonl or .parquet"), ("a.TSV.gz", b"", ".jsonl or .parquet"), ("a.png", b"\0", "no document"),
-    ("a.json", b'[{"text": "x"},\n {"text": "y"}]', "line 1: "), ("a.json", b'[{"text": "x"}]', "jq -c '.[]'"),
-    ("a.ndjson", b'{\n "text": "x"\n}', "one JSON record per line")])
+    ("a.json", b'[{"text": "x"}]', "jq -c '.[]'"), ("a.ndjson", b'{\n "text": "x"\n}', "one JSON record per line")])
 def test_files_that_hold_no_text_are_one_message_with_the_fix(program, tmp_path, name, raw, fix):
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -648,11 +750,12 @@ def test_the_domain_may_be_what_each_record_says(program, tmp_path, name):
         texts = [text for side in ("train", "val") for text in bin_texts(tmp_path / "bins" / f"{domain}.{side}.bin")]
         assert sorted(texts) == sorted(record["text"] for record in LABELLED[parity::2])
     assert "note: records: 3 records left out, without a letter or digit of ASCII under the key meta.set\n" in stdout
-    assert "note: records: 1 records left out, without a text under the key text\n" in stdout
+    assert "note: records: 1 records left out, without a text (bytes are none) under the key text\n" in stdout
 
 
 @pytest.mark.parametrize("records, named", [
     ([{"text": "no label"}], "records: no document in its 1 files"),
+    ([labelled(1, label) for label in (["a"], {"b": 1}, True, float("nan"))], "records: no document in its 1 files"),
     ([labelled(i, f"d{i % 257}") for i in range(600)], "at most 256"),
 ])
 def test_labels_that_make_no_domains_are_refused(program, tmp_path, records, named):
@@ -662,7 +765,8 @@ def test_labels_that_make_no_domains_are_refused(program, tmp_path, records, nam
 
 
 @pytest.mark.parametrize("labels, domains, merged", [
-    ([0, 1], ["0", "1"], []), (["a b", "a-b"], ["a_b"], ["10 records in the domain a_b with another label than 'a b'"]),
+    ([0, 1.5], ["0", "1_5"], []),
+    (["a b", "a-b"], ["a_b"], ["10 records in the domain a_b with another label than 'a b'"]),
     (["x" * 300, "y"], ["x" * 100, "y"], [])])
 def test_any_label_makes_a_name_and_those_that_make_the_same_are_merged(program, tmp_path, labels, domains, merged):
     records = [labelled(i, labels[i % 2]) for i in range(20)]
@@ -716,8 +820,27 @@ def test_duplicates_never_straddle_the_split_and_no_copy_is_lost(tmp_path, val_b
     for name, texts in domains.items():
         train, val = (bin_texts(tmp_path / f"{name}.{side}.bin") for side in ("train", "val"))
         assert Counter(train + val) == Counter(texts) and not set(train) & set(val)
-        assert val[0] == min(texts, key=by_hash)
         assert sum(map(len, val)) <= val_bytes or len(set(val)) == 1
+
+
+@pytest.mark.parametrize("limits", [{}, {"val_bytes": 1500}, {"val_fraction": 0.4}])
+def test_a_text_whose_copies_exceed_the_limit_is_train_text_and_others_are_validation(tmp_path, limits):
+    first, second, *others = sorted(ARTICLES, key=by_hash)
+    texts = ARTICLES + [first] * 1000  # more than half of all
+    train, val = sides(tmp_path, texts, **limits)
+    assert first not in val and val[0] == second and Counter(train + val) == Counter(texts)
+    most = limits.get("val_fraction", 0.05) * len("".join(texts).encode())
+    assert 0.5 < len("".join(val).encode()) / min(most, limits.get("val_bytes", most)) <= 1
+    # Where every text exceeds it, the first without copies is validation, or else the one with the fewest bytes.
+    assert sides(tmp_path / "a", [first] * 9 + [second, others[0]], val_fraction=0)[1] == [second]
+    assert sides(tmp_path / "b", [first] * 20 + ["x"] * 9 + [second] * 30, val_fraction=0)[1] == ["x"] * 9
+
+
+def test_texts_whose_hashes_begin_alike_are_two_documents(tmp_path):
+    alike = ["text number 43376", "text number 65761"]
+    assert len({by_hash(text)[:8] for text in alike}) == 1
+    train, val = sides(tmp_path, [*alike, "other"], val_fraction=0.5)
+    assert sorted(train + val) == sorted([*alike, "other"])
 
 
 BY_HASH = sorted(ARTICLES * 2, key=by_hash)  # copies count as often as they come
@@ -755,13 +878,6 @@ def test_a_domain_with_one_distinct_document_is_left_out_and_told(tmp_path, caps
     assert {path.name for path in tmp_path.iterdir()} == {".lock", "code.train.bin", "code.val.bin", "meta.json"}
 
 
-def fast_tokenizer():
-    """The bytes tokenizer, as fast as numpy."""
-    def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
-    return dataclasses.replace(load_tokenizer("bytes"), encode_batch=encode_batch)
-
-
 @pytest.mark.parametrize("distinct", [10**9, 3])
 def test_the_memory_of_a_build_does_not_grow_with_its_input(tmp_path, monkeypatch, distinct):
     monkeypatch.setattr(data, "BATCH_BYTES", 1 << 20)
@@ -769,7 +885,7 @@ def test_the_memory_of_a_build_does_not_grow_with_its_input(tmp_path, monkeypatc
     def peak(megabytes: int) -> int:
         texts = ((f"d{i % 2}", f"document {i % distinct} ".ljust(2000, "é")) for i in range(megabytes * 260))
         tracemalloc.start()
-        build_bins(tmp_path / str(megabytes), fast_tokenizer(), texts, val_bytes=500_000)
+        build_bins(tmp_path / str(megabytes), load_tokenizer("bytes"), texts, val_bytes=500_000)
         result = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return result
@@ -783,13 +899,13 @@ def test_the_memory_of_a_build_does_not_grow_with_its_input(tmp_path, monkeypatc
                                                       (151_936, "uint32", 4)])
 def test_ids_are_little_endian_uint16_where_they_fit(tmp_path, vocab_size, dtype, width):
     ids = [1, 256, vocab_size - 1]
-    tokenizer = dataclasses.replace(load_tokenizer("bytes"), vocab_size=vocab_size, eot=ids[-1], encode_batch=lambda
+    tokenizer = dataclasses.replace(load_tokenizer("bytes"), vocab_size=vocab_size, eot=2, encode_batch=lambda
                                     texts: [np.array(ids, np.uint32)] * len(texts))
     meta = build(tmp_path, ["one", "two"], tokenizer)
     assert meta["domains"]["code"]["dtype"] == dtype
-    expected = b"".join(i.to_bytes(width, "little") for i in (*ids, ids[-1]))
+    expected = b"".join(i.to_bytes(width, "little") for i in (*ids, 2))
     assert (tmp_path / "code.train.bin").read_bytes() == (tmp_path / "code.val.bin").read_bytes() == expected
-    assert TokenBins(tmp_path, 3).train_windows(np.array([0]), np.array([0])).tolist() == [[*ids, ids[-1]]]
+    assert TokenBins(tmp_path, 3).train_windows(np.array([0]), np.array([0])).tolist() == [[*ids, 2]]
 
 
 def test_meta_json_says_what_the_bins_are(tmp_path):
@@ -842,7 +958,7 @@ def documents():
         os.replace = lambda *paths: (replace(*paths), os.kill(os.getpid(), signal.SIGKILL))
 
 data.BATCH_BYTES = 1 << 20
-data.build_bins(sys.argv[1], test_data.fast_tokenizer(), documents(), val_bytes=100_000)
+data.build_bins(sys.argv[1], data.load_tokenizer("bytes"), documents(), val_bytes=100_000)
 """
 # Five megabytes: much is written while later documents are still to come.
 LONG = {name: [f"{name} {i} ".ljust(100, ".") * 1000 for i in range(25)] for name in ("code", "prose")}
@@ -850,7 +966,7 @@ LONG = {name: [f"{name} {i} ".ljust(100, ".") * 1000 for i in range(25)] for nam
 
 @pytest.mark.parametrize("moment", [0, 45, -1])
 def test_a_killed_build_leaves_no_half_written_bin_and_starts_again(tmp_path, moment):
-    build(tmp_path / "straight", LONG, fast_tokenizer(), val_bytes=100_000)
+    build(tmp_path / "straight", LONG, val_bytes=100_000)
     folders = [Path(data.__file__).parent, Path(__file__).parent]
     run = subprocess.run([sys.executable, "-c", KILLED_BUILD, tmp_path / "killed", str(moment)],
                          env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))})
@@ -861,8 +977,43 @@ def test_a_killed_build_leaves_no_half_written_bin_and_starts_again(tmp_path, mo
     assert finished == ({"code.train.bin"} if moment == -1 else set()) and (moment == 0 or len(left) == 4)
     for name in finished:
         assert left[name] == (tmp_path / "straight" / name).read_bytes()
-    build(tmp_path / "killed", LONG, fast_tokenizer(), val_bytes=100_000)
+    build(tmp_path / "killed", LONG, val_bytes=100_000)
     assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+
+
+@pytest.mark.parametrize("name", ["x.train.bin", "x.val.bin.tmp", "tokenizer.json", "meta.json.tmp", "notes.bin.tmp"])
+def test_files_of_the_user_are_not_overwritten_or_removed(tmp_path, bpe_settings, name):
+    tokenizer = load_tokenizer(save_bpe(tmp_path / "tokenizer", bpe_settings))
+    (tmp_path / "bins").mkdir()
+    (tmp_path / "bins" / name).write_text("mine")
+    if name == "notes.bin.tmp":
+        build(tmp_path / "bins", ["one", "two"], tokenizer)
+        assert (tmp_path / "bins" / name).read_text() == "mine"
+    else:
+        assert f"holds {name}, which no build" in refused(build, tmp_path / "bins", ["one", "two"], tokenizer)
+        assert contents(tmp_path / "bins") == {name: b"mine"}
+    # The tokenizer's own folder may hold the bins.
+    files = contents(tmp_path / "tokenizer")
+    assert "no domain" in refused(build, tmp_path / "tokenizer", ["one"], tokenizer)
+    assert {**contents(tmp_path / "tokenizer"), ".lock": b""} == {**files, ".lock": b""}
+    build(tmp_path / "tokenizer", ["one", "two"], tokenizer)
+    verify(tmp_path / "tokenizer")
+
+
+def test_hundreds_of_domains_need_few_open_files_and_names_that_a_terminal_lacks_are_shown(tmp_path):
+    resource = pytest.importorskip("resource")
+    records = [labelled(i, f"d{i % 200}") for i in range(400)]
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, 1]))
+    command = [sys.executable, data.__file__, str(path), "--domain_key=meta.set", f"--out_dir={tmp_path}/bins"]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
+    assert (run.returncode, run.stderr) == (0, "") and "\\udcff.jsonl, line 401: no record" in run.stdout
+    assert len(read_meta(tmp_path / "bins")["domains"]) == 200 and "WARNING: d7 has only 1 documents" in run.stdout
+    # With its output closed
+    command = f"{sys.executable} {data.__file__} --verify={tmp_path}/bins >&-"
+    run = subprocess.run(command, shell=True, capture_output=True)
+    assert (run.returncode, run.stderr) == (0, b"")
 
 
 def test_two_builds_do_not_share_a_folder(tmp_path):
@@ -881,9 +1032,40 @@ def test_two_builds_do_not_share_a_folder(tmp_path):
 @pytest.mark.parametrize("length", [1, 100_000])
 def test_a_full_disk_is_told_with_the_file_and_what_was_begun_is_removed(tmp_path, file, length):
     (tmp_path / f"{file}.tmp").symlink_to("/dev/full")
-    message = refused(build, tmp_path, ["one" * length, "two" * length])
-    assert f"{tmp_path / file}: OSError: [Errno 28] No space left on device" in message
+    with pytest.raises((UserError, OSError)) as caught:
+        build(tmp_path, ["one" * length, "two" * length])
+    message = str(caught.value)
+    assert "[Errno 28] No space left on device" in message and (str(tmp_path / file) in message or "bin" not in file)
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "meta.json").exists()
+    assert not list(tmp_path.glob("*.bin"))
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_is_copied_keeps_no_bins(tmp_path, bpe_settings, monkeypatch):
+    def full(source, target):
+        Path(target).touch()
+        raise OSError(28, "No space left on device", target)
+    tokenizer = load_tokenizer(save_bpe(tmp_path / "tokenizer", bpe_settings))
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        build(tmp_path / "bins", ["one", "two"], tokenizer)
+    assert os.listdir(tmp_path / "bins") == [".lock"]
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """Bins, and what write_text writes: meta.json, and metrics.jsonl at the start of a run."""
+    safe = set()
+    monkeypatch.setattr(os, "fsync", lambda descriptor: safe.add(os.fstat(descriptor).st_ino))
+    replace = os.replace
+    named = []
+
+    def checked(source, target):
+        assert os.stat(source).st_ino in safe, target
+        named.append(Path(target).name)
+        replace(source, target)
+    monkeypatch.setattr(os, "replace", checked)
+    build(tmp_path, ["one", "two"])
+    data.write_text(tmp_path / "metrics.jsonl", "{}")
+    assert named == ["code.train.bin", "code.val.bin", "meta.json", "metrics.jsonl"]
 
 
 # ----------------------------------------------- Windows --------------------------------------------------------------
@@ -906,6 +1088,7 @@ def test_a_bin_of_n_tokens_has_n_less_1_over_b_windows(tmp_path):
                 assert windows.dtype == np.int64
                 assert windows.tolist() == [tokens[i * size:i * size + size + 1].tolist()]
         assert f"--block_size={n}" in refused(TokenBins, tmp_path, n, [f"d{n}"])
+    assert "in domain d2 d3 d4 of" in refused(TokenBins, tmp_path, 4)  # all at once
 
 
 def test_train_windows_come_in_the_order_asked(made):
@@ -935,7 +1118,7 @@ def test_validation_and_test_windows_are_evenly_spaced_each_over_its_own_half(ma
         assert f"lower --{side}_samples or --block_size" in message and "--val_fraction" in message
 
 
-def test_the_documents_that_windows_touch_are_counted(made):
+def test_the_documents_that_windows_touch_are_counted(made, tmp_path):
     bins, tokens = TokenBins(made, 16), read_bin(made / "code.val.bin")
     W = (len(tokens) - 1) // 16
     document = np.cumsum(tokens == 256) - (tokens == 256)  # of each token, its end included
@@ -945,6 +1128,10 @@ def test_the_documents_that_windows_touch_are_counted(made):
             touched = {d for i in ids for d in document[i * 16:i * 16 + 16].tolist()}
             assert bins.eval_documents("code", side, n) == len(touched)
     assert bins.eval_documents("code", "val", W // 2) > 1
+    # Copies of one text count as one.
+    build(tmp_path, ["text of 20 letters"] * 600 + ["x" * 20_000, "y" * 20_000], val_fraction=0.3)
+    assert set(bin_texts(tmp_path / "code.val.bin")) == {"text of 20 letters"}
+    assert TokenBins(tmp_path, 256).eval_documents("code", "val", 7) == 1
 
 
 def test_domains_are_selected_by_name(made):
@@ -995,13 +1182,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(copied, side, i):
     assert path.name in message and "id 257" in message and "257 ids" in message
 
 
-def in_meta(change):
-    """A function that changes the meta.json of a folder."""
-    def spoil(folder: Path):
-        meta = json.loads((folder / "meta.json").read_text())
-        change(meta)
-        (folder / "meta.json").write_text(json.dumps(meta))
-    return spoil
+in_meta = partial(edit, "meta.json")
 
 
 def train_entry(**values):
@@ -1009,21 +1190,24 @@ def train_entry(**values):
 
 
 BAD_FOLDERS = {
-    "no meta": (lambda folder: (folder / "meta.json").unlink(), "--data_dir="),
-    "meta not JSON": (lambda folder: (folder / "meta.json").write_text("{"), "meta.json: "),
-    "meta not text": (lambda folder: (folder / "meta.json").write_bytes(b"\xff\xfe"), "meta.json: "),
+    "no meta": (drop("meta.json"), "--data_dir="),
+    "meta not JSON": (put("meta.json", b"{"), "meta.json: "),
+    "meta not text": (put("meta.json", b"\xff\xfe"), "meta.json: "),
+    "no domains": (in_meta(lambda meta: meta.update(domains={})), "lacks domains"),
+    "no sha256": (in_meta(lambda meta: meta["domains"]["code"]["val"].__delitem__("sha256")), "lacks sha256"),
+    "half a tokenizer": (in_meta(lambda meta: meta["tokenizer"].__delitem__("name")), "lacks name"),
     "other version": (in_meta(lambda meta: meta.update(format_version=1)), "format version 1, but 2 is known"),
-    "no tokenizer": (in_meta(lambda meta: meta.pop("tokenizer")), "meta.json: "),
+    "no tokenizer": (in_meta(lambda meta: meta.__delitem__("tokenizer")), "meta.json: "),
     "no tokens": (train_entry(tokens=None), "meta.json: "),
-    "tokens of no integer": (train_entry(tokens=1e3), "tokens are no integer"),
     "train as val": (in_meta(lambda meta: meta["domains"]["code"].update(val=meta["domains"]["code"]["train"])),
-                     "code.train.bin is named twice"),
-    "ids beyond the dtype": (in_meta(lambda meta: meta["tokenizer"].update(vocab_size=65537)), "cannot hold 65537 ids"),
-    "end of text beyond the ids": (in_meta(lambda meta: meta["tokenizer"].update(eot=257)), "end of text 257"),
+                     "code.train.bin is empty, or named twice"),
+    "ids beyond the dtype": (in_meta(lambda meta: meta["tokenizer"].update(vocab_size=65537)), "code: uint16 and"),
+    "end of text beyond the ids": (in_meta(lambda meta: meta["tokenizer"].update(eot=257)), "the end of text do not"),
+    "an empty bin": (train_entry(tokens=0), "code.train.bin is empty"),
     "negative tokens": (train_entry(tokens=-2), "code.train.bin"),
     "bin outside": (train_entry(file="../outside.bin"), "outside.bin is not in the folder"),
     "truncated": (lambda folder: os.truncate(folder / "code.train.bin", 100), "code.train.bin"),
-    "missing bin": (lambda folder: (folder / "code.val.bin").unlink(), "code.val.bin is not in the folder"),
+    "missing bin": (drop("code.val.bin"), "code.val.bin is not in the folder"),
     "tokenizer file outside": (in_meta(lambda meta: meta["tokenizer"].update(files=["../x.json"])), "x.json is not"),
     "missing tokenizer file": (in_meta(lambda meta: meta["tokenizer"].update(files=["t.json"])), "t.json is not"),
 }
@@ -1048,6 +1232,16 @@ def test_verify_names_the_bins_that_changed(program, copied):
     status, stdout, stderr = program(f"--verify={copied}")
     assert status == 2 and stdout.count(" ok\n") == 3
     assert "code.val.bin not as in meta.json" in stderr and "train" not in stderr
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(eot=10), "not the one that it was made with, by its eot;"), (dict(vocab_size=300), "by its vocab_size"),
+    (dict(fingerprint="f"), "its fingerprint"), (dict(name="other"), "--tokenizer=other"),
+    (dict(vocab_size=99, eot=9), "code.train")])
+def test_verify_names_what_is_not_as_it_was_written(copied, change, named):
+    verify(copied)
+    in_meta(lambda meta: meta["tokenizer"].update(change))(copied)
+    assert named in refused(verify, copied)
 
 
 def test_the_quickstart_has_four_domains_of_about_the_size_asked_without_licence_headers():

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from conftest import open_in_transformers, read_lines
 from safetensors.torch import load_file
 
-from data import TOKENIZER_FILES, TokenBins, build_bins, load_tokenizer, save_tokenizer
-from distill import resolve_config, train
+from data import TOKENIZER_FILES, TokenBins, UserError, build_bins, load_tokenizer, save_tokenizer
+from distill import preflight, resolve_config, train
 from model import GPT
 from sample_mixture import MixtureSampler
 
@@ -242,6 +242,32 @@ def test_other_families_are_distilled_and_exported(keys, models, tmp_path, famil
     before = open_in_transformers(student).get_output_embeddings().weight
     assert not open_in_transformers(folder).get_output_embeddings().weight.equal(before)
     assert all(line["kl"] > 0 for line in read_lines(tmp_path / "run", "train"))
+
+
+def test_bins_whose_tokenizer_changed_are_refused_before_a_weight_is_read(keys, models, bins, settings, tmp_path):
+    meta = json.loads((bins / "meta.json").read_text())
+    lower = {**settings, "normalizer": {"type": "Lowercase"}}
+    for differs, eot, beside in (("eot", 10, settings), ("fingerprint", EOT, lower)):
+        changed = shutil.copytree(bins, tmp_path / differs)
+        (changed / "meta.json").write_text(json.dumps({**meta, "tokenizer": {**meta["tokenizer"], "eot": eot}}))
+        (changed / "tokenizer.json").write_text(json.dumps(beside))
+        config = resolve_config(keys(*models(), tmp_path / "run", data_dir=str(changed)))
+        with pytest.raises(UserError, match=f"the tokenizer teacher is not .* by its {differs};"):
+            preflight(config)
+
+
+@pytest.mark.parametrize("config", [None, {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 99}])
+def test_a_tokenizer_whose_folder_names_no_end_of_text_gives_a_student_that_does(settings, tmp_path, config):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
+    if config:
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    build_bins(tmp_path / "bins", load_tokenizer(tmp_path, eot="<|endoftext|>"), [("code", "a"), ("code", "b")])
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    save_tokenizer(tmp_path / "student", TokenBins(tmp_path / "bins", 1))
+    opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
+    assert opened.eos_token == "<|endoftext|>" and opened.eos_token_id == EOT and (config is None) != (
+        opened.model_max_length == 99)
 
 
 # ----------------------------------------------- Tokenizers of every model type ---------------------------------------
