@@ -621,14 +621,15 @@ def find_files(pattern: str, left_out: Counter) -> list[Path]:
 
 def find_paths(pattern: str, left_out: Counter) -> Iterator[str]:
     """What glob.glob finds. Folders that cannot be read are counted, and links in a circle end."""
-    head, tail = os.path.split(pattern.rstrip("/"))
     if not glob.has_magic(pattern):
         yield pattern
         return
+    head, tail = os.path.split(pattern.rstrip("/"))
     entered = set()
     for top in filter(os.path.isdir, find_paths(head or ".", left_out)):
         walk = os.walk(top, followlinks=True, onerror=lambda _: left_out.update(["unreadable folders left out"]))
         for folder, subfolders, files in walk:
+            # Any other pattern stands for names in this folder, and for hidden ones only if it begins with a dot.
             if tail != "**":
                 for name in fnmatch.filter(subfolders + files, tail):
                     if tail.startswith(".") or not name.startswith("."):
@@ -640,7 +641,6 @@ def find_paths(pattern: str, left_out: Counter) -> Iterator[str]:
             if real not in entered:
                 entered.add(real)
                 yield folder
-    # A hidden name requires a pattern that begins with a dot.
 
 
 def suffix_of(path: Path) -> str:
