@@ -246,7 +246,8 @@ class TokenBins:
         largest = windows.max(initial=0)
         if largest >= self.vocab_size:
             path = self.dir / self.domains[name][side]["file"]
-            raise UserError(f"{path}: holds the id {largest} of {self.vocab_size} ids; run data.py --verify={self.dir}")
+            raise UserError(f"{path}: holds the id {largest}, but the tokenizer has {self.vocab_size} ids; run data.py "
+                            f"--verify={self.dir}")
         return windows
 
     def train_windows(self, domain_ids: np.ndarray, window_ids: np.ndarray) -> np.ndarray:
