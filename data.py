@@ -192,7 +192,8 @@ def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
         for name, domain in meta["domains"].items():
             dtype = np.dtype(domain["dtype"])
             if not tokenizer["eot"] < tokenizer["vocab_size"] <= np.iinfo(dtype).max + 1:
-                raise ValueError(f"domain {name}: {dtype} and the end of text do not fit the number of ids")
+                raise ValueError(f"domain {name}: {dtype} cannot hold {tokenizer['vocab_size']} ids, or end of text "
+                                 f"{tokenizer['eot']} is not one of them")
             for entry in (domain["train"], domain["val"]):
                 lacking |= {"sha256"} - entry.keys()
                 if entry["file"] in sizes or entry["tokens"] < 1:
@@ -974,14 +975,15 @@ def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], mad
 
     `domains`: name → {"dtype": "uint16" or "uint32", "train": side, "val": side}, each side {"file", "tokens",
     "sha256"}. nanoGPT's train.bin and val.bin can be such a domain."""
-    for path in tokenizer.files:
-        with suppress(shutil.SameFileError):
-            shutil.copyfile(path, folder / path.name)
     entry = {key: getattr(tokenizer, key) for key in TOKENIZER_KEYS}
     entry["files"] = [path.name for path in tokenizer.files]
     meta = {"format_version": FORMAT_VERSION, "tokenizer": entry, "domains": domains, "made_by": made_by}
-    fsync(folder)
-    write_text(folder / "meta.json", json.dumps(meta, indent=1))
+    with user_errors(folder / "meta.json", "make room there, and build again"):
+        for path in tokenizer.files:
+            with suppress(shutil.SameFileError):
+                shutil.copyfile(path, folder / path.name)
+        fsync(folder)
+        write_text(folder / "meta.json", json.dumps(meta, indent=1))
     return meta
 
 

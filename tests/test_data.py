@@ -1032,10 +1032,8 @@ def test_two_builds_do_not_share_a_folder(tmp_path):
 @pytest.mark.parametrize("length", [1, 100_000])
 def test_a_full_disk_is_told_with_the_file_and_what_was_begun_is_removed(tmp_path, file, length):
     (tmp_path / f"{file}.tmp").symlink_to("/dev/full")
-    with pytest.raises((UserError, OSError)) as caught:
-        build(tmp_path, ["one" * length, "two" * length])
-    message = str(caught.value)
-    assert "[Errno 28] No space left on device" in message and (str(tmp_path / file) in message or "bin" not in file)
+    message = refused(build, tmp_path, ["one" * length, "two" * length])
+    assert "[Errno 28] No space left on device" in message and str(tmp_path / file) in message
     assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "meta.json").exists()
     assert not list(tmp_path.glob("*.bin"))
 
@@ -1046,8 +1044,7 @@ def test_a_disk_that_is_full_when_the_tokenizer_is_copied_keeps_no_bins(tmp_path
         raise OSError(28, "No space left on device", target)
     tokenizer = load_tokenizer(save_bpe(tmp_path / "tokenizer", bpe_settings))
     monkeypatch.setattr(shutil, "copyfile", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        build(tmp_path / "bins", ["one", "two"], tokenizer)
+    assert "No space left on device" in refused(build, tmp_path / "bins", ["one", "two"], tokenizer)
     assert os.listdir(tmp_path / "bins") == [".lock"]
 
 
@@ -1201,8 +1198,8 @@ BAD_FOLDERS = {
     "no tokens": (train_entry(tokens=None), "meta.json: "),
     "train as val": (in_meta(lambda meta: meta["domains"]["code"].update(val=meta["domains"]["code"]["train"])),
                      "code.train.bin is empty, or named twice"),
-    "ids beyond the dtype": (in_meta(lambda meta: meta["tokenizer"].update(vocab_size=65537)), "code: uint16 and"),
-    "end of text beyond the ids": (in_meta(lambda meta: meta["tokenizer"].update(eot=257)), "the end of text do not"),
+    "ids beyond the dtype": (in_meta(lambda meta: meta["tokenizer"].update(vocab_size=65537)), "cannot hold 65537 ids"),
+    "end of text beyond the ids": (in_meta(lambda meta: meta["tokenizer"].update(eot=257)), "end of text 257"),
     "an empty bin": (train_entry(tokens=0), "code.train.bin is empty"),
     "negative tokens": (train_entry(tokens=-2), "code.train.bin"),
     "bin outside": (train_entry(file="../outside.bin"), "outside.bin is not in the folder"),
