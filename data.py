@@ -21,7 +21,6 @@ import io
 import json
 import os
 import pydoc_data.topics
-import random
 import re
 import shutil
 import sys
@@ -1023,7 +1022,8 @@ QUICKSTART = {
 QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 800_000, "math": 800_000, "prose": 600_000}
 
 
-def _quickstart_files(name: str) -> Iterator[list[str]]:
+def quickstart_files(name: str) -> Iterator[list[str]]:
+    """The files of a domain, each as its documents."""
     if name == "prose":
         for topic in pydoc_data.topics.topics.values():
             yield topic.split("\n\n\n")
@@ -1037,16 +1037,11 @@ def _quickstart_files(name: str) -> Iterator[list[str]]:
             yield source["extract"](without_licence(text))
 
 
-def quickstart_documents(n_bytes: dict[str, int], seed: int | None = None) -> Iterator[tuple[str, str]]:
-    """The quickstart's text as a stream of (domain, text), of each domain about as many bytes as `n_bytes` says; with a
-    `seed`, of files in random order."""
+def quickstart_documents(n_bytes: dict[str, int], files_of: Callable = quickstart_files) -> Iterator[tuple[str, str]]:
+    """The quickstart's text as a stream of (domain, text), of each domain about as many bytes as `n_bytes` says."""
     for name, limit in n_bytes.items():
-        files = _quickstart_files(name)
-        if seed is not None:
-            files = list(files)
-            random.Random(f"{seed} {name}").shuffle(files)
         taken = 0
-        for text in chain.from_iterable(files):
+        for text in chain.from_iterable(files_of(name)):
             if taken >= limit:
                 break
             # Tables of characters or of constants are mostly digits and signs.

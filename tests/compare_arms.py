@@ -20,9 +20,11 @@ never update r.
 
 import argparse
 import fcntl
+import functools
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 from contextlib import redirect_stdout
@@ -40,7 +42,7 @@ import torch
 
 import distill
 from data import (QUICKSTART_BYTES, TokenBins, UserError, build_bins, file_sha256, import_optional, load_tokenizer,
-                  quickstart_documents, run_program, write_text)
+                  quickstart_documents, quickstart_files, run_program, write_text)
 from report_arms import ABLATED, arms_table
 from sample_mixture import read_metrics, replay
 
@@ -141,8 +143,17 @@ def make_bins(setting: Setting, data_dir: Path, teacher: str, seed: int):
     if setting.vocab_size:
         tokenizer = data_dir.with_name(f"{data_dir.name}-tokenizer")
         train_bpe(setting, tokenizer)
-    text_seed = seed if setting.own_text else None
-    build_bins(data_dir, load_tokenizer(tokenizer), quickstart_documents(setting.n_bytes, text_seed), val_fraction=0.1)
+    documents = quickstart_documents(setting.n_bytes)
+    if setting.own_text:
+        documents = quickstart_documents(setting.n_bytes, functools.partial(shuffled_files, seed=seed))
+    build_bins(data_dir, load_tokenizer(tokenizer), documents, val_fraction=0.1)
+
+
+def shuffled_files(name: str, seed: int) -> list[list[str]]:
+    """The quickstart's files of a domain, in a random order."""
+    files = list(quickstart_files(name))
+    random.Random(f"{seed} {name}").shuffle(files)
+    return files
 
 
 def most_test_windows(data_dir: str, block_size: int) -> int:

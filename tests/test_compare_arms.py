@@ -1,5 +1,6 @@
 """The comparison of arms: what it computes from runs, and a whole one in miniature."""
 
+import functools
 import itertools
 import json
 import math
@@ -13,7 +14,7 @@ from pathlib import Path
 import compare_arms
 import pytest
 import torch
-from compare_arms import ABLATIONS, ALL_ARMS, ARMS, chosen_arms, fixed_mixture
+from compare_arms import ABLATIONS, ALL_ARMS, ARMS, chosen_arms, fixed_mixture, shuffled_files
 from report_arms import (ALL, CHANGES, CLAIMS, COMPARISONS, REPLICATED, ablations_table, arms_table, decided,
                          gains_figure, gains_table, holm, interval, make_tables, mean_and_error, measured,
                          numbers_without_source, p_value, paired, pairs_table, setting_figure, share_kept, sign_flip_p,
@@ -21,7 +22,7 @@ from report_arms import (ALL, CHANGES, CLAIMS, COMPARISONS, REPLICATED, ablation
 from test_forks import patched
 
 import distill
-from data import UserError
+from data import UserError, quickstart_documents
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
@@ -190,6 +191,15 @@ def test_figures_are_drawn(tmp_path):
     gains_figure({"one": results}, tmp_path / "gains.png")
     for path in tmp_path.iterdir():
         assert path.stat().st_size > 5000
+
+
+def test_a_replicate_draws_its_own_files_of_the_quickstarts_text():
+    texts = [list(quickstart_documents({"cpp": 30_000}))]
+    for seed in (0, 0, 1):
+        texts.append(list(quickstart_documents({"cpp": 30_000}, functools.partial(shuffled_files, seed=seed))))
+    assert texts[1] == texts[2]
+    for first, second in ((0, 1), (0, 3), (1, 3)):
+        assert len(set(texts[first]) & set(texts[second])) < len(texts[first]) / 2
 
 
 def test_the_fixed_mixture_is_the_mean_of_what_ddk_drew_at_all_other_seeds():
