@@ -41,7 +41,7 @@ GAMMAS = [f"gamma={value}" for value in (0.0, 0.1, 0.3, 0.5)]
 TEMPERATURES = [f"temperature={value}" for value in (0.1, 0.2, 0.5, 2.0)]
 INTERVALS = [f"interval={value}" for value in (5, 15, 20)]
 ALPHAS = [f"alpha={value}" for value in (0.25, 0.75, 1.0)]
-ABLATED = (*GAMMAS, *TEMPERATURES, *INTERVALS, *ALPHAS)  # the quickstart's, which have a table of their own
+ABLATED = (*GAMMAS, *TEMPERATURES, *INTERVALS, *ALPHAS)  # the quickstart's
 
 
 @dataclass
@@ -289,33 +289,36 @@ def ratios_row(label: str, ratios: list[list[float]]) -> list[str]:
     return [label, str(len(ratios)), format_mean(worst), format_mean(mean), *per_domain]
 
 
-def ratios_of(results: dict, arm: str, ratio) -> list[list[float]]:
-    """`ratio`(run, domain) of each domain in each run of an arm."""
-    return [[ratio(one, domain) for domain in one["end"]] for one in results[arm].values()]
+def base_row(runs: dict, arm: str) -> list[str]:
+    """The row of the student bases, from the runs of an arm: on the test windows if they were measured there, otherwise
+    on the validation windows, from before the arm's run to its end."""
+    rows = []
+    for ratio in (lambda one, name: one.get("base_ratio", {}).get(name), lambda one, name: one["ratio"][name][0],
+                  lambda one, name: one["end"][name]["ratio"]):
+        rows.append([[ratio(one, name) for name in one["end"]] for one in runs.values()])
+    on_test_windows, before, after = rows
+    if None not in on_test_windows[0]:
+        return ratios_row("student base", on_test_windows)
+    label = f"student base → `{arm}`, validation windows"
+    first, last = ratios_row(label, before), ratios_row(label, after)
+    cells = [f"{one} → {other}" for one, other in zip(first[2:], last[2:])]
+    return [*first[:2], *cells]
 
 
 def arms_table(settings: dict, arms=ARMS) -> str:
-    """Of each setting, which all have the same domains, a row for each arm that has run: worst and mean ratio, and the
-    ratio of each domain, on the test windows. Before them the student bases: on the same windows where they were
-    measured there, otherwise on the validation windows, beside the first arm at its end on these."""
+    """Of each setting, which all have the same domains, a row for the student bases, and one for each arm that has run:
+    worst and mean ratio, and the ratio of each domain, on the test windows."""
     rows = []
     for name, results in settings.items():
-        setting = f"{name}: " if len(settings) > 1 else ""
         present = [arm for arm in arms if arm in results]
-        first = present[0]
-        some_run = next(iter(results[first].values()))
-        domains = list(some_run["end"])
-        if "base_ratio" in some_run:
-            rows.append(ratios_row(f"{setting}student base",
-                                   ratios_of(results, first, lambda one, domain: one["base_ratio"][domain])))
-        else:
-            rows.append(ratios_row(f"{setting}student base, validation windows",
-                                   ratios_of(results, first, lambda one, domain: one["ratio"][domain][0])))
-            rows.append(ratios_row(f"{setting}`{first}`, validation windows",
-                                   ratios_of(results, first, lambda one, domain: one["end"][domain]["ratio"])))
+        some = [base_row(results[present[0]], present[0])]
         for arm in present:
-            last = ratios_of(results, arm, lambda one, domain: one["end"][domain]["test_ratio"])
-            rows.append(ratios_row(f"{setting}`{arm}`", last))
+            last = [[domain["test_ratio"] for domain in one["end"].values()] for one in results[arm].values()]
+            some.append(ratios_row(f"`{arm}`", last))
+        for row in some:
+            label = f"{name}: {row[0]}" if len(settings) > 1 else row[0]
+            rows.append([label, *row[1:]])
+        domains = list(next(iter(results[present[0]].values()))["end"])
     return rows_of(["", "seeds", *[MEASURES[measure] for measure in BOTH], *domains], rows)
 
 
@@ -428,18 +431,12 @@ def shares_table(results: dict) -> str:
 
 # ------------ The other settings' tables ------------------------------------------------------------------------------
 
-def ablations_table(results: dict) -> str:
-    """A row for each value of α, γ and K that has run, and its differences from DDK's runs of the same seeds: in bold
-    where they are decided, those of γ and K among the claims, those of α among the comparisons."""
-    tests = decided(results, CLAIMS) | decided(results, COMPARISONS)
-    changed = [arm for arm in results if arm.startswith(("alpha=", "gamma=", "interval="))]
-
-    def name_and_value(arm):
-        name, _, value = arm.partition("=")
-        return name, float(value)
-
+def alphas_table(results: dict) -> str:
+    """A row for each value of α that has run, and its differences from DDK's runs of the same seeds: in bold where they
+    are decided among the comparisons."""
+    tests = decided(results, COMPARISONS)
     rows = []
-    for arm in sorted(changed, key=name_and_value):
+    for arm in sorted(arm for arm in results if arm.startswith("alpha=")):
         row = [f"`{arm}`", str(len(results[arm]))]
         for measure in BOTH:
             difference = format_mean(paired(results, arm, "ddk", measure), "+")
@@ -537,7 +534,7 @@ def make_tables(settings: dict, replicates: dict) -> dict[str, str]:
         tables["shares"] = shares_table(replicates)
     if "quickstart" in settings:
         tables["quickstart"] = arms_table({"quickstart": settings["quickstart"]})
-        tables["ablations"] = ablations_table(settings["quickstart"])
+        tables["alphas"] = alphas_table(settings["quickstart"])
         tables["temperatures"] = temperatures_table(settings["quickstart"])
     return tables
 

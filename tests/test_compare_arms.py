@@ -15,7 +15,7 @@ import compare_arms
 import pytest
 import torch
 from compare_arms import ABLATIONS, ALL_ARMS, ARMS, chosen_arms, fixed_mixture, shuffled_files
-from report_arms import (ALL, CHANGES, CLAIMS, COMPARISONS, REPLICATED, ablations_table, arms_table, decided,
+from report_arms import (ALL, CHANGES, CLAIMS, COMPARISONS, REPLICATED, alphas_table, arms_table, decided,
                          gains_figure, gains_table, holm, interval, make_tables, mean_and_error, measured,
                          numbers_without_source, p_value, paired, pairs_table, setting_figure, share_kept, sign_flip_p,
                          sizes_table, temperatures_table, with_tables)
@@ -128,8 +128,8 @@ def test_the_table_has_a_line_for_each_arm_that_ran():
     lines = arms_table({"one": made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0], cpt=[3.0])}).splitlines()
     assert lines[0].endswith("| code | prose |")
     assert lines[2:] == [
-        "| student base, validation windows | 2 | 5.000 ± 0.000 | 4.000 ± 0.000 | 5.00 | 3.00 |",
-        "| `ddk`, validation windows | 2 | 1.500 ± 0.500 | 1.500 ± 0.500 | 1.50 | 1.50 |",
+        "| student base → `ddk`, validation windows | 2 | 5.000 ± 0.000 → 1.500 ± 0.500 | 4.000 ± 0.000 → 1.500 ± 0.500 "
+        "| 5.00 → 1.50 | 3.00 → 1.50 |",
         "| `ddk` | 2 | 1.500 ± 0.500 | 1.500 ± 0.500 | 1.50 | 1.50 |",
         "| `kd` | 2 | 3.000 ± 1.000 | 3.000 ± 1.000 | 3.00 | 3.00 |",
         "| `cpt` | 1 | 3.000 | 3.000 | 3.00 | 3.00 |"]
@@ -137,25 +137,18 @@ def test_the_table_has_a_line_for_each_arm_that_ran():
     measured_on_test_windows["kd"]["0"]["base_ratio"] = {"code": 4.5, "prose": 2.5}
     lines = arms_table({"one": made_up(ddk=[1.0]), "two": measured_on_test_windows}).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| one: student base, validation windows", "| one: `ddk`, validation windows", "| one: `ddk`",
-        "| two: student base", "| two: `kd`"]
-    assert lines[5] == "| two: student base | 1 | 4.500 | 3.500 | 4.50 | 2.50 |"
+        "| one: student base → `ddk`, validation windows", "| one: `ddk`", "| two: student base", "| two: `kd`"]
+    assert lines[4] == "| two: student base | 1 | 4.500 | 3.500 | 4.50 | 2.50 |"
 
 
-def test_an_ablation_is_compared_with_ddk_at_the_seeds_that_both_have():
-    results = made_up(**{"ddk": [1.0, 2.0, 9.0], "interval=15": [3.0], "interval=5": [2.0], "alpha=1.0": [1.5, 3.5]})
-    difference = "+1.000 ± 0.500"
-    assert ablations_table(results).splitlines()[2:] == [
-        f"| `alpha=1.0` | 2 | 2.500 ± 1.000 | {difference} | 2.500 ± 1.000 | {difference} |",
-        "| `interval=5` | 1 | 2.000 | +1.000 | 2.000 | +1.000 |",
-        "| `interval=15` | 1 | 3.000 | +2.000 | 3.000 | +2.000 |"]
-
-
-def test_a_difference_of_an_ablation_is_bold_where_it_is_decided_and_stands_in_no_other_table():
-    results = made_up(**{"ddk": [1.0, 2.0, 3.0], "alpha=1.0": [1.5, 1.5, 4.5], "gamma=0.5": [1.5, 2.501, 3.499]})
-    lines = ablations_table(results).splitlines()[2:]
-    assert [line.count("**+0.500") for line in lines] == [0, 2]
-    assert len(pairs_table({"one": results}, COMPARISONS).splitlines()) == 2
+def test_a_value_of_alpha_is_compared_with_ddk_at_the_seeds_that_both_have():
+    results = made_up(**{"ddk": [1.0, 2.0, 9.0], "interval=15": [3.0], "alpha=0.25": [2.0], "alpha=1.0": [1.5, 3.5]})
+    assert alphas_table(results).splitlines()[2:] == [
+        "| `alpha=0.25` | 1 | 2.000 | +1.000 | 2.000 | +1.000 |",
+        "| `alpha=1.0` | 2 | 2.500 ± 1.000 | +1.000 ± 0.500 | 2.500 ± 1.000 | +1.000 ± 0.500 |"]
+    decided_too = made_up(**{"ddk": [1.0, 2.0, 3.0], "alpha=0.25": [1.5, 1.5, 4.5], "alpha=1.0": [1.5, 2.501, 3.499]})
+    assert [line.count("**+0.500") for line in alphas_table(decided_too).splitlines()[2:]] == [0, 2]
+    assert len(pairs_table({"one": decided_too}, COMPARISONS).splitlines()) == 2
 
 
 def test_temperatures_are_compared_from_best_to_worst_with_t_squared_and_without():
