@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -46,10 +46,10 @@ class UserError(ValueError):
 
 @contextmanager
 def user_errors(source: str | Path, fix: str):
-    """Turn any exception into a UserError that names `source` and the `fix`. A UserError passes unchanged."""
+    """Turn any exception into a UserError that names `source` and the `fix`. One that says both passes unchanged."""
     try:
         yield
-    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (UserError, PermissionError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # every library raises exceptions of its own, and a panic in Rust is no Exception
         reason = " ".join(str(error).split())[:300]
@@ -161,7 +161,7 @@ LOCK = ".lock"
 def locked(folder: Path):
     """Make the folder if there is none, and keep all other processes out of it for as long as the context lasts."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "w") as file:  # network file systems lock files that are open for writing, not folders
+    with open(folder / LOCK, "a") as file:  # network file systems lock files that are open for writing, not folders
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -172,7 +172,8 @@ def locked(folder: Path):
 # ------------ Windows and bins ----------------------------------------------------------------------------------------
 
 FORMAT_VERSION = 2
-TOKENIZER_KEYS = ("name", "vocab_size", "eot", "eot_token", "fingerprint", "files")  # of its entry in meta.json
+TOKENIZER_KEYS = {"name": str, "vocab_size": int, "eot": int, "eot_token": str, "fingerprint": str,
+                  "files": list}  # of its entry in meta.json
 
 
 def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
@@ -185,7 +186,7 @@ def read_meta(data_dir: str | Path, option: str = "--data_dir") -> dict:
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, but {FORMAT_VERSION} is known")
         tokenizer = meta["tokenizer"]
-        lacking = set(TOKENIZER_KEYS) - tokenizer.keys()
+        lacking = {key for key, kind in TOKENIZER_KEYS.items() if type(tokenizer.get(key)) is not kind}
         # Every file is in the folder itself, and every bin has the size that its number of tokens gives.
         sizes = dict.fromkeys(tokenizer["files"])  # None: any size
         for name, domain in meta["domains"].items():
@@ -391,11 +392,11 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
     convert = f"AutoTokenizer.from_pretrained({str(path.parent)!r}).save_pretrained({str(path.parent)!r})"
     with user_errors(f"--tokenizer={path}", f"transformers' {convert} writes it where there is another kind"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        # The token that ends a document is the one that the configuration beside it names, or `eot`.
+        # The token that ends a document is `eot`, or the one that the configuration beside it names.
         config = path.with_name("tokenizer_config.json")
-        if not eot and config.is_file():
+        if config.is_file():
             eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") or ""
-            eot = eos.get("content") if isinstance(eos, dict) else eos
+            eot = eot or (eos.get("content") if isinstance(eos, dict) else eos)
     # Special tokens inside text are encoded as text, no text is cut off or filled up, and no merge is left to chance.
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
@@ -408,7 +409,7 @@ def _huggingface_tokenizer(path: Path, eot: str, name: str) -> Tokenizer:
     for token, i in vocab.items():
         if tokens.setdefault(i, token) != token:
             raise UserError(f"--tokenizer={path}: {tokens[i]!r} and {token!r} have one id, {i}; name another")
-    if eot not in vocab:
+    if not isinstance(eot, str) or eot not in vocab:
         raise UserError(f"--eot={eot}: not a token of {path.parent}, whose tokenizer_config.json names the end of text "
                         "as eos_token; name the token that ends a document with --eot=TOKEN")
 
@@ -438,16 +439,29 @@ def check_characters(tokenizer: Tokenizer):
         ab, abab, *decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(texts)]
     # A normalizer may take out some of PROBE_BYTES by design, such as accents, but half a character is a byte lost.
     pairs = zip(characters, decoded, strict=True)
-    lost = [repr(c) for c, text in pairs if "\ufffd" in text or text == ab and c in PROBE_TEXT]
+    lost = [repr(c) for c, text in pairs if "\ufffd" in text or text == ab and (c in PROBE_TEXT or c.isalpha())]
     # If the same comes back of any word, it is one unknown word, which loses no character.
     if lost and (ab != abab or not ab):
         raise UserError(f"--tokenizer={tokenizer.name}: loses {' '.join(lost[:20])}; name one that keeps them")
 
 
-def print_changes(documents: list[tuple[str, str]], tokenizer: Tokenizer):
-    """A note, if the tokenizer changes some of the first (domain, text) by design. It says what happens."""
-    name = documents[0][0]
-    texts = [text[:1000] for domain, text in documents if domain == name]
+def note_changes(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    """Pass a stream of (domain, text) on. A note tells once if the tokenizer changes some of a domain's first 20."""
+    first = defaultdict(list)  # name → texts
+    noted = False
+    for name, text in documents:
+        if not noted and len(first[name]) < 20:
+            first[name].append(text[:1000])
+            if len(first[name]) == 20:
+                noted = print_changes(name, first[name], tokenizer)
+        yield name, text
+    for name, texts in first.items():
+        if not noted and len(texts) < 20:
+            noted = print_changes(name, texts, tokenizer)
+
+
+def print_changes(name: str, texts: list[str], tokenizer: Tokenizer) -> bool:
+    """Print a note if the tokenizer changes some texts of a domain by design. It says what happens."""
     decoded = [tokenizer.decode(ids.tolist()) for ids in tokenizer.encode_batch(texts)]
     changed = [pair for pair in zip(texts, decoded, strict=True) if pair[0] != pair[1]]
     if changed:
@@ -455,6 +469,7 @@ def print_changes(documents: list[tuple[str, str]], tokenizer: Tokenizer):
         before, after = [text[start:start + 40] for text in changed[0]]
         print(f"note: the tokenizer changes {len(changed)} of the first {len(texts)} documents of {name}: {before!r} "
               f"comes back as {after!r}")
+    return bool(changed)
 
 
 def settings_digest(settings: dict) -> str:
@@ -535,9 +550,9 @@ def write_tokenizer_config(folder: Path, model_type: str, eot_token: str):
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
     qwens = str(config.get("tokenizer_class")).startswith("Qwen2Tokenizer")
-    if qwens and config.get("eos_token"):
+    if qwens and config.get("eos_token") == eot_token:
         return
-    config["eos_token"] = config.get("eos_token") or eot_token
+    config["eos_token"] = eot_token
     if not qwens:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         config.setdefault("model_input_names", ["input_ids", "attention_mask"])  # what a model takes
@@ -583,15 +598,15 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
             raise UserError(f"{word!r}: write NAME=GLOB, with letters, digits, - and _ in NAME, or name a --domain_key")
         paths = find_files(pattern, left_out[name])
         if not paths:
-            fix = " ".join(left_out[name]) or "name a folder or a glob of files"
+            fix = " ".join(left_out[name]) or "name a folder, or a glob of files that you may read"
             raise UserError(f"{word}: no file matches {pattern!r}; {fix}")
         domains[name] += paths + [path.resolve() for path in paths]
 
     found = {}
     for name, paths in domains.items():
-        # Of the names of a file, the first that says that it holds records is used, if there is one.
+        # Of the names of a file, one that says that it holds records is used, or else that it is compressed.
         names = {}
-        for path in sorted(paths, key=lambda path: suffix_of(path) not in RECORDS):
+        for path in sorted(paths, key=lambda path: (suffix_of(path) not in RECORDS, not compression(path))):
             status = path.stat()
             names.setdefault((status.st_dev, status.st_ino), path)
         found[name] = sorted(names.values())
@@ -599,7 +614,7 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
             suffix = suffix_of(path)
             if suffix in (".csv", ".tsv"):
                 raise UserError(f"{path}: write its rows to .jsonl or .parquet, or name the other files")
-            if suffix == ".parquet" or path.suffix == ".zst":
+            if suffix == ".parquet" or compression(path) == ".zst":
                 import_optional("pyarrow", str(path))
             if not name and suffix not in RECORDS:
                 raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet, or NAME=GLOB")
@@ -609,21 +624,21 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
 def find_files(pattern: str, left_out: Counter) -> list[Path]:
     """The files that a name or a glob stands for. If these are folders alone: all files in them that are not hidden."""
     pattern = re.sub(r"(^|/)\*\*/*$", r"\1**/*", os.path.expanduser(pattern))
-    paths = [pattern]
-    if not os.path.lexists(pattern):  # a name that exists is no pattern
-        paths = list(find_paths(pattern, left_out))
+    paths = list(find_paths(pattern, left_out))
     if not any(map(os.path.isfile, paths)):
         for folder in list(filter(os.path.isdir, paths)):
             paths += find_paths(os.path.join(glob.escape(folder), "**/*"), left_out)
-    lost = [path for path in paths if os.path.lexists(path) and not os.path.isfile(path) and not os.path.isdir(path)]
+    lost = [path for path in paths if not os.path.isfile(path) and not os.path.isdir(path)]
     left_out.update(["links to nothing, pipes and devices left out"] * len(lost))
     return sorted(map(Path, filter(os.path.isfile, paths)))
 
 
 def find_paths(pattern: str, left_out: Counter) -> Iterator[str]:
     """What glob.glob finds. Folders that cannot be read are counted, and links in a circle end."""
-    if not glob.has_magic(pattern):
+    if os.path.lexists(pattern):  # a name that exists is no pattern
         yield pattern
+        return
+    if not glob.has_magic(pattern):
         return
     head, tail = os.path.split(pattern.rstrip("/"))
     entered = set()
@@ -644,9 +659,15 @@ def find_paths(pattern: str, left_out: Counter) -> Iterator[str]:
                 yield folder
 
 
+def compression(path: Path) -> str:
+    """.gz, .zst, or nothing."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in (".gz", ".zst") else ""
+
+
 def suffix_of(path: Path) -> str:
-    """The suffix in lower case, without .gz or .zst where another is before it."""
-    if path.suffix in (".gz", ".zst"):
+    """The suffix in lower case, without .gz or .zst."""
+    if compression(path):
         path = path.with_suffix("")
     return path.suffix.lower()
 
@@ -756,15 +777,15 @@ def value_at(record: dict, key: str):
 
 def _open_text(path: Path) -> io.TextIOWrapper:
     """Open a text file, compressed or not, without a byte order mark. Bytes that are not UTF-8 are lone surrogates."""
-    if path.suffix == ".gz":
+    if compression(path) == ".gz":
         file = gzip.open(path)
-    elif path.suffix == ".zst":
+    elif compression(path) == ".zst":
         # Not by zstandard, whose reader takes a file that is cut off for a whole one.
         pyarrow = import_optional("pyarrow", str(path))
         file = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     else:
         file = open(path, "rb")
-    if path.suffix in (".gz", ".zst") and path.stat().st_size == 0:
+    if compression(path) and path.stat().st_size == 0:
         raise ValueError("a compressed file is never empty")
     start = file.peek(4)[:4]
     if start.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
@@ -826,7 +847,7 @@ class DomainBuild:
         self.val = BinWriter(out_dir / f"{name}.val.bin", dtype)
         self.held = {}  # hash → document
         self.copies = Counter()  # hash → how often the document came
-        self.held_bytes = 0  # each document once
+        self.held_bytes = 0  # of those that fit into validation, each once
         self.total_bytes = 0  # of all documents of the domain, as often as they came
         self.bound = b"\xff" * 33  # every document with a smaller hash is held
 
@@ -840,20 +861,22 @@ class DomainBuild:
         self.copies[key] += 1
         if key not in self.held:
             self.held[key] = raw
-            self.held_bytes += len(raw)
-        if self.held_bytes > 1.1 * limit:
+            if len(raw) <= limit:
+                self.held_bytes += len(raw)
+        if self.held_bytes > 1.1 * limit or len(raw) > limit:
             yield from self.shrink(limit)
 
     def shrink(self, limit: int) -> Iterator[tuple[BinWriter, bytes]]:
         """Hold at most `limit` bytes or MIN_HELD documents. Others are train text: those with smaller hashes fill all
-        that validation may have."""
+        that validation may have, or they exceed it."""
         for key in sorted(self.held, reverse=True)[:-MIN_HELD]:
-            if self.held_bytes <= limit:
-                return
-            self.bound = key
-            raw = self.held.pop(key)
-            self.held_bytes -= len(raw)
-            yield from repeat((self.train, raw), self.copies.pop(key))
+            size = len(self.held[key])
+            if size <= limit:
+                if self.held_bytes <= limit:
+                    continue
+                self.bound = key
+                self.held_bytes -= size
+            yield from repeat((self.train, self.held.pop(key)), self.copies.pop(key))
 
     def split(self, fraction: float, limit: int) -> Iterator[tuple[BinWriter, bytes]]:
         """After the last document: validation has at most `limit` bytes and this fraction, and a document at least."""
@@ -864,9 +887,11 @@ class DomainBuild:
         small = [key for key in sizes if sizes[key] <= limit]
         totals = np.cumsum([sizes[key] for key in small])
         chosen = dict.fromkeys(small[:np.searchsorted(totals, limit, side="right")])
-        # If all exceed it, the first without copies is taken, or else the one with the fewest bytes.
+        # If all exceed it, the first without copies is taken, or else the one with the fewest bytes: of the first that
+        # were held from the start, since a copy of another may be train text.
         if not chosen:
-            chosen = [min(sizes, key=lambda key: sizes[key] if self.copies[key] > 1 else 0)]
+            first = list(sizes)[:MIN_HELD]
+            chosen = [min(first, key=lambda key: sizes[key] if self.copies[key] > 1 else 0)]
         for key in reversed(sizes):
             if key not in chosen:
                 yield from repeat((self.train, self.held[key]), self.copies[key])
@@ -1094,10 +1119,8 @@ def main():
     # Build the bins. After an error too, say what was left out: it may be the reason.
     documents = read_documents(files, arguments.text_key, arguments.domain_key, left_out)
     try:
-        first = list(islice(documents, 20))
-        print_changes(first, tokenizer)
-        meta = build_bins(arguments.out_dir, tokenizer, chain(first, documents), val_fraction=arguments.val_fraction,
-                          val_bytes=arguments.val_bytes, made_by=vars(arguments))
+        meta = build_bins(arguments.out_dir, tokenizer, note_changes(documents, tokenizer), made_by=vars(arguments),
+                          val_fraction=arguments.val_fraction, val_bytes=arguments.val_bytes)
     finally:
         for name, reasons in left_out.items():
             for reason, count in reasons.items():

@@ -334,7 +334,8 @@ def test_the_end_of_text_is_eos_token_of_the_config_or_eot(tmp_path, bpe_setting
     ("Metaspace", "\t", "NFC", None, r"loses '\t';"), ("Split", " ", "NFC", None, "loses ' ';"),
     ("ByteLevel", "Ã", "NFC", None, "loses 'é' 'ß' 'À'"),  # of bytes, Ã stands for the first of é,
     ("ByteLevel", "Ċ", "NFC", None, r"loses '\n';"), ("ByteLevel", "ĉ", "BertNormalizer", None, None),  # tabs to blanks
-    ("ByteLevel", "ô", "NFC", None, "loses '\\U00100000';"), ("ByteLevel", "a", "NFC", None, "loses 'a';")])
+    ("Metaspace", "ж", "NFC", None, "loses 'ж';"), ("ByteLevel", "ô", "NFC", None, "loses '\\U00100000';"),
+    ("ByteLevel", "a", "NFC", None, "loses 'a';")])
 def test_a_tokenizer_that_loses_characters_is_refused(tmp_path, kind, missing, normalizer, unknown, refusal):
     tokenizers = pytest.importorskip("tokenizers")
     byte_level = kind == "ByteLevel"
@@ -376,11 +377,11 @@ def words(tokenizers):
 def test_what_a_tokenizer_changes_by_design_is_told_once(program, tmp_path, make, text, change):
     made = make(pytest.importorskip("tokenizers"))
     save_bpe(tmp_path / "tokenizer", json.loads(made.to_str()), eos="</s>")
-    for name, first in (("x", ["cat"] * 8 + [text] * 12 + ["The dog"]), ("y", [text, "cat"])):
+    for name, first in (("w", ["cat", "a"]), ("x", ["cat"] * 8 + [text] * 12 + ["The dog"]), ("y", [text, "cat"])):
         records = "".join(json.dumps({"text": text}) + "\n" for text in first)
         (tmp_path / f"{name}.jsonl").write_text(records)
     status, stdout, _ = program(f"--tokenizer={tmp_path}/tokenizer", f"--out_dir={tmp_path}/bins",
-                                f"x={tmp_path}/x.jsonl", f"y={tmp_path}/y.jsonl")
+                                *[f"{name}={tmp_path}/{name}.jsonl" for name in "wxy"])
     [note] = [line for line in stdout.splitlines() if "note" in line]
     assert status == 0 and note == f"note: the tokenizer changes 12 of the first 20 documents of x: {change}"
 
@@ -497,6 +498,12 @@ def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings,
     assert model_tokenizer(model).fingerprint == meta["tokenizer"]["fingerprint"]
     if as_files:
         assert (model / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+        # The end of text that was named with --eot is the student's, too, and what is broken is refused at once.
+        build(tmp_path / "other", ARTICLES, load_tokenizer(source, eot="a"))
+        save_tokenizer(model, TokenBins(tmp_path / "other", 8))
+        assert json.loads((model / "tokenizer_config.json").read_text())["eos_token"] == "a"
+        (tmp_path / "other" / "tokenizer_config.json").write_text("{")
+        assert "JSONDecodeError" in refused(verify, tmp_path / "other")
 
 
 def test_nanogpts_bins_open_once_they_are_described(tmp_path, made):
@@ -685,20 +692,25 @@ def test_links_lead_to_each_file_once_and_what_cannot_be_read_is_counted(tmp_pat
 
 def test_a_file_is_read_by_the_name_that_says_what_it_is_and_a_name_is_no_pattern(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("hub/blobs", "hub/snapshots", "man/man1", "man/man5", "~"):
+    for folder in ("hub/blobs", "hub/snapshots", "man/man1", "man/man5", "~", "od[d]", "odd", "zip"):
         Path(folder).mkdir(parents=True)
-    for name in ("hub/blobs/9f86", "part[1].jsonl", "part1.jsonl", "man/man5/passwd", "~/home.txt", "d.jsonl"):
+    for name in ("hub/blobs/9f86", "part[1].jsonl", "part1.jsonl", "man/man5/passwd", "~/home.txt", "d.jsonl",
+                 "od[d]/a.txt", "odd/b.txt"):
         Path(name).write_text(RECORDS)
+    Path("zip/a").write_bytes(gzip.compress(b"text"))
+    Path("zip/B.TXT.GZ").symlink_to("a")
     Path("hub/snapshots/train.jsonl").symlink_to("../blobs/9f86")
     Path("latest").symlink_to("d.jsonl")
     os.link("d.jsonl", "hard.txt")
     monkeypatch.setenv("HOME", str(tmp_path / "~"))
-    words = ["hub=hub", "link=latest", "hard=*d*", "name=part[1].jsonl", "man=man/man[15]", "home=~/*.txt"]
+    words = ["hub=hub", "link=latest", "hard=*d*", "name=part[1].jsonl", "man=man/man[15]", "home=~/*.txt",
+             "odd=od[d]/*.txt", "zip=zip"]
     found = expand_sources(words, False, defaultdict(Counter))
     found = {name: [Path(os.path.abspath(path)) for path in paths] for name, paths in found.items()}
     assert names(found, tmp_path) == {
         "hub": ["hub/snapshots/train.jsonl"], "link": ["d.jsonl"], "hard": ["d.jsonl"], "name": ["part[1].jsonl"],
-        "man": ["man/man5/passwd"], "home": ["~/home.txt"]}
+        "man": ["man/man5/passwd"], "home": ["~/home.txt"], "odd": ["od[d]/a.txt"], "zip": ["zip/B.TXT.GZ"]}
+    assert documents(tmp_path / "zip" / "B.TXT.GZ") == (["text"], Counter())
 
 
 def test_the_documents_of_all_domains_are_one_stream_and_an_empty_domain_is_refused(tmp_path):
@@ -834,6 +846,14 @@ def test_a_text_whose_copies_exceed_the_limit_is_train_text_and_others_are_valid
     # Where every text exceeds it, the first without copies is validation, or else the one with the fewest bytes.
     assert sides(tmp_path / "a", [first] * 9 + [second, others[0]], val_fraction=0)[1] == [second]
     assert sides(tmp_path / "b", [first] * 20 + ["x"] * 9 + [second] * 30, val_fraction=0)[1] == ["x"] * 9
+
+
+def test_texts_that_exceed_the_limit_are_train_text_whatever_their_hashes_and_others_fill_it(tmp_path):
+    huge = sorted([f"{i} " + "x" * 5000 for i in range(200)], key=by_hash)
+    for few in (huge[:1], huge[:20], huge[50:]):
+        train, val = sides(tmp_path / str(len(few)), few + ARTICLES + few, val_bytes=2000, val_fraction=0.4)
+        assert 1500 < len("".join(val).encode()) <= 2000 and val == sorted(ARTICLES, key=by_hash)[:len(val)]
+        assert Counter(train + val) == Counter(few + ARTICLES + few)
 
 
 def test_texts_whose_hashes_begin_alike_are_two_documents(tmp_path):
@@ -992,6 +1012,11 @@ def test_files_of_the_user_are_not_overwritten_or_removed(tmp_path, bpe_settings
     else:
         assert f"holds {name}, which no build" in refused(build, tmp_path / "bins", ["one", "two"], tokenizer)
         assert contents(tmp_path / "bins") == {name: b"mine"}
+    # A lock file is not emptied.
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "locked" / ".lock").write_text("mine")
+    build(tmp_path / "locked", ["one", "two"], tokenizer)
+    assert (tmp_path / "locked" / ".lock").read_text() == "mine"
     # The tokenizer's own folder may hold the bins.
     files = contents(tmp_path / "tokenizer")
     assert "no domain" in refused(build, tmp_path / "tokenizer", ["one"], tokenizer)
@@ -1192,6 +1217,7 @@ BAD_FOLDERS = {
     "meta not text": (put("meta.json", b"\xff\xfe"), "meta.json: "),
     "no domains": (in_meta(lambda meta: meta.update(domains={})), "lacks domains"),
     "no sha256": (in_meta(lambda meta: meta["domains"]["code"]["val"].__delitem__("sha256")), "lacks sha256"),
+    "a name of another type": (in_meta(lambda meta: meta["tokenizer"].update(name=None)), "lacks name"),
     "half a tokenizer": (in_meta(lambda meta: meta["tokenizer"].__delitem__("name")), "lacks name"),
     "other version": (in_meta(lambda meta: meta.update(format_version=1)), "format version 1, but 2 is known"),
     "no tokenizer": (in_meta(lambda meta: meta.__delitem__("tokenizer")), "meta.json: "),
