@@ -598,7 +598,7 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
             raise UserError(f"{word!r}: write NAME=GLOB, with letters, digits, - and _ in NAME, or name a --domain_key")
         paths = find_files(pattern, left_out[name])
         if not paths:
-            fix = " ".join(left_out[name]) or "name a folder, or a glob of files that you may read"
+            fix = " ".join(left_out[name]) or "name a folder or a glob of files that you may read"
             raise UserError(f"{word}: no file matches {pattern!r}; {fix}")
         domains[name] += paths + [path.resolve() for path in paths]
 
