@@ -849,7 +849,7 @@ class DomainBuild:
         self.copies = Counter()  # hash → how often the document came
         self.held_bytes = 0  # of those that fit into validation, each once
         self.total_bytes = 0  # of all documents of the domain, as often as they came
-        self.bound = b"\xff" * 33  # every document with a smaller hash is held
+        self.bound = b"\xff" * 33  # every document with a smaller hash is held, if it fits into validation
 
     def add(self, raw: bytes, limit: int) -> Iterator[tuple[BinWriter, bytes]]:
         """Take the next document and hold about `limit` bytes."""
