@@ -578,6 +578,7 @@ def model_tokenizer(folder: Path, eot: str = "") -> Tokenizer | None:
 
 PIECE = 8_000_000  # characters, about: a longer text becomes several documents, so that memory stays bounded
 RECORDS = (".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet")  # suffixes of files of records
+COMPRESSED = (".gz", ".zst")
 
 
 def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Counter]) -> dict[str, list[Path]]:
@@ -606,7 +607,7 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
     for name, paths in domains.items():
         # Of the names of a file, one that says that it holds records is used, or else that it is compressed.
         names = {}
-        for path in sorted(paths, key=lambda path: (suffix_of(path) not in RECORDS, not compression(path))):
+        for path in sorted(paths, key=lambda path: (suffix_of(path) not in RECORDS, path.suffix.lower() not in COMPRESSED)):
             status = path.stat()
             names.setdefault((status.st_dev, status.st_ino), path)
         found[name] = sorted(names.values())
@@ -614,7 +615,7 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
             suffix = suffix_of(path)
             if suffix in (".csv", ".tsv"):
                 raise UserError(f"{path}: write its rows to .jsonl or .parquet, or name the other files")
-            if suffix == ".parquet" or compression(path) == ".zst":
+            if suffix == ".parquet" or path.suffix.lower() == ".zst":
                 import_optional("pyarrow", str(path))
             if not name and suffix not in RECORDS:
                 raise UserError(f"{path}: --domain_key requires records, in .jsonl, .json or .parquet, or NAME=GLOB")
@@ -659,15 +660,9 @@ def find_paths(pattern: str, left_out: Counter) -> Iterator[str]:
                 yield folder
 
 
-def compression(path: Path) -> str:
-    """.gz, .zst, or nothing."""
-    suffix = path.suffix.lower()
-    return suffix if suffix in (".gz", ".zst") else ""
-
-
 def suffix_of(path: Path) -> str:
-    """The suffix in lower case, without .gz or .zst."""
-    if compression(path):
+    """The suffix in lower case, without .gz or .zst where another is before it."""
+    if path.suffix.lower() in COMPRESSED:
         path = path.with_suffix("")
     return path.suffix.lower()
 
@@ -777,15 +772,16 @@ def value_at(record: dict, key: str):
 
 def _open_text(path: Path) -> io.TextIOWrapper:
     """Open a text file, compressed or not, without a byte order mark. Bytes that are not UTF-8 are lone surrogates."""
-    if compression(path) == ".gz":
+    compression = path.suffix.lower()
+    if compression == ".gz":
         file = gzip.open(path)
-    elif compression(path) == ".zst":
+    elif compression == ".zst":
         # Not by zstandard, whose reader takes a file that is cut off for a whole one.
         pyarrow = import_optional("pyarrow", str(path))
         file = io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
     else:
         file = open(path, "rb")
-    if compression(path) and path.stat().st_size == 0:
+    if compression in COMPRESSED and path.stat().st_size == 0:
         raise ValueError("a compressed file is never empty")
     start = file.peek(4)[:4]
     if start.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")):
@@ -939,9 +935,10 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
     out_dir = Path(out_dir)
     if not 0 <= val_fraction < 1 or val_bytes < 0:
         raise UserError(f"--val_fraction={val_fraction} --val_bytes={val_bytes}: at least 0, and the fraction below 1")
-    # What a killed build left is written again. It left the lock file too.
+    # What a killed build left is written again. It left the lock file too, which also a run's folder has.
+    was_killed = (out_dir / LOCK).exists() and not (out_dir / "metrics.jsonl").exists()
     for path in own_files(out_dir, tokenizer):
-        if path.is_file() and not (out_dir / LOCK).exists():
+        if path.is_file() and not was_killed:
             raise UserError(f"--out_dir={out_dir}: holds {path.name}, which no build has left; name another folder")
 
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"

@@ -1012,7 +1012,11 @@ def test_files_of_the_user_are_not_overwritten_or_removed(tmp_path, bpe_settings
     else:
         assert f"holds {name}, which no build" in refused(build, tmp_path / "bins", ["one", "two"], tokenizer)
         assert contents(tmp_path / "bins") == {name: b"mine"}
-    # A lock file is not emptied.
+    # A run's folder has a lock file, too. No lock file is emptied.
+    (tmp_path / "bins" / ".lock").touch()
+    (tmp_path / "bins" / "metrics.jsonl").touch()
+    if name != "notes.bin.tmp":
+        assert f"holds {name}, which no build" in refused(build, tmp_path / "bins", ["one", "two"], tokenizer)
     (tmp_path / "locked").mkdir()
     (tmp_path / "locked" / ".lock").write_text("mine")
     build(tmp_path / "locked", ["one", "two"], tokenizer)
