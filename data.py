@@ -607,7 +607,7 @@ def expand_sources(sources: list[str], labelled: bool, left_out: dict[str, Count
     for name, paths in domains.items():
         # Of the names of a file, one that says that it holds records is used, or else that it is compressed.
         names = {}
-        for path in sorted(paths, key=lambda path: (suffix_of(path) not in RECORDS, path.suffix.lower() not in COMPRESSED)):
+        for path in sorted(paths, key=lambda p: (suffix_of(p) not in RECORDS, p.suffix.lower() not in COMPRESSED)):
             status = path.stat()
             names.setdefault((status.st_dev, status.st_ino), path)
         found[name] = sorted(names.values())
