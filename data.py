@@ -264,16 +264,20 @@ class TokenBins:
         ("test"), whose documents are random: (n, block_size + 1) int64. UserError if that half has fewer windows."""
         return self._windows(name, "val", self._eval_ids(name, side, n))
 
-    def _eval_ids(self, name: str, side: str, n: int) -> np.ndarray:
-        # If the number of windows is odd, the second half is the larger one.
+    def eval_half(self, name: str, side: str) -> range:
+        """The windows of a domain's validation bin that are for a side, the first half ("val") or the second ("test").
+        If the number of windows is odd, the second half is the larger one."""
         n_windows = (self.domains[name]["val"]["tokens"] - 1) // self.block_size
-        first = 0 if side == "val" else n_windows // 2
-        available = n_windows // 2 if side == "val" else n_windows - first
-        if n > available:
-            raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {available} windows of "
+        half = n_windows // 2
+        return range(half) if side == "val" else range(half, n_windows)
+
+    def _eval_ids(self, name: str, side: str, n: int) -> np.ndarray:
+        half = self.eval_half(name, side)
+        if n > len(half):
+            raise UserError(f"--{side}_samples={n}: domain {name} of {self.dir} has {len(half)} windows of "
                             f"{self.block_size} tokens in that half of its validation bin; lower --{side}_samples or "
                             "--block_size, or make bins with more text or --val_fraction")
-        return first + np.arange(n) * available // max(n, 1)
+        return half.start + np.arange(n) * len(half) // max(n, 1)
 
     def eval_documents(self, name: str, side: str, n: int) -> int:
         """How many distinct documents the windows of `eval_windows` touch."""

@@ -43,7 +43,7 @@ import torch
 import distill
 from data import (QUICKSTART_BYTES, TokenBins, UserError, build_bins, file_sha256, import_optional, load_tokenizer,
                   quickstart_documents, quickstart_files, run_program, write_text)
-from report_arms import ABLATED, arms_table
+from report_arms import ABLATED, arms_table, drawn_share, read_results
 from sample_mixture import read_metrics, replay
 
 # name → the keys that differ from DDK's, which has the paper's values but for the quickstart's K
@@ -159,8 +159,7 @@ def shuffled_files(name: str, seed: int) -> list[list[str]]:
 def most_test_windows(data_dir: str, block_size: int) -> int:
     """How many test windows every domain of these bins has."""
     bins = TokenBins(data_dir, block_size)
-    windows = [(domain["val"]["tokens"] - 1) // block_size for domain in bins.domains.values()]
-    return min(n - n // 2 for n in windows)
+    return min(len(bins.eval_half(name, "test")) for name in bins.names)
 
 
 def train_bpe(setting: Setting, folder: Path):
@@ -195,8 +194,7 @@ def fixed_mixture(runs: dict, seed: int, n_seeds: int) -> str:
         raise UserError(f"--arms={FIXED}: is KD in the mean mixture of ddk at all other seeds; let ddk run first")
     shares = {}
     for name in others[0]:
-        shares[name] = statistics.mean(end[name]["tokens"] / sum(domain["tokens"] for domain in end.values())
-                                       for end in others)
+        shares[name] = statistics.mean(drawn_share(end, name) for end in others)
     return ",".join(f"{name}={share:.5f}" for name, share in shares.items())
 
 
@@ -231,9 +229,9 @@ def documents(config: distill.Config) -> dict[str, list[int]]:
     return counts
 
 
-def read_end(out_dir: Path) -> dict:
+def end_of(metrics: list[dict]) -> dict:
     """What a finished run measured at its end, by domain."""
-    return next(line for line in read_metrics(out_dir / "metrics.jsonl") if line["kind"] == "end")["domains"]
+    return next(line for line in metrics if line["kind"] == "end")["domains"]
 
 
 def summary(out_dir: Path, base_dir: Path) -> dict:
@@ -241,8 +239,8 @@ def summary(out_dir: Path, base_dir: Path) -> dict:
     student base, on the test windows."""
     metrics = read_metrics(out_dir / "metrics.jsonl")
     run_line = next(line for line in metrics if line["kind"] == "run")
-    end = read_end(out_dir)
-    base = read_end(base_dir)
+    end = end_of(metrics)
+    base = end_of(read_metrics(base_dir / "metrics.jsonl"))
     mixtures = [line for line in metrics if line["kind"] == "mixture"]
     replayed = replay(mixtures, run_line["rule"], run_line["natural"], run_line["config"]["alpha"])
     for line, r in zip(mixtures, replayed, strict=True):
@@ -265,11 +263,6 @@ def summary(out_dir: Path, base_dir: Path) -> dict:
 
 
 # ----------------------------------------------- The program --------------------------------------------------------
-
-
-def read_results(path: Path) -> dict:
-    """Arm → seed → what it gave; empty if nothing has run."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def keep(path: Path, name: str, seed: int, gave: dict) -> dict:
@@ -356,7 +349,8 @@ def main():
             config.warmup_steps = 0
         return run(config)
 
-    for count, (seed, name) in enumerate(todo, 1):
+    count = 0
+    for seed in dict.fromkeys(seed for seed, _ in todo):
         # Bins and teacher: one of each, or the seed's own
         keys = dict(common)
         teacher_seed = 0
@@ -381,21 +375,23 @@ def main():
                                     f"that were chosen by another rule, or of another teacher than {teacher}; name "
                                     "another --results and --out_dir")
 
-        # The seed's student base, and the arm's run from it
+        # The seed's student base, and the run of each arm from it
         base_teacher = str(teacher) if setting.teacher is None else ""
         base = pretrained({**keys, "teacher": base_teacher, **setting.student}, seed, out_dir / f"base-{seed}")
-        arm_keys = dict(ALL_ARMS[name])
-        if name == FIXED:
-            arm_keys["mixture"] = fixed_mixture(results.get("ddk", {}), seed, args.seeds)
-        run_dir = out_dir / f"{args.label}{name}-{seed}"
-        run_arm(name, {**keys, "preset": "quickstart", "teacher": str(teacher), "student": str(base), "seed": seed,
-                       "keep": 1, "out_dir": str(run_dir), **arm_keys})
-        gave = {"experiment": experiment(setting, common, name, args.steps), "windows": windows,
-                "teacher_sha256": teacher_sha256, "test_samples": keys["test_samples"],
-                **summary(run_dir, base.parent)}
-        results = keep(path, args.label + name, seed, gave)
-        print(f"{count}/{len(todo)}  {args.label}{name}, seed {seed}: worst ratio {gave['worst_ratio']:.3f}, mean "
-              f"{gave['mean_ratio']:.3f}", flush=True)
+        for name in [name for other, name in todo if other == seed]:
+            count += 1
+            arm_keys = dict(ALL_ARMS[name])
+            if name == FIXED:
+                arm_keys["mixture"] = fixed_mixture(results.get("ddk", {}), seed, args.seeds)
+            run_dir = out_dir / f"{args.label}{name}-{seed}"
+            run_arm(name, {**keys, "preset": "quickstart", "teacher": str(teacher), "student": str(base), "seed": seed,
+                           "keep": 1, "out_dir": str(run_dir), **arm_keys})
+            gave = {"experiment": experiment(setting, common, name, args.steps), "windows": windows,
+                    "teacher_sha256": teacher_sha256, "test_samples": keys["test_samples"],
+                    **summary(run_dir, base.parent)}
+            results = keep(path, args.label + name, seed, gave)
+            print(f"{count}/{len(todo)}  {args.label}{name}, seed {seed}: worst ratio {gave['worst_ratio']:.3f}, mean "
+                  f"{gave['mean_ratio']:.3f}", flush=True)
     print(arms_table({args.setting: results}, results))
 
 

@@ -133,6 +133,11 @@ def measured(one: dict, measure: str) -> float:
     return one[measure]
 
 
+def drawn_share(end: dict, name: str) -> float:
+    """A domain's share of the tokens that a run drew, from what it was at its end."""
+    return end[name]["tokens"] / sum(domain["tokens"] for domain in end.values())
+
+
 def values(results: dict, arm: str, measure: str) -> list[float]:
     return [measured(one, measure) for one in results[arm].values()]
 
@@ -292,17 +297,15 @@ def ratios_row(label: str, ratios: list[list[float]]) -> list[str]:
 def base_row(runs: dict, arm: str) -> list[str]:
     """The row of the student bases, from the runs of an arm: on the test windows if they were measured there, otherwise
     on the validation windows, from before the arm's run to its end."""
-    rows = []
-    for ratio in (lambda one, name: one.get("base_ratio", {}).get(name), lambda one, name: one["ratio"][name][0],
-                  lambda one, name: one["end"][name]["ratio"]):
-        rows.append([[ratio(one, name) for name in one["end"]] for one in runs.values()])
-    on_test_windows, before, after = rows
-    if None not in on_test_windows[0]:
-        return ratios_row("student base", on_test_windows)
+    every = list(runs.values())
+    if "base_ratio" in every[0]:
+        return ratios_row("student base", [list(one["base_ratio"].values()) for one in every])
+    before = [[history[0] for history in one["ratio"].values()] for one in every]
+    after = [[domain["ratio"] for domain in one["end"].values()] for one in every]
     label = f"student base → `{arm}`, validation windows"
-    first, last = ratios_row(label, before), ratios_row(label, after)
-    cells = [f"{one} → {other}" for one, other in zip(first[2:], last[2:])]
-    return [*first[:2], *cells]
+    first = ratios_row(label, before)
+    last = ratios_row(label, after)
+    return [*first[:2], *[f"{one} → {other}" for one, other in zip(first[2:], last[2:])]]
 
 
 def arms_table(settings: dict, arms=ARMS) -> str:
@@ -361,9 +364,8 @@ def difference_cell(pair: Pair, test: tuple) -> str:
     return f"{format_interval(numbers, '+')}, {format_p(sign_flip_p(numbers))}, {verdict(pair, numbers, is_decided)}"
 
 
-def replicated_table(results: dict) -> str:
-    """The replicates' pairs by the three ratios."""
-    tests = decided(results, REPLICATED, sign_flip_p)
+def replicated_table(tests: dict) -> str:
+    """The replicates' pairs by the three ratios, from `decided`."""
     rows = []
     for pair in REPLICATED:
         if pair.measures == ALL:
@@ -372,9 +374,8 @@ def replicated_table(results: dict) -> str:
     return rows_of(["", *[MEASURES[measure] for measure in ALL]], rows)
 
 
-def replicated_others_table(results: dict) -> str:
+def replicated_others_table(results: dict, tests: dict) -> str:
     """The replicates' pairs by other measures: both arms, and their difference."""
-    tests = decided(results, REPLICATED, sign_flip_p)
     rows = []
     for pair in REPLICATED:
         if pair.measures != ALL:
@@ -420,8 +421,7 @@ def shares_table(results: dict) -> str:
     rows = []
     for name in runs[0]["end"]:
         natural = [one["r"][name][0] for one in runs]
-        whole_run = [one["end"][name]["tokens"] / sum(domain["tokens"] for domain in one["end"].values())
-                     for one in runs]
+        whole_run = [drawn_share(one["end"], name) for one in runs]
         last = [one["r"][name][-2] for one in runs]
         cells = [f"{statistics.mean(shares):.1%} ({min(shares):.1%} – {max(shares):.1%})"
                  for shares in (natural, whole_run, last)]
@@ -527,8 +527,9 @@ def make_tables(settings: dict, replicates: dict) -> dict[str, str]:
         tables["other_settings"] = arms_table(others)
     if replicates and len(replicates.get("kd_fixed", {})) == N_REPLICATES:
         tables["replicates"] = replicates_table(replicates)
-        tables["replicated"] = replicated_table(replicates)
-        tables["replicated_others"] = replicated_others_table(replicates)
+        tests = decided(replicates, REPLICATED, sign_flip_p)
+        tables["replicated"] = replicated_table(tests)
+        tables["replicated_others"] = replicated_others_table(replicates, tests)
         tables["replicates_arms"] = arms_table({"replicates": replicates})
         tables["kept"] = kept_table(replicates)
         tables["shares"] = shares_table(replicates)
@@ -660,10 +661,16 @@ def gains_figure(settings: dict, path: Path):
     figure.savefig(path, dpi=110)
 
 
-def read_results(name: str) -> dict:
-    """A setting's results; empty if there are none yet."""
-    path = ROOT / "assets" / f"{name}.json"
+def read_results(path: Path) -> dict:
+    """Arm → seed → what it gave; empty if nothing has run."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def read_settings() -> dict:
+    """SETTING → its results, in the order of the page."""
+    names = ("quickstart", "even", "unequal", "larger", "real")
+    settings = {name: read_results(ROOT / "assets" / f"{name}.json") for name in names}
+    return {name: results for name, results in settings.items() if results}
 
 
 def main():
@@ -671,7 +678,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
     settings = read_settings()
-    replicates = read_results("replicates")
+    replicates = read_results(ROOT / "assets" / "replicates.json")
     tables = make_tables(settings, replicates)
     for page in (ROOT / "README.md", ROOT / "assets" / "RESULTS.md"):
         text = with_tables(page.read_text(encoding="utf-8"), tables)
@@ -683,12 +690,6 @@ def main():
     if "replicates" in tables:
         setting_figure(replicates, ROOT / "assets" / "replicates.png")
     gains_figure(with_seeds(settings), ROOT / "assets" / "gains.png")
-
-
-def read_settings() -> dict:
-    """SETTING → its results, in the order of the page."""
-    settings = {name: read_results(name) for name in ("quickstart", "even", "unequal", "larger", "real")}
-    return {name: results for name, results in settings.items() if results}
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def test_the_forks_in_the_readme_are_those_beside_it():
 
 
 def test_the_tables_follow_from_the_results_and_the_text_from_the_tables():
-    tables = make_tables(RESULTS, read_results("replicates"))
+    tables = make_tables(RESULTS, read_results(ROOT / "assets" / "replicates.json"))
     for page in (README, RESULTS_PAGE):
         assert with_tables(page, tables) == page
         assert numbers_without_source(results_of(page), tables) == []
