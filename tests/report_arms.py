@@ -308,6 +308,12 @@ def base_row(runs: dict, arm: str) -> list[str]:
     return [*first[:2], *[f"{one} → {other}" for one, other in zip(first[2:], last[2:])]]
 
 
+def arm_row(results: dict, arm: str) -> list[str]:
+    """The row of an arm, at the end of its runs, on the test windows."""
+    last = [[domain["test_ratio"] for domain in one["end"].values()] for one in results[arm].values()]
+    return ratios_row(f"`{arm}`", last)
+
+
 def arms_table(settings: dict, arms=ARMS) -> str:
     """Of each setting, which all have the same domains, a row for the student bases, and one for each arm that has run:
     worst and mean ratio, and the ratio of each domain, on the test windows."""
@@ -315,9 +321,7 @@ def arms_table(settings: dict, arms=ARMS) -> str:
     for name, results in settings.items():
         present = [arm for arm in arms if arm in results]
         some = [base_row(results[present[0]], present[0])]
-        for arm in present:
-            last = [[domain["test_ratio"] for domain in one["end"].values()] for one in results[arm].values()]
-            some.append(ratios_row(f"`{arm}`", last))
+        some += [arm_row(results, arm) for arm in present]
         for row in some:
             label = f"{name}: {row[0]}" if len(settings) > 1 else row[0]
             rows.append([label, *row[1:]])
@@ -328,10 +332,6 @@ def arms_table(settings: dict, arms=ARMS) -> str:
 # ------------ The replicates' tables ----------------------------------------------------------------------------------
 
 REPLICATED_ARMS = ["ddk", "kd_fixed", "ddk_es", "ddk_no_fs", "gamma=0.0", "kd", "minillm", "cpt"]
-# Which arm keeps how much of DDK's gain over which other
-KEPT = [("gamma=0.0", "cpt", "DDK's mixture without the divergence, of DDK's gain over CPT"),
-        ("kd_fixed", "kd", "KD in the fixed mixture, of DDK's gain over KD"),
-        ("ddk_es", "kd", "equal sampling, of DDK's gain over KD")]
 
 
 def format_interval(numbers: list[float], sign: str = "") -> str:
@@ -365,36 +365,35 @@ def difference_cell(pair: Pair, test: tuple) -> str:
 
 
 def replicated_table(tests: dict) -> str:
-    """The replicates' pairs by the three ratios, from `decided`."""
+    """The replicates' pairs by each ratio, from `decided`."""
+    measures = (*ALL, "python_ratio")
     rows = []
     for pair in REPLICATED:
         if pair.measures == ALL:
-            cells = [difference_cell(pair, tests[pair.first, pair.second, measure]) for measure in ALL]
-            rows.append([pair_name(pair), *cells])
-    return rows_of(["", *[MEASURES[measure] for measure in ALL]], rows)
+            keys = [(pair.first, pair.second, measure) for measure in measures]
+            rows.append([pair_name(pair), *[difference_cell(pair, tests[key]) if key in tests else "" for key in keys]])
+    return rows_of(["", *[MEASURES[measure] for measure in measures]], rows)
 
 
-def replicated_others_table(results: dict, tests: dict) -> str:
-    """The replicates' pairs by other measures: both arms, and their difference."""
+def changes_table(results: dict, tests: dict) -> str:
+    """How much r and the ratios change with smoothing and without it."""
+    pair = next(pair for pair in REPLICATED if pair.measures == CHANGES)
     rows = []
-    for pair in REPLICATED:
-        if pair.measures != ALL:
-            for measure in pair.measures:
-                levels = [f"{statistics.mean(values(results, arm, measure)):.3f}" for arm in (pair.first, pair.second)]
-                cell = difference_cell(pair, tests[pair.first, pair.second, measure])
-                rows.append([pair_name(pair), MEASURES[measure], *levels, cell])
-    return rows_of(["", "", "first", "second", "difference"], rows)
+    for measure in CHANGES:
+        levels = [f"{statistics.mean(values(results, arm, measure)):.3f}" for arm in (pair.first, pair.second)]
+        rows.append([MEASURES[measure], *levels, difference_cell(pair, tests[pair.first, pair.second, measure])])
+    return rows_of([pair_name(pair), f"`{pair.first}`", f"`{pair.second}`", "difference"], rows)
 
 
-def share_kept(results: dict, arm: str, other: str, measure: str) -> tuple[float, list[float]]:
-    """The share of DDK's gain over `other` that `arm` has: of the means, and the jackknife's value of each replicate,
-    whose mean and spread give the share's interval."""
+def share_of_gain(results: dict, arm: str, measure: str) -> tuple[float, list[float]]:
+    """The share that `arm` has of DDK's gain over CPT: of the means, and the jackknife's value of each replicate, whose
+    mean and spread give the share's interval."""
     seeds = common_seeds(results, "ddk", arm)
 
     def share(left_out):
         gains = []
         for name in (arm, "ddk"):
-            gains.append(sum(measured(results[other][seed], measure) - measured(results[name][seed], measure)
+            gains.append(sum(measured(results["cpt"][seed], measure) - measured(results[name][seed], measure)
                              for seed in seeds if seed != left_out))
         return gains[0] / gains[1]
 
@@ -403,30 +402,22 @@ def share_kept(results: dict, arm: str, other: str, measure: str) -> tuple[float
     return whole, [n * whole - (n - 1) * share(seed) for seed in seeds]
 
 
-def kept_table(results: dict) -> str:
-    rows = []
-    for arm, other, text in KEPT:
-        row = [text]
+def replicates_arms_table(results: dict) -> str:
+    """A row for each arm: its ratios, by domain too, and its share of DDK's gain over CPT; and what DDK draws."""
+    domains = list(results["ddk"]["0"]["end"])
+    rows = [[*base_row(results["ddk"], "ddk"), "", ""]]
+    for arm in REPLICATED_ARMS:
+        row = arm_row(results, arm)
         for measure in BOTH:
-            whole, of_replicates = share_kept(results, arm, other, measure)
+            whole, of_replicates = share_of_gain(results, arm, measure)
             low, high = interval(of_replicates)
-            row.append(f"{whole:.1%} [{low:.1%}, {high:.1%}]")
+            row.append("" if arm in ("ddk", "cpt") else f"{whole:.1%} [{low:.1%}, {high:.1%}]")
         rows.append(row)
-    return rows_of(["", *[MEASURES[measure] for measure in BOTH]], rows)
-
-
-def shares_table(results: dict) -> str:
-    """What DDK draws of each domain: mean over the replicates, and from the lowest to the highest of them."""
-    runs = list(results["ddk"].values())
-    rows = []
-    for name in runs[0]["end"]:
-        natural = [one["r"][name][0] for one in runs]
-        whole_run = [drawn_share(one["end"], name) for one in runs]
-        last = [one["r"][name][-2] for one in runs]
-        cells = [f"{statistics.mean(shares):.1%} ({min(shares):.1%} – {max(shares):.1%})"
-                 for shares in (natural, whole_run, last)]
-        rows.append([name, *cells])
-    return rows_of(["", "natural", "whole run", "last interval"], rows)
+    shares = [statistics.mean(drawn_share(one["end"], name) for one in results["ddk"].values()) for name in domains]
+    rows.append(["drawn by `ddk`", "", "", "", *[f"{share:.1%}" for share in shares], "", ""])
+    measures = [MEASURES[measure] for measure in BOTH]
+    header = ["", "seeds", *measures, *domains, *[f"share of DDK's gain over CPT, {measure}" for measure in measures]]
+    return rows_of(header, rows)
 
 
 # ------------ The other settings' tables ------------------------------------------------------------------------------
@@ -529,10 +520,8 @@ def make_tables(settings: dict, replicates: dict) -> dict[str, str]:
         tables["replicates"] = replicates_table(replicates)
         tests = decided(replicates, REPLICATED, sign_flip_p)
         tables["replicated"] = replicated_table(tests)
-        tables["replicated_others"] = replicated_others_table(replicates, tests)
-        tables["replicates_arms"] = arms_table({"replicates": replicates})
-        tables["kept"] = kept_table(replicates)
-        tables["shares"] = shares_table(replicates)
+        tables["replicated_changes"] = changes_table(replicates, tests)
+        tables["replicates_arms"] = replicates_arms_table(replicates)
     if "quickstart" in settings:
         tables["quickstart"] = arms_table({"quickstart": settings["quickstart"]})
         tables["alphas"] = alphas_table(settings["quickstart"])

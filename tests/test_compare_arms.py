@@ -17,8 +17,8 @@ import torch
 from compare_arms import ABLATIONS, ALL_ARMS, ARMS, chosen_arms, fixed_mixture, shuffled_files
 from report_arms import (ALL, CHANGES, CLAIMS, COMPARISONS, REPLICATED, alphas_table, arms_table, decided,
                          gains_figure, gains_table, holm, interval, make_tables, mean_and_error, measured,
-                         numbers_without_source, p_value, paired, pairs_table, setting_figure, share_kept, sign_flip_p,
-                         sizes_table, temperatures_table, with_tables)
+                         numbers_without_source, p_value, paired, pairs_table, setting_figure, share_of_gain,
+                         sign_flip_p, sizes_table, temperatures_table, with_tables)
 from test_forks import patched
 
 import distill
@@ -205,9 +205,9 @@ def test_the_fixed_mixture_is_the_mean_of_what_ddk_drew_at_all_other_seeds():
         fixed_mixture(runs, 0, 4)
 
 
-def test_what_an_arm_keeps_of_a_gain_is_a_share_of_means():
-    results = made_up(ddk=[1.0, 1.0, 1.0, 1.0], kd=[2.0, 2.2, 1.8, 2.0], ddk_es=[1.5, 1.6, 1.4, 1.5])
-    whole, of_replicates = share_kept(results, "ddk_es", "kd", "worst_ratio")
+def test_the_share_of_a_gain_is_of_means():
+    results = made_up(ddk=[1.0, 1.0, 1.0, 1.0], cpt=[2.0, 2.2, 1.8, 2.0], ddk_es=[1.5, 1.6, 1.4, 1.5])
+    whole, of_replicates = share_of_gain(results, "ddk_es", "worst_ratio")
     assert whole == pytest.approx(0.5)
     assert statistics.mean(of_replicates) == pytest.approx(0.5, abs=1e-3)
 
@@ -237,10 +237,11 @@ def test_the_replicates_tables_come_once_all_have_run():
                 one[key] = {"python": [*one[key]["code"], 1.0], "prose": [*one[key]["prose"], 1.0]}
     quickstart = {"quickstart": made_up(ddk=[1.0, 2.0, 3.0])}
     tables = make_tables(quickstart, replicates)
-    assert len(tables["replicates"].splitlines()) == 10 and len(tables["kept"].splitlines()) == 5
+    assert len(tables["replicates"].splitlines()) == 10 and len(tables["replicated_changes"].splitlines()) == 6
+    assert len(tables["replicates_arms"].splitlines()) == 12
     n_rows = sum(pair.measures == ALL for pair in REPLICATED)
     assert len(tables["replicated"].splitlines()) == 2 + n_rows
-    assert tables["replicated"].count("p < 0.0001") == 3 * n_rows
+    assert tables["replicated"].count("p < 0.0001") == 3 * n_rows + 3
     del replicates["kd_fixed"]["0"]
     assert "replicates" not in make_tables(quickstart, replicates)
 
