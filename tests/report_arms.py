@@ -334,9 +334,9 @@ def arms_table(settings: dict, arms=ARMS) -> str:
 REPLICATED_ARMS = ["ddk", "kd_fixed", "ddk_es", "ddk_no_fs", "gamma=0.0", "kd", "minillm", "cpt"]
 
 
-def format_interval(numbers: list[float], sign: str = "") -> str:
+def format_interval(numbers: list[float], digits: int = 3) -> str:
     low, high = interval(numbers)
-    return f"{statistics.mean(numbers):{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
+    return f"{statistics.mean(numbers):+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def format_p(p: float) -> str:
@@ -353,15 +353,15 @@ def replicates_table(results: dict) -> str:
         row = [f"`{arm}`"]
         for measure in ALL:
             row.append(f"{statistics.mean(values(results, arm, measure)):.3f}")
-            row.append("" if arm == "ddk" else format_interval(paired(results, "ddk", arm, measure), "+"))
+            row.append("" if arm == "ddk" else format_interval(paired(results, "ddk", arm, measure)))
         rows.append(row)
     return rows_of(header, rows)
 
 
-def difference_cell(pair: Pair, test: tuple) -> str:
+def difference_cell(pair: Pair, test: tuple, digits: int = 3) -> str:
     """Difference, interval, p-value and verdict, from an entry of `decided`."""
     numbers, is_decided = test
-    return f"{format_interval(numbers, '+')}, {format_p(sign_flip_p(numbers))}, {verdict(pair, numbers, is_decided)}"
+    return f"{format_interval(numbers, digits)}, {format_p(sign_flip_p(numbers))}, {verdict(pair, numbers, is_decided)}"
 
 
 def replicated_table(tests: dict) -> str:
@@ -380,8 +380,8 @@ def changes_table(results: dict, tests: dict) -> str:
     pair = next(pair for pair in REPLICATED if pair.measures == CHANGES)
     rows = []
     for measure in CHANGES:
-        levels = [f"{statistics.mean(values(results, arm, measure)):.3f}" for arm in (pair.first, pair.second)]
-        rows.append([MEASURES[measure], *levels, difference_cell(pair, tests[pair.first, pair.second, measure])])
+        levels = [f"{statistics.mean(values(results, arm, measure)):.4f}" for arm in (pair.first, pair.second)]
+        rows.append([MEASURES[measure], *levels, difference_cell(pair, tests[pair.first, pair.second, measure], 4)])
     return rows_of([pair_name(pair), f"`{pair.first}`", f"`{pair.second}`", "difference"], rows)
 
 
@@ -511,21 +511,16 @@ def with_seeds(settings: dict) -> dict:
 def make_tables(settings: dict, replicates: dict) -> dict[str, str]:
     """name → table, from what the runs of each setting gave, and the replicates', once all have run."""
     compared = with_seeds(settings)
-    tables = {"claims": pairs_table(compared, CLAIMS), "comparisons": pairs_table(compared, COMPARISONS),
-              "gains": gains_table(compared), "sizes": sizes_table(settings)}
-    others = {name: results for name, results in settings.items() if name != "quickstart"}
-    if others:
-        tables["other_settings"] = arms_table(others)
-    if replicates and len(replicates.get("kd_fixed", {})) == N_REPLICATES:
+    quickstart = settings["quickstart"]
+    tables = {"sizes": sizes_table(settings), "settings": arms_table(settings), "gains": gains_table(compared),
+              "claims": pairs_table(compared, CLAIMS), "comparisons": pairs_table(compared, COMPARISONS),
+              "alphas": alphas_table(quickstart), "temperatures": temperatures_table(quickstart)}
+    if len(replicates.get("kd_fixed", {})) == N_REPLICATES:
         tables["replicates"] = replicates_table(replicates)
         tests = decided(replicates, REPLICATED, sign_flip_p)
         tables["replicated"] = replicated_table(tests)
         tables["replicated_changes"] = changes_table(replicates, tests)
         tables["replicates_arms"] = replicates_arms_table(replicates)
-    if "quickstart" in settings:
-        tables["quickstart"] = arms_table({"quickstart": settings["quickstart"]})
-        tables["alphas"] = alphas_table(settings["quickstart"])
-        tables["temperatures"] = temperatures_table(settings["quickstart"])
     return tables
 
 
