@@ -407,9 +407,12 @@ def replicates_arms_table(results: dict) -> str:
     for arm in [arm for arm in ARMS if arm in results]:
         row = arm_row(results, arm)
         for measure in BOTH:
-            whole, of_replicates = share_of_gain(results, arm, measure)
-            low, high = interval(of_replicates)
-            row.append("" if arm in ("ddk", "cpt") else f"{whole:.1%} [{low:.1%}, {high:.1%}]")
+            cell = ""
+            if arm not in ("ddk", "cpt"):  # which have all of it, and none
+                whole, of_replicates = share_of_gain(results, arm, measure)
+                low, high = interval(of_replicates)
+                cell = f"{whole:.1%} [{low:.1%}, {high:.1%}]"
+            row.append(cell)
         rows.append(row)
     shares = [statistics.mean(drawn_share(one["end"], name) for one in results["ddk"].values()) for name in domains]
     rows.append(["drawn by `ddk`", "", "", "", *[f"{share:.1%}" for share in shares], "", ""])
