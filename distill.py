@@ -13,6 +13,7 @@ calls and does not define stands in the second part, below the double line: what
 """
 
 import argparse
+import fcntl
 import functools
 import inspect
 import json
@@ -27,7 +28,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
@@ -49,9 +49,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (LOCK, MODEL_FILES, QUICKSTART_BYTES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError,
-                  build_quickstart_bins, digest, file_sha256, fsync, import_optional, is_tiktoken, locked, model_folder,
-                  model_tokenizer, print_table, run_program, save_tokenizer, saved_tokenizer, user_errors, write_text)
+from data import (MODEL_FILES, QUICKSTART_BYTES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError,
+                  build_quickstart_bins, digest, file_hashes, fsync, import_optional, model_folder,
+                  model_tokenizer, print_table, run_program, save_tokenizer, saved_tokenizer, user_errors)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import RULES, MixtureSampler, parse_mixture, read_metrics
 
@@ -901,6 +901,29 @@ def whole_tensor_options(cpu_offload: bool = False) -> StateDictOptions:
 
 # ------------ The run's folder ----------------------------------------------------------------------------------------
 
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(folder: Path):
+    """Make the folder if it does not exist, and keep all other processes out of it while the context lasts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a") as file:  # network file systems lock files that are open for writing, not folders
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process is using it; wait for it, or use another folder") from None
+        yield
+
+
+def write_text(path: Path, text: str):
+    """Write a small file completely or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    fsync(temporary)
+    os.replace(temporary, path)
+
+
 class RunFolder(ExitStack):
     """A run's out_dir: its lock, config.json, metrics.jsonl, checkpoints, and the signals that ask for one.
     Every rank has one, but only rank 0 reads and writes. It is an ExitStack, so that all that it has opened is closed
@@ -1073,12 +1096,6 @@ def write_checkpoint(folder, state, student, weights, optimizer_state, bins, kee
             shutil.rmtree(old)
 
 
-def file_hashes(paths: list[Path]) -> dict:
-    """name → sha256 of files, which are hashed side by side."""
-    with ThreadPoolExecutor() as threads:
-        return dict(zip([path.name for path in paths], threads.map(file_sha256, paths)))
-
-
 def list_checkpoints(out_dir: Path) -> list[Path]:
     """Checkpoint folders, the newest last."""
     return sorted(out_dir.glob("step_" + 8 * "[0-9]"))
@@ -1139,7 +1156,7 @@ def preflight(config: Config) -> tuple[TokenBins, dict]:
     """The bins, and role → GPTConfig of the models, checked before a weight is read. Raises UserError."""
     # The bins against the keys
     bins = open_bins(config)
-    if not is_tiktoken(bins.tokenizer["name"], bins.tokenizer["files"]):  # which may have to be downloaded
+    if "tiktoken" not in bins.tokenizer["fingerprint"]:  # an encoding of tiktoken may have to be downloaded
         saved_tokenizer(bins.dir, bins.tokenizer)
     fixed_windows(bins, "val", config.val_samples)
     fixed_windows(bins, "test", config.test_samples)
@@ -1159,9 +1176,9 @@ def open_bins(config: Config) -> TokenBins:
     return TokenBins(config.data_dir, config.block_size, config.domains.split(",") if config.domains else None)
 
 
-def fixed_windows(bins: TokenBins, side: str, count: int) -> dict:
-    """name → windows of a side, val or test, (count, block_size + 1) int64; {} if count is 0."""
-    return {name: torch.from_numpy(bins.eval_windows(name, side, count)) for name in bins.names if count > 0}
+def fixed_windows(bins: TokenBins, split: str, count: int) -> dict:
+    """name → windows of a split, val or test, (count, block_size + 1) int64; {} if count is 0."""
+    return {name: torch.from_numpy(bins.eval_windows(name, split, count)) for name in bins.names if count > 0}
 
 
 def is_recipe(source: str) -> bool:
@@ -1200,7 +1217,7 @@ def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTCo
     if model_config.context < bins.block_size:
         raise UserError(f"--block_size={bins.block_size}: the {role} {source} reads at most {model_config.context} "
                         "tokens")
-    if theirs is None or is_tiktoken(theirs.name, theirs.files) != is_tiktoken(ours["name"], ours["files"]):
+    if theirs is None or ("tiktoken" in theirs.fingerprint) != ("tiktoken" in ours["fingerprint"]):
         print(f"WARNING: --{role}={source} has no tokenizer that can be compared with the bins', {ours['name']}; it is "
               "taken, since it has enough ids")
     elif theirs.fingerprint != ours["fingerprint"]:
@@ -1315,12 +1332,9 @@ def worst_ratio(domains: dict) -> float:
     return math.inf if None in ratios else max(ratios)
 
 
-def table_rows(domains: dict, r: dict, bins: TokenBins, config: Config) -> dict:
-    """name → numbers of a domain for a table: also its part of r, and the documents of its validation windows."""
-    rows = {}
-    for name, domain in domains.items():
-        rows[name] = {**domain, "r": r[name], "documents": bins.eval_documents(name, "val", config.val_samples)}
-    return rows
+def table_rows(domains: dict, r: dict) -> dict:
+    """Return name → the numbers of a domain for a table, r included."""
+    return {name: {**domain, "r": r[name]} for name, domain in domains.items()}
 
 
 def print_evaluation(state: TrainState, sampler: MixtureSampler, bins: TokenBins, config: Config):
@@ -1328,7 +1342,7 @@ def print_evaluation(state: TrainState, sampler: MixtureSampler, bins: TokenBins
     training, first a table of the domains, and warnings."""
     r = dict(zip(bins.names, sampler.probs))
     if state.step == 0:
-        rows = table_rows(state.domains, r, bins, config)
+        rows = table_rows(state.domains, r)
         print_domains(rows, rows)
         for warning in first_warnings(rows, bins, config):
             print(warning)
@@ -1341,7 +1355,7 @@ def print_evaluation(state: TrainState, sampler: MixtureSampler, bins: TokenBins
 
 
 def first_warnings(rows: dict, bins: TokenBins, config: Config) -> Iterator:
-    """Warnings after the first evaluation: of a teacher that has little to teach, and of few documents."""
+    """Warnings after the first evaluation of a teacher that has little to teach."""
     for name, row in rows.items():
         if config.teacher and row["teacher_ppl"] > bins.vocab_size / 2:
             yield (f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({row['teacher_ppl']:.0f}): HARDLY TRAINED, LOADED "
@@ -1349,21 +1363,17 @@ def first_warnings(rows: dict, bins: TokenBins, config: Config) -> Iterator:
         elif config.teacher and row["ratio"] < 1:
             yield (f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
                    f"{1 / row['ratio']:.2f}")
-        if row["documents"] < 20:
-            yield (f"WARNING: documents in the {config.val_samples} validation windows of {name}: only "
-                   f"{row['documents']}, and r follows what these are like; raise --val_samples, or give the domain "
-                   "more text or shorter documents")
 
 
 def report(config: Config, folder: Path):
     """Print what a run did in each domain, from its first evaluation to its last, and what to try next."""
     state = read_state(folder)
     bins = open_bins(config)
-    last = table_rows(state.domains, state.sampler["probs"], bins, config)
+    last = table_rows(state.domains, state.sampler["probs"])
     first = last
     for line in read_metrics(folder.parent / "metrics.jsonl"):
         if line["kind"] == "mixture" and line["step"] == 0:
-            first = table_rows(line["domains"], line["r"], bins, config)
+            first = table_rows(line["domains"], line["r"])
     print(f"{config.method}, seed {config.seed}, step {state.step}: first → last evaluation\n")
     print_domains(first, last)
     if config.teacher:

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data import (MODEL_FILES, UserError, load_tokenizer, model_folder, model_tokenizer, run_program, user_errors,
-                  write_text)
+                  write_json)
 
 
 @dataclass(frozen=True)
@@ -465,7 +465,7 @@ def write_config(folder, config, dtype):
     settings["dtype"] = str(dtype).removeprefix("torch.")
     settings["torch_dtype"] = settings["dtype"]  # transformers 4
     settings["architectures"] = [family.architecture]
-    write_text(folder / "config.json", json.dumps(settings, indent=2, sort_keys=True))
+    write_json(folder / "config.json", settings)
 
 
 # ------------ Folders: weights ----------------------------------------------------------------------------------------
@@ -640,7 +640,7 @@ def main():
     model = GPT.from_pretrained(folder).to(device)
     ids = tokenizer.encode_batch([args.prompt])[0].tolist()
     idx = model.generate(torch.tensor([ids], device=device), args.max_new_tokens, temperature=args.temperature,
-                         vocab_size=tokenizer.vocab_size, eot=tokenizer.eot,
+                         vocab_size=tokenizer.vocab_size, eot=tokenizer.eot_id,
                          generator=torch.Generator(device).manual_seed(args.seed))
     print(tokenizer.decode(idx[0].tolist()))
 

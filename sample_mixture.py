@@ -475,7 +475,7 @@ def plot(path: str, windows: str, bars: list[tuple], runs: list[Run]):
 def show_draws(args: argparse.Namespace, r: dict[str, float] | None):
     """Print what `--steps` batches draw from each domain, and the domain's next window as text."""
     names = list(r) if r else None
-    bins = TokenBins(args.data_dir, args.block_size, names, f"--metrics={' '.join(args.metrics)}")
+    bins = TokenBins(args.data_dir, args.block_size, names)
     sampler = MixtureSampler(bins.n_windows, args.batch_size, args.seed)
     if r:
         sampler.probs = r

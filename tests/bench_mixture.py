@@ -50,7 +50,7 @@ def resident_mib() -> float:
 def big_bins(folder: Path, n_bytes: int, block_size: int) -> TokenBins:
     """Bins of two domains, one of which has a train bin of `n_bytes`, of holes."""
     texts = [(name, f"{name} {i} " * 500) for name in ("large", "small") for i in range(20)]
-    build_bins(folder, load_tokenizer("bytes"), texts)
+    build_bins(folder, load_tokenizer("bytes"), texts, val_fraction=0.2)
     os.truncate(folder / "large.train.bin", n_bytes)
     meta = json.loads((folder / "meta.json").read_text())
     meta["domains"]["large"]["train"]["tokens"] = n_bytes // 2

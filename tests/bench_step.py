@@ -107,7 +107,7 @@ def prepare(args: argparse.Namespace):
     tokenizer = Tokenizer("random", args.vocab_size, 0, "<|endoftext|>", "random", encode_batch=encode_batch,
                           decode=str)
     documents = [(name, f"{name} {i} " * 2000) for name in ("one", "two") for i in range(60)]
-    build_bins(folder / "bins", tokenizer, documents)
+    build_bins(folder / "bins", tokenizer, documents, val_fraction=0.2)
 
 
 def run_config(args: argparse.Namespace):

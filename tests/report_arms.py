@@ -25,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data import import_optional, run_program, write_text
+from data import import_optional, run_program
 
 MEASURES = {"worst_ratio": "worst ratio", "mean_ratio": "mean ratio", "size_ratio": "mean ratio by size",
             "ratio_range": "largest − smallest ratio", "python_ratio": "Python's ratio",
@@ -36,7 +36,6 @@ ALL = (*BOTH, "size_ratio")
 CHANGES = ("r_change", "late_r_change", "ratio_change", "late_ratio_change")
 MIN_SEEDS = 3  # of a setting, or of a pair, that is compared
 ARMS = ["ddk", "kd_fixed", "ddk_no_fs", "ddk_es", "alpha=0.0", "gamma=0.0", "cpt_doremi", "kd", "ted", "minillm", "cpt"]
-PAIRS = [("ddk", "kd"), ("ddk", "ddk_es"), ("ddk", "alpha=0.0")]  # whose gains are shown over all settings
 GAMMAS = [f"gamma={value}" for value in (0.0, 0.1, 0.3, 0.5)]
 TEMPERATURES = [f"temperature={value}" for value in (0.1, 0.2, 0.5, 2.0)]
 INTERVALS = [f"interval={value}" for value in (5, 15, 20)]
@@ -469,39 +468,9 @@ def sizes_table(settings: dict) -> str:
         passes = " : ".join(f"{one['end'][domain]['epochs']:.2f}" for domain in domains)
         n_trained = keys["max_steps"] * keys["batch_size"]
         n_evaluated = len(one["steps"]) * len(domains) * keys["val_samples"]
-        documents = ", ".join(f"{val} and {test}" for val, test in one["documents"].values())
-        rows.append([name, natural, passes, f"{n_trained:,}", f"{n_evaluated:,}", documents])
+        rows.append([name, natural, passes, f"{n_trained:,}", f"{n_evaluated:,}"])
     return rows_of(["", "natural proportions, %", "passes over each domain by `ddk`", "windows trained on",
-                    "windows evaluated for r", "documents of the validation and test windows"], rows)
-
-
-def first_difference(results: dict) -> float:
-    """The largest minus the smallest ratio before the first step, mean over DDK's runs. Eq. 1 exponentiates ratios, so
-    this is how unequal they are."""
-    differences = []
-    for one in results["ddk"].values():
-        first = [ratios[0] for ratios in one["ratio"].values()]
-        differences.append(max(first) - min(first))
-    return statistics.mean(differences)
-
-
-def gains(results: dict, other: str, measure: str) -> list[float]:
-    """How much lower the measure is under DDK than under the other arm, in percent, at each seed that both have."""
-    return [100 * (1 - results["ddk"][seed][measure] / results[other][seed][measure])
-            for seed in common_seeds(results, "ddk", other)]
-
-
-def gains_table(settings: dict) -> str:
-    rows = []
-    for name, results in settings.items():
-        row = [name, f"{first_difference(results):.2f}"]
-        for _, other in PAIRS:
-            for measure in BOTH:
-                numbers = gains(results, other, measure)
-                row.append(format_mean(numbers, "+", 1) if numbers else "")
-        rows.append(row)
-    header = [f"{MEASURES[measure]}, over `{other}`, %" for _, other in PAIRS for measure in BOTH]
-    return rows_of(["", "first ratios, largest − smallest", *header], rows)
+                    "windows evaluated for r"], rows)
 
 
 def with_seeds(settings: dict) -> dict:
@@ -513,7 +482,7 @@ def make_tables(settings: dict, replicates: dict) -> dict[str, str]:
     """name → table, from what the runs of each setting gave, and the replicates', once all have run."""
     compared = with_seeds(settings)
     quickstart = settings["quickstart"]
-    tables = {"sizes": sizes_table(settings), "settings": arms_table(settings), "gains": gains_table(compared),
+    tables = {"sizes": sizes_table(settings), "settings": arms_table(settings),
               "claims": pairs_table(compared, CLAIMS), "comparisons": pairs_table(compared, COMPARISONS),
               "alphas": alphas_table(quickstart), "temperatures": temperatures_table(quickstart)}
     if len(replicates.get("kd_fixed", {})) == N_REPLICATES:
@@ -555,7 +524,6 @@ ARM_STYLES = {"student base": ("#8c8c8c", "s"), "cpt": ("#e6ab02", "v"), "kd": (
               "gamma=0.0": ("#a6761d", "<"), "ddk_no_fs": ("#80b1d3", "h"), "ddk": ("#08306b", "o"),
               "teacher": ("#000000", "*")}
 LINE_STYLES = ("-", "--", "-.", ":")
-SETTING_MARKERS = ("o", "s", "^", "D", "v", "P")
 
 
 def mean_curves(runs: dict, key: str) -> dict[str, list[float]]:
@@ -617,35 +585,6 @@ def setting_figure(results: dict, path: Path):
     figure.savefig(path, dpi=110)
 
 
-def gains_figure(settings: dict, path: Path):
-    """The gain of DDK over other arms against how unequal the ratios were at the start: a panel for each arm, in its
-    colour, all on one scale; full marks are worst ratios, empty ones mean ratios, with ± one standard error."""
-    matplotlib_figure = import_optional("matplotlib.figure", "figures")
-    Line2D = import_optional("matplotlib.lines", "figures").Line2D
-    figure = matplotlib_figure.Figure(figsize=(12, 3.8), layout="constrained")
-    panels = figure.subplots(1, len(PAIRS), sharex=True, sharey=True)
-    for (_, other), ax in zip(PAIRS, panels):
-        colour = ARM_STYLES[other][0]
-        for results, marker in zip(settings.values(), SETTING_MARKERS):
-            for measure, fill in zip(BOTH, (colour, "#ffffff")):
-                numbers = gains(results, other, measure)
-                if numbers:
-                    mean, error = mean_and_error(numbers)
-                    ax.errorbar(first_difference(results), mean, yerr=error, color=colour, marker=marker,
-                                markerfacecolor=fill)
-        ax.axhline(0, color="#000000", linewidth=0.5)
-        ax.set(xlabel="first ratios, largest − smallest", title=f"ddk over {other}")
-        ax.grid(alpha=0.3)
-    panels[0].set_ylabel("how much lower the ratio ends, %")
-    handles = [Line2D([], [], color="#000000", linestyle="", marker=marker, label=setting)
-               for setting, marker in zip(settings, SETTING_MARKERS)]
-    handles += [Line2D([], [], color="#000000", linestyle="", marker="o", label="worst ratio"),
-                Line2D([], [], color="#000000", linestyle="", marker="o", markerfacecolor="#ffffff",
-                       label="mean ratio")]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize="small")
-    figure.savefig(path, dpi=110)
-
-
 def read_results(path: Path) -> dict:
     """Arm → seed → what it gave; empty if nothing has run."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -653,7 +592,7 @@ def read_results(path: Path) -> dict:
 
 def read_settings() -> dict:
     """SETTING → its results, in the order of the page."""
-    names = ("quickstart", "even", "unequal", "larger", "real")
+    names = ("quickstart", "real")
     settings = {name: read_results(ROOT / "assets" / f"{name}.json") for name in names}
     return {name: results for name, results in settings.items() if results}
 
@@ -667,14 +606,13 @@ def main():
     tables = make_tables(settings, replicates)
     for page in (ROOT / "README.md", ROOT / "assets" / "RESULTS.md"):
         text = with_tables(page.read_text(encoding="utf-8"), tables)
-        write_text(page, text)
+        page.write_text(text, encoding="utf-8")
         for number in numbers_without_source(results_of(text), tables):
             print(f"{page}: {number} is in no table")
     for name, results in settings.items():
         setting_figure(results, ROOT / "assets" / f"{name}.png")
     if "replicates" in tables:
         setting_figure(replicates, ROOT / "assets" / "replicates.png")
-    gains_figure(with_seeds(settings), ROOT / "assets" / "gains.png")
 
 
 if __name__ == "__main__":

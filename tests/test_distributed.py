@@ -153,7 +153,7 @@ class Watch:
         writer.setblocking(False)
         signal.signal(signal.SIGUSR2, lambda *_: None)
         signal.set_wakeup_fd(writer.fileno())
-        data.write_text(self.folder / f"paused.{self.rank}", str(os.getpid()))
+        distill.write_text(self.folder / f"paused.{self.rank}", str(os.getpid()))
         reader.recv(1)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import read_lines
 
-from data import locked
+from distill import locked
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--pretrain_steps=4 --max_steps=4 --interval=2 --val_samples=2 --test_samples=2 --batch_size=8 --warmup_steps=1"
@@ -73,8 +73,9 @@ def test_models_that_were_made_are_taken_whatever_their_steps_were_and_by_many_r
     # A damaged one is made again
     for folder in ("teacher", "student"):
         shutil.copytree(checkout / "data/quickstart" / folder, checkout / "data/damaged" / folder)
-    for path in (checkout / "data/quickstart").glob("*.*"):
-        shutil.copy(path, checkout / "data/damaged")
+    for path in (checkout / "data/quickstart").iterdir():
+        if path.is_file():
+            shutil.copy(path, checkout / "data/damaged")
     weights = checkout / "data/damaged/teacher/step_00000004/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     printed = run(checkout, f"python distill.py {SMALL} --max_steps=0 --warmup_steps=0 --data_dir=data/damaged "

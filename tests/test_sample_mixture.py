@@ -254,9 +254,9 @@ def program(run_main):
 @pytest.fixture(scope="module")
 def bins(tmp_path_factory):
     """Bins of two domains of unlike letters, y three times as long."""
-    folder = tmp_path_factory.mktemp("bins")
+    folder = tmp_path_factory.mktemp("bins") / "bins"
     texts = [("x", f"{i} X " * 20) for i in range(40)] + [("y", f"{i} y " * 40) for i in range(60)]
-    build_bins(folder, load_tokenizer("bytes"), texts)
+    build_bins(folder, load_tokenizer("bytes"), texts, val_fraction=0.1)
     return folder
 
 
