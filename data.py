@@ -229,7 +229,7 @@ class TokenBins:
         self.n_windows = {}  # name → number of train windows
         for name in self.names:
             if name not in meta["domains"]:
-                raise UserError(f"--domains: {self.dir} has no {name}; it has {' '.join(meta['domains'])}")
+                raise UserError(f"--domains: --data_dir={self.dir} has no {name}; it has {' '.join(meta['domains'])}")
             self.domains[name] = meta["domains"][name]
             self.n_windows[name] = self.count_windows(name, "train")
             if self.n_windows[name] == 0:
@@ -250,7 +250,7 @@ class TokenBins:
         windows = tokens[positions].astype(np.int64)
         largest = windows.max(initial=0)
         if largest >= self.vocab_size:
-            raise UserError(f"{path}: holds the id {largest}, but the tokenizer has {self.vocab_size} ids; make it again")
+            raise UserError(f"{path}: holds the id {largest}, but the tokenizer has {self.vocab_size} ids; build again")
         return windows
 
     def train_windows(self, domain_ids: np.ndarray, window_ids: np.ndarray) -> np.ndarray:
@@ -371,8 +371,8 @@ def _huggingface_tokenizer(path: Path, eot_token: str, name: str) -> Tokenizer:
     tokenizer.no_padding()
     vocab = tokenizer.get_vocab()
     if eot_token not in vocab:
-        raise UserError(f"--eot={eot_token or ''}: not a token of {path.parent}, whose tokenizer_config.json should give "
-                        "it as eos_token; choose the token that ends a document with --eot=TOKEN")
+        raise UserError(f"--eot={eot_token or ''}: not a token of {path.parent}, whose tokenizer_config.json should "
+                        "have an eos_token; choose the token that ends a document with --eot=TOKEN")
 
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)

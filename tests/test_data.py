@@ -147,16 +147,6 @@ def test_the_program_writes_bins_and_prints_what_it_skipped(program, tmp_path):
     assert "note: mine has only 4 validation documents, " in stdout  # thin validation
 
 
-def test_help_lists_every_key_with_its_default_and_meaning(program):
-    status, stdout, _ = program("--help")
-    shown = " ".join(stdout.split())
-    assert status == 0
-    for key in ("out_dir", "tokenizer", "eot", "text_key", "domain_key", "val_fraction", "verify"):
-        assert f"--{key} " in shown
-    for default in ("bytes", "text", "0.05"):
-        assert f"(default: {default})" in shown
-
-
 @pytest.mark.parametrize("arguments, named", [
     ([], ["--out_dir", "NAME=GLOB"]),
     (["--out_dir=x"], ["NAME=GLOB"]),
@@ -198,7 +188,8 @@ def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
     (UserError("--a: wrong\n--b: wrong too"), "0", 2, "error: --a: wrong\nerror: --b: wrong too\n"),
     (UserError("--a: wrong"), "3", 2, "rank 3: error: --a: wrong\n"),
     (OSError(28, "No space left on device", "x"), "0", 2, "error: [Errno 28] No space left on device: 'x'\n"),
-    (KeyboardInterrupt(), "0", 130, ""), (SystemExit(138), "0", 138, ""), (SystemExit(), "0", 0, "")], ids=repr)
+    (KeyboardInterrupt(), "0", 130, ""), (SystemExit(138), "0", 138, ""), (SystemExit(), "0", 0, ""),
+    (ZeroDivisionError(), "0", 1, "Traceback")], ids=repr)
 def test_what_ends_a_program_is_its_status_and_message_without_a_traceback(
         capsys, monkeypatch, error, rank, status, message):
     """As torchrun starts it: it leaves at once, and ranks other than 0 let that one speak first."""
@@ -210,15 +201,9 @@ def test_what_ends_a_program_is_its_status_and_message_without_a_traceback(
     monkeypatch.setattr(time, "sleep", waited.append)
     with pytest.raises(SystemExit) as stop:
         run_program(main)
-    assert (stop.value.code, capsys.readouterr().err) == (status, message)
+    printed = capsys.readouterr().err
+    assert stop.value.code == status and (printed == message or printed.startswith(message) and status == 1)
     assert bool(waited) == (rank == "3")
-
-
-def test_a_mistake_of_ours_has_its_traceback_and_a_program_that_ends_well_has_status_0(capsys):
-    for main, status, printed in ((lambda: 1 / 0, 1, "ZeroDivisionError"), (lambda: None, 0, "")):
-        with pytest.raises(SystemExit) as stop:
-            run_program(main)
-        assert stop.value.code == status and printed in capsys.readouterr().err
 
 
 def test_a_file_that_requires_a_package_names_it_before_any_file_is_read(tmp_path, monkeypatch):
@@ -303,10 +288,6 @@ TEXTS = ["", "plain", " spaces\t\r\n\n", "naïve Ω 漢字 👩‍🔬 e\u0301\u
          "a<|endoftext|><|im_end|><s></s>b", "".join(map(chr, range(1, 3000)))]
 
 
-def encode(tokenizer, text: str) -> list[int]:
-    return tokenizer.encode_batch([text])[0].tolist()
-
-
 def test_the_bytes_tokenizer_gives_the_bytes_of_any_text():
     tokenizer = load_tokenizer("bytes")
     assert (tokenizer.vocab_size, tokenizer.eot_id, tokenizer.eot_token) == (257, 256, "<|endoftext|>")
@@ -314,25 +295,13 @@ def test_the_bytes_tokenizer_gives_the_bytes_of_any_text():
         assert ids.tolist() == list(text.encode()) and tokenizer.decode(ids.tolist()) == text
 
 
-def test_a_batch_has_documents_for_many_cores(tmp_path):
-    bytes_ = load_tokenizer("bytes")
-    sizes = []
-    tokenizer = dataclasses.replace(bytes_, encode_batch=lambda texts: sizes.append(len(texts)) or
-                                    bytes_.encode_batch(texts))
-    build(tmp_path / "bins", [f"{i} ".ljust(50_000, ".") for i in range(100)], tokenizer)
-    assert sizes == [100]
+def small_encoding(name: str, pattern: str = ".", ranks=bytes(range(256)), eot: int = 259) -> tiktoken.Encoding:
+    """An encoding of the bytes, and 3 ids later its end of text."""
+    return tiktoken.Encoding(name, pat_str=pattern, special_tokens={"<|endoftext|>": eot},
+                             mergeable_ranks={bytes([byte]): rank for rank, byte in enumerate(ranks)})
 
 
-def small_encoding(name: str, pattern: str = ".", merges: tuple[str, ...] = (), gap: int = 3) -> tiktoken.Encoding:
-    """An encoding of the bytes and some merges, and `gap` ids later its end of text."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    for token in merges:
-        ranks[token.encode()] = len(ranks)
-    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks,
-                             special_tokens={"<|endoftext|>": len(ranks) + gap})
-
-
-@pytest.mark.parametrize("change", [dict(pattern=r"\w+|\W+"), dict(merges=("ab",)), dict(gap=4)], ids=str)
+@pytest.mark.parametrize("change", [dict(pattern=r"\w+|\W+"), dict(ranks=bytes(range(255, -1, -1))), dict(eot=260)])
 def test_a_tiktoken_encoding_that_is_another_now_is_refused(tmp_path, monkeypatch, change):
     monkeypatch.setattr("tiktoken.get_encoding", small_encoding)
     meta = build(tmp_path / "bins", three(), load_tokenizer("gpt2"))
@@ -395,7 +364,7 @@ def test_a_huggingface_tokenizer_encodes_all_of_a_text_and_nothing_else(tmp_path
     for text, ids in zip(TEXTS, tokenizer.encode_batch(TEXTS), strict=True):
         assert not np.isin(ids, [0, 1]).any()  # neither <s> in front nor <|im_end|> where the text spells it
         assert tokenizer.decode(ids.tolist()) == text
-    assert len(encode(tokenizer, "the cat")) < 7  # merges are applied
+    assert len(tokenizer.encode_batch(["the cat"])[0]) < 7  # merges are applied
     assert tokenizer.decode([0, tokenizer.eot_id]) == "<s><|im_end|>"  # which shows where a document ends
 
 
@@ -407,18 +376,9 @@ def test_the_end_of_text_is_eos_token_of_the_config_or_eot(tmp_path, bpe_setting
     for source in (folder, folder / "tokenizer.json"):
         if ends is None:
             message = refused(load_tokenizer, source, eot)
-            assert f"--eot={eos or ''}: " in message and "tokenizer_config.json should give it" in message
+            assert f"--eot={eos or ''}: " in message and "tokenizer_config.json should" in message
         else:
             assert load_tokenizer(source, eot).eot_id == ends
-
-
-def word_pieces(tokenizers):
-    pieces = tokenizers.Tokenizer(tokenizers.models.WordPiece(
-        {token: i for i, token in enumerate(["</s>", "[UNK]", "the", "cat", "a", "b", "##b"])}, unk_token="[UNK]"))
-    pieces.normalizer = tokenizers.normalizers.BertNormalizer()
-    pieces.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    pieces.decoder = tokenizers.decoders.WordPiece()
-    return pieces
 
 
 def words(tokenizers):
@@ -427,26 +387,15 @@ def words(tokenizers):
     return level
 
 
-@pytest.mark.parametrize("make, text, change", [
-    (word_pieces, "The cat", "'The cat' comes back as 'the cat'"),
-    (word_pieces, "the\tcat", r"'\tcat' comes back as ' cat'"),
-    (words, "The dog", "'dog' comes back as '[UNK]'"), (words, "The cat\n", r"'\n' comes back as ''")])
-def test_one_note_shows_what_the_tokenizer_changes_in_the_first_documents(tmp_path, capsys, make, text, change):
-    made = make(pytest.importorskip("tokenizers"))
+@pytest.mark.parametrize("text, change", [("The dog", "'dog' comes back as '[UNK]'"),
+                                          ("The cat\n", r"'\n' comes back as ''")])
+def test_one_note_shows_what_the_tokenizer_changes_in_the_first_documents(tmp_path, capsys, text, change):
+    made = words(pytest.importorskip("tokenizers"))
     tokenizer = load_tokenizer(save_bpe(tmp_path / "tokenizer", json.loads(made.to_str()), eos="</s>"))
     pairs = [("x", "cat"), ("y", text), ("y", text), *[("x", f"unknown {i}") for i in range(50)]]
     build_bins(tmp_path / "bins", tokenizer, pairs, val_fraction=FRACTION, required=["x"])
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: the tokenizer")]
     assert notes == [f"note: the tokenizer changes text: {change}"]
-
-
-def special_by_its_text(tokenizers):
-    """A Unigram that holds </s> as an entry."""
-    entries = [(token, -1.0) for token in ["<unk>", "</s>", "▁", *map(chr, range(33, 127))]]
-    unigram = tokenizers.Tokenizer(tokenizers.models.Unigram(entries, unk_id=0))
-    unigram.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
-    unigram.decoder = tokenizers.decoders.Metaspace()
-    return unigram
 
 
 def not_special(tokenizers):
@@ -456,9 +405,8 @@ def not_special(tokenizers):
     return level
 
 
-@pytest.mark.parametrize("make", [special_by_its_text, words, not_special])
-def test_a_document_that_holds_the_end_of_text_is_skipped_and_counted(tmp_path, capsys, make):
-    made = make(pytest.importorskip("tokenizers"))
+def test_a_document_that_holds_the_end_of_text_is_skipped_and_counted(tmp_path, capsys):
+    made = not_special(pytest.importorskip("tokenizers"))
     tokenizer = load_tokenizer(save_bpe(tmp_path / "tokenizer", json.loads(made.to_str()), eos="</s>"))
     build(tmp_path / "bins", [*three("one "), "three </s> three"], tokenizer)
     assert "note: skipped 1 documents that hold </s>, the end of text\n" in capsys.readouterr().out
@@ -492,28 +440,20 @@ def test_differently_serialized_files_of_one_tokenizer_have_one_fingerprint(tmp_
     assert special and settings_digest({**b, "added_tokens": special}) == settings_digest(a)
 
 
-def changed(settings: dict, change: str) -> dict:
-    settings = json.loads(json.dumps(settings))
-    merges, vocab = settings["model"]["merges"], settings["model"]["vocab"]
-    if change == "merges":
-        merges[0], merges[1] = merges[1], merges[0]
-    elif change == "vocab":
-        vocab["!"], vocab['"'] = vocab['"'], vocab["!"]
-    elif change == "added_tokens":
-        settings["added_tokens"].append({**settings["added_tokens"][0], "id": len(vocab), "content": "<new>"})
-    elif change == "normalizer":
-        settings["normalizer"] = {"type": "Lowercase"}
-    else:
-        settings["pre_tokenizer"]["add_prefix_space"] = True
-    return settings
+def lower(settings: dict):
+    settings["normalizer"] = {"type": "Lowercase"}
 
 
-@pytest.mark.parametrize("change", ["merges", "vocab", "added_tokens", "normalizer", "pre_tokenizer"])
+@pytest.mark.parametrize("change", [
+    lower, lambda settings: settings["model"]["merges"].reverse(),
+    lambda settings: settings["model"]["vocab"].update({"!": 3, '"': 2}),
+    lambda settings: settings["added_tokens"].append({**settings["added_tokens"][0], "id": 280, "content": "<new>"}),
+    lambda settings: settings["pre_tokenizer"].update(add_prefix_space=True)])
 def test_what_changes_the_encoding_changes_the_fingerprint(tmp_path, bpe_settings, change):
-    ours = load_tokenizer(save_bpe(tmp_path / "a", bpe_settings))
-    theirs = load_tokenizer(save_bpe(tmp_path / "b", changed(bpe_settings, change)))
-    assert ours.fingerprint != theirs.fingerprint
-    assert ours.fingerprint == load_tokenizer(tmp_path / "a", eot_token="<s>").fingerprint
+    ours = load_tokenizer(save_bpe(tmp_path, bpe_settings)).fingerprint
+    assert load_tokenizer(tmp_path, eot_token="<s>").fingerprint == ours
+    edit("tokenizer.json", change)(tmp_path)
+    assert load_tokenizer(tmp_path).fingerprint != ours
 
 
 @pytest.mark.parametrize("as_files, bos", [(False, None), (True, 0)])
@@ -537,11 +477,6 @@ def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings,
     assert model_tokenizer(model).fingerprint == meta["tokenizer"]["fingerprint"]
     if as_files:
         assert (model / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-        # The end of text that was chosen with --eot is the student's too.
-        build(tmp_path / "other", ARTICLES, load_tokenizer(source, eot_token="a"))
-        save_tokenizer(model, TokenBins(tmp_path / "other", 8))
-        assert json.loads((model / "tokenizer_config.json").read_text())["eos_token"] == "a"
-        assert model_tokenizer(model).eot_token == "a" and model_tokenizer(model, "<s>").eot_id == 0
 
 
 @pytest.mark.parametrize("declared", [None, "LlamaTokenizer", "Qwen2TokenizerFast"])
@@ -558,6 +493,7 @@ def test_a_student_folder_has_one_tokenizer_class_and_the_end_of_text_whatever_w
     assert json.loads((model / "tokenizer_config.json").read_text()) == {
         "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"]}
+    assert model_tokenizer(model).eot_token == "<|im_end|>" and model_tokenizer(model, "<s>").eot_id == 0
 
 
 def test_nanogpts_bins_open_once_they_are_described(tmp_path, made):
@@ -690,18 +626,18 @@ def test_a_compressed_file_that_is_cut_off_ends_the_build(tmp_path, name):
     assert documents(tmp_path / name)[0] == [text]
 
 
-def names(found: dict[str, list[Path]], folder: Path) -> dict[str, list[str]]:
-    return {name: [path.relative_to(folder).as_posix() for path in paths] for name, paths in found.items()}
+def found_by(words: list[str]) -> dict[str, list[str]]:
+    found = expand_sources(words, False)
+    return {name: [os.path.relpath(path) for path in paths] for name, paths in found.items()}
 
 
-def test_sources_are_files_folders_and_globs(tmp_path):
+def test_sources_are_files_folders_and_globs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for name in ("b.txt", "a.txt", "sub/deep/c.txt", "sub/d.md", ".hidden/e.txt", "sub/.f"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("text")
-    found = expand_sources([f"file={tmp_path}/a.txt", f"C++={tmp_path}", f"glob={tmp_path}/*.txt",
-                            f"deep={tmp_path}/**/*.txt", f"two={tmp_path}/*.txt", f"two={tmp_path}/s*",
-                            f"two={tmp_path}/./*.txt"], False)
-    assert names(found, tmp_path) == {
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text("text")
+    words = ["file=a.txt", "C++=.", "glob=*.txt", "deep=**/*.txt", "two=*.txt", "two=s*", "two=./*.txt"]
+    assert found_by(words) == {
         "file": ["a.txt"], "C++": ["a.txt", "b.txt", "sub/d.md", "sub/deep/c.txt"], "glob": ["a.txt", "b.txt"],
         "deep": ["a.txt", "b.txt", "sub/deep/c.txt"], "two": ["a.txt", "b.txt", "sub/d.md", "sub/deep/c.txt"]}
 
@@ -719,9 +655,7 @@ def test_a_path_that_exists_is_no_pattern_and_each_file_is_read_once_without_fol
         Path("loop", link).symlink_to(target)
     os.mkfifo("loop/pipe.txt")
     monkeypatch.setenv("HOME", str(tmp_path / "~"))
-    words = ["hub=hub", "name=part[1].jsonl", "folder=[1]", "loop=loop", "home=~/*.txt"]
-    assert names({name: [Path(os.path.abspath(path)) for path in paths]
-                  for name, paths in expand_sources(words, False).items()}, tmp_path) == {
+    assert found_by(["hub=hub", "name=part[1].jsonl", "folder=[1]", "loop=loop", "home=~/*.txt"]) == {
         "hub": ["hub/snapshots/train.jsonl"], "name": ["part[1].jsonl"], "folder": ["[1]/a.txt"],
         "loop": ["loop/d.jsonl"], "home": ["~/home.txt"]}
     for word in ("x=loop/gone.txt", "x=loop/pipe.txt"):
@@ -729,11 +663,9 @@ def test_a_path_that_exists_is_no_pattern_and_each_file_is_read_once_without_fol
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.TSV.gz"])
-def test_tables_are_an_error_before_the_build(program, tmp_path, name):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / name).write_bytes(b"a,b")
-    status, _, stderr = program(f"mine={tmp_path}/folder", f"--out_dir={tmp_path}/bins")
-    assert status == 2 and stderr.count("\n") == 1 and name in stderr and ".jsonl or .parquet" in stderr
+def test_tables_are_an_error_before_the_build(tmp_path, name):
+    (tmp_path / name).write_bytes(b"a,b")
+    assert f"{name}: write its rows to .jsonl or .parquet" in refused(expand_sources, [f"mine={tmp_path}"], False)
 
 
 def test_the_documents_of_all_domains_are_one_stream_and_a_name_without_any_is_an_error(tmp_path):
@@ -765,13 +697,14 @@ def write_records(path: Path, records: list) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.zst", "a.parquet"])
-def test_the_domain_may_be_what_each_record_says(program, tmp_path, name):
+def test_the_domain_may_be_what_each_record_says_next_to_named_sources(program, tmp_path, name):
     records = [*LABELED, {"text": "no label"}, labeled("a", None), labeled("b", "—"), {"meta": {"set": "RedPajamaC4"}}]
     write_records(tmp_path / name, records)
-    status, stdout, stderr = program(f"{tmp_path}/a.*", "--domain_key=meta.set", f"--out_dir={tmp_path}/bins",
-                                     f"--val_fraction={FRACTION}")
+    write_files(tmp_path / "math")
+    status, stdout, stderr = program(f"{tmp_path}/a.*", f"math-2={tmp_path}/math", f"--out_dir={tmp_path}/bins",
+                                     "--domain_key=meta.set", f"--val_fraction={FRACTION}")
     assert (status, stderr) == (0, "")
-    assert list(read_meta(tmp_path / "bins")["domains"]) == ["RedPajamaC4", "Pile_CC_x"]
+    assert list(read_meta(tmp_path / "bins")["domains"]) == ["RedPajamaC4", "Pile_CC_x", "math-2"]
     for domain in ("RedPajamaC4", "Pile_CC_x"):
         assert sorted(all_texts(tmp_path / "bins", domain)) == sorted(TEXTS_OF_SPLITS)
     assert "note: skipped 3 records without a label under the key meta.set\n" in stdout
@@ -794,25 +727,11 @@ def test_a_labels_domain_is_its_letters_digits_plus_hash_and_minus(tmp_path, cap
 
 
 @pytest.mark.parametrize("records, named", [
-    ([{"text": "no label"}], "records: no document in 1 files"),
     ([labeled("a", label) for label in (["a"], {"b": 1}, None)], "records: no document in 1 files"),
     ([labeled("a", f"d{i}") for i in range(1001)], "more than 1,000 labels")])
-def test_labels_that_make_no_domains_are_an_error(program, tmp_path, records, named):
-    write_records(tmp_path / "a.jsonl", records)
-    status, _, stderr = program(f"{tmp_path}/a.jsonl", "--domain_key=meta.set", f"--out_dir={tmp_path}/bins")
-    assert status == 2 and stderr.count("\n") == 1 and named in stderr
-
-
-def test_labeled_records_and_named_sources_are_one_build(program, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("year=2023").mkdir()
-    write_records(Path("year=2023/a.jsonl"), LABELED)
-    for name in ("math", "records"):
-        write_files(Path(name))
-    status, _, stderr = program("./year=2023/*.jsonl", "math-2=math", "records=records", "--domain_key=meta.set",
-                                "--out_dir=bins", f"--val_fraction={FRACTION}")
-    assert (status, stderr) == (0, "")
-    assert sorted(read_meta("bins")["domains"]) == ["Pile_CC_x", "RedPajamaC4", "math-2", "records"]
+def test_labels_that_make_no_domains_are_an_error(tmp_path, records, named):
+    path = write_records(tmp_path / "a.jsonl", records)
+    assert named in refused(list, read_documents({"": [path]}, "text", "meta.set", Counter()))
 
 
 # ----------------------------------------------- The split ------------------------------------------------------------
@@ -846,7 +765,6 @@ def test_two_halves_of_a_corpus_built_apart_and_joined_are_the_whole(tmp_path):
 
 
 @pytest.mark.parametrize("texts, counts, fix", [
-    (three()[:1], "1 train, 0 val, 0 test", "three documents at least"),
     (three()[:2], "1 train, 1 val, 0 test", "three documents at least"),
     ([three()[0]] * 5, "5 train, 0 val, 0 test", "try --val_fraction=0.3"),
     ([three()[0]] * 50, "50 train, 0 val, 0 test", "try --val_fraction=0.1")])
@@ -859,15 +777,6 @@ def test_a_domain_without_a_document_in_a_split_is_an_error_or_without_bins(tmp_
     assert list(meta["domains"]) == ["fine"] and f"note: {message}; no bins\n" in capsys.readouterr().out
     assert not list((tmp_path / "bins").glob("code.*")) and damaged_files(tmp_path / "bins") == []
     assert "no domain has documents in all splits" in refused(build, tmp_path / "x", {"code": texts}, required=[])
-
-
-def test_the_suggested_fraction_usually_does():
-    """Over 300 corpora of 30 documents."""
-    good = 0
-    for i in range(300):
-        splits = {split_by_hand(f"{i} {j}", 5 / 30) for j in range(30)}
-        good += len(splits) == 3
-    assert good >= 290
 
 
 def test_the_memory_of_a_build_does_not_grow_with_its_input(tmp_path, monkeypatch):
@@ -932,7 +841,7 @@ def test_the_tokenizers_files_are_copied_next_to_the_bins_and_verified(tmp_path,
     window = TokenBins(tmp_path / "bins", 8).eval_windows("code", "val", 1)[0]
     assert tokenizer.decode(window.tolist()).startswith("Article")
     verify(tmp_path / "bins")
-    save_bpe(tmp_path / "bins", changed(bpe_settings, "normalizer"))
+    edit("tokenizer.json", lower)(tmp_path / "bins")
     assert "missing or changed: tokenizer.json;" in refused(verify, tmp_path / "bins")
     data.write_sums(tmp_path / "bins")
     assert "its tokenizer tokenizer encodes in another way" in refused(verify, tmp_path / "bins")
@@ -979,7 +888,7 @@ def test_hundreds_of_domains_need_few_open_files(tmp_path):
     run = subprocess.run(command, capture_output=True, text=True,
                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
     assert (run.returncode, run.stderr) == (0, "")
-    assert len(read_meta(tmp_path / "bins")["domains"]) == 200 and "note: d7 has only 1 validation documents" in run.stdout
+    assert len(read_meta(tmp_path / "bins")["domains"]) == 200 and "d7 has only 1 validation documents" in run.stdout
 
 
 @pytest.mark.parametrize("texts", [ARTICLES, LONG["code"]])
@@ -1048,7 +957,7 @@ def test_domains_are_selected_by_name(made):
     bins = TokenBins(made, 16, ["prose"])
     assert bins.names == list(bins.domains) == list(bins.n_windows) == ["prose"]
     assert bins.train_windows(one(0), one(9)).tolist() == [read_bin(made / "prose.train.bin")[144:161].tolist()]
-    assert "has no cats; it has code prose" in refused(TokenBins, made, 16, ["prose", "cats"])
+    assert "--domains: --data_dir=" in refused(TokenBins, made, 16, ["prose", "cats"])
 
 
 def test_bins_far_larger_than_memory_are_mapped_and_no_mapping_stays(tmp_path):
@@ -1082,17 +991,13 @@ def test_the_content_is_that_of_the_tokens_in_use_in_whichever_folder(made, copi
     assert "SHA256SUMS: FileNotFoundError" in refused(TokenBins(copied, 16).content)
 
 
-@pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("i", [0, 16])
-def test_an_id_beyond_the_vocabulary_is_an_error(copied, split, i):
-    path = copied / f"code.{split}.bin"
-    tokens = read_bin(path).copy()
+def test_an_id_beyond_the_vocabulary_is_an_error(copied, i):
+    tokens = read_bin(copied / "code.val.bin").copy()
     tokens[i] = 257
-    path.write_bytes(tokens.tobytes())
-    bins = TokenBins(copied, 16)
-    arguments = (bins.train_windows, one(0), one(0)) if split == "train" else (bins.eval_windows, "code", split, 1)
-    message = refused(*arguments)
-    assert path.name in message and "id 257" in message and "257 ids" in message
+    (copied / "code.val.bin").write_bytes(tokens.tobytes())
+    message = refused(TokenBins(copied, 16).eval_windows, "code", "val", 1)
+    assert "code.val.bin: holds the id 257, but the tokenizer has 257 ids" in message
 
 
 in_meta = partial(edit, "meta.json")
