@@ -15,6 +15,7 @@ calls and does not define stands in the second part, below the double line: what
 import argparse
 import fcntl
 import functools
+import gc
 import inspect
 import json
 import math
@@ -26,7 +27,6 @@ import subprocess
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields, replace
@@ -43,17 +43,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (MODEL_FILES, QUICKSTART_BYTES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError,
-                  build_quickstart_bins, digest, file_hashes, fsync, import_optional, model_folder,
-                  model_tokenizer, print_table, run_program, save_tokenizer, saved_tokenizer, user_errors)
+from data import (MODEL_FILES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError, build_quickstart_bins,
+                  damaged_files, digest, fsync, import_optional, model_folder, model_tokenizer, print_table, published,
+                  run_program, save_tokenizer, saved_tokenizer, user_errors, write_json)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
-from sample_mixture import RULES, MixtureSampler, parse_mixture, read_metrics
+from sample_mixture import RULES, MixtureSampler, differing_keys, parse_mixture, read_metrics
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class Config:
     # What a run is made of
     preset: Literal[("", *PRESETS)] = ""  # set of defaults; quickstart unless teacher or student names a model
     teacher: str = ""  # folder of the teacher in Hugging Face's format, or its name on the Hub: OWNER/MODEL
-    student: str = ""  # the same; or scratch:LxD, L new layers, D wide; or layers:N, N evenly spaced of the teacher's
+    student: str = ""  # the same; or scratch:LxD, a new model of L layers, D wide
     data_dir: str = ""  # folder of the bins, made by data.py; left out: data/PRESET
     out_dir: str = ""  # folder of the run; left out: out/PRESET-METHOD-SEED, so name one where another key differs
     domains: str = ""  # name,name,… of the bins' domains; left out: all
@@ -146,9 +146,10 @@ class Config:
     pretrain_steps: int = 1200  # quickstart: steps of its teacher; the student base gets a quarter
 
 
-# The smallest value of a key that is a number, where it is not 0
-MINIMUM = {"temperature": 1e-3, "interval": 1, "val_samples": 1, "block_size": 1, "batch_size": 1, "timeout": 0.1,
-           "log_every": 1, "pretrain_steps": 4}
+# The range of a key that is a number, if it is not 0 and more
+BOUNDS = {"alpha": (0, 1), "lr": (0, 1), "temperature": (1e-3, 1e15), "interval": (1, 1e15), "val_samples": (1, 1e15),
+          "block_size": (1, 1e15), "batch_size": (1, 1e15), "timeout": (0.1, 1e6), "log_every": (1, 1e15),
+          "pretrain_steps": (4, 1e15)}
 # The keys that may change when a run is resumed. Of teacher, student and data_dir the content is compared instead.
 MAY_CHANGE = {"preset", "teacher", "student", "data_dir", "out_dir", "micro_batch_size", "compile", "device",
               "parallel", "shard_teacher", "checkpoint_activations", "timeout", "save_every", "keep", "log_every",
@@ -246,7 +247,7 @@ def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_s
             ce_sum += ce.cpu().double().sum()
 
         # Sums over counts, so that it does not matter how the windows were split
-        mean_ce = over_ranks(ce_sum).item() / domain_windows[:, 1:].numel()
+        mean_ce = all_reduce(ce_sum).item() / domain_windows[:, 1:].numel()
         if not math.isfinite(mean_ce):
             raise UserError(f"domain {name}: the loss of a model is {mean_ce}: damaged weights, or --dtype too coarse")
         ppl[name] = math.exp(min(mean_ce, 700.0))  # exp overflows from 710 on
@@ -284,6 +285,7 @@ class TrainState:
     rule_state: dict | None = None  # of the mixture rule, such as r_t
     sampler: dict | None = None  # MixtureSampler.state_dict()
     domains: dict | None = None  # measured_domains of the last evaluation
+    log_lines: int = 0  # of metrics.jsonl: a resumed run drops the lines after them
 
 
 def make_sampler(config: Config, bins: TokenBins) -> MixtureSampler:
@@ -368,7 +370,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
     grad_norm = nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip or math.inf)
     if isinstance(grad_norm, DTensor):
         grad_norm = grad_norm.full_tensor()  # over all shards
-    totals = over_ranks(torch.stack(list(sums.values()))).tolist()
+    totals = all_reduce(torch.stack(list(sums.values()))).tolist()
     step_log = dict(zip(sums, totals))
     step_log["lr"] = learning_rate(step, config)
     step_log["grad_norm"] = grad_norm.item()
@@ -393,17 +395,29 @@ def train(config: Config) -> Path:
 
     The loop runs max_steps + 1 times, so that the student is evaluated before the first update and after the last one.
     Each time it evaluates and updates r, if due; saves, if due; and makes one update, unless it was the last."""
-    config = resolve_auto(config)  # idempotent: the quickstart and tests call train directly
+    for error in config_errors(config):  # the quickstart and tests call train directly
+        raise UserError(error)
+    config = resolve_auto(config)
     arm = ARMS[config.method]
 
     with RunFolder(Path(config.out_dir)) as run:
-        # Rank 0 checks everything that is cheap, and shares what it found. Then it finds the checkpoint to continue
-        # from: `resumed` is its folder, or None.
+        # Rank 0 checks everything that is cheap, and shares what it found.
         bins, model_configs = on_rank_0(preflight, config)
-        state, resumed = on_rank_0(run.lock_and_find_checkpoint, config, bins)
+        record = on_rank_0(experiment_record, config, bins)
+        on_rank_0(run.lock)
+        on_rank_0(check_same_experiment, run.out_dir, record)
+
+        # The checkpoint to continue from: `resumed` is its folder, or None. Whatever was logged after it is dropped.
+        resumed = on_rank_0(newest_checkpoint, run.out_dir)
+        state = TrainState() if resumed is None else on_rank_0(read_state, resumed)
         if state.finished:
             print(f"{config.out_dir}: this run is finished (step {state.step})")
             return resumed
+        if resumed is not None:
+            print(f"{config.out_dir}: continuing from {resumed.name}")
+        on_rank_0(run.cut_log, state.log_lines)
+        if config.wandb:
+            on_rank_0(run.start_wandb, config)
 
         # The data: fixed windows for validation and test, and the sampler of training windows
         val_windows = fixed_windows(bins, "val", config.val_samples)
@@ -425,12 +439,12 @@ def train(config: Config) -> Path:
         else:
             state.teacher_ppl = measure(teacher, val_windows)
             state.test_teacher_ppl = measure(teacher, test_windows)
-            run.log("run", 0, config=asdict(config), content=run.content, may_change=sorted(MAY_CHANGE),
-                    command=sys.argv, rule=arm.rule, natural=dict(zip(bins.names, natural.tolist())),
+            run.log("run", 0, **record, rule=arm.rule, natural=dict(zip(bins.names, natural.tolist())),
                     versions=environment(), parameters=count_parameters(models))
-        if not arm.trains_with_teacher:  # it has been measured, and its memory is free for training
+        if not arm.trains_with_teacher:  # it has been measured
             teacher = None
             models.clear()
+        gc.collect()  # frees its memory: a compiled or sharded model is in reference cycles
 
         # DDP wraps the student for the forward passes of training only; FSDP has sharded it in place.
         wrapped_student = student
@@ -439,6 +453,8 @@ def train(config: Config) -> Path:
 
         # The loop. From here on a signal only sets a flag, which the step "Save" reads.
         run.catch_signals()
+        gc.freeze()  # so that the collector does not pause steps to look at what stays until the end
+        run.callback(gc.unfreeze)
         first_step = state.step
         step_times = []  # in seconds
         while True:
@@ -456,7 +472,7 @@ def train(config: Config) -> Path:
                     sampler.probs = r
                     # What the next K steps draw by: for ddk at t = 0 the natural proportions, not the r_0 of its state.
                     run.log("mixture", state.step, t=t, r=dict(zip(bins.names, r.tolist())), domains=state.domains)
-                print_evaluation(state, sampler, bins, config)
+                print_evaluation(state, sampler, bins.vocab_size)
                 worst = worst_ratio(state.domains)
                 if worst <= config.stop_ratio:  # §3.4's threshold; 0, the default, is never reached
                     print(f"--stop_ratio={config.stop_ratio}: the largest ratio is {worst:.3f}, so the run ends here")
@@ -471,11 +487,12 @@ def train(config: Config) -> Path:
 
             # Save: every save_every steps, at the end, and when a signal that any rank has received asks for it.
             folder = run.out_dir / f"step_{state.step:08d}"
-            signal_number = int(over_ranks(torch.tensor(run.received_signal), dist.ReduceOp.MAX))
+            signal_number = int(all_reduce(torch.tensor(run.received_signal), dist.ReduceOp.MAX))
             save_due = config.save_every > 0 and state.step > 0 and state.step % config.save_every == 0
             if (last or save_due or signal_number) and not just_resumed:
                 state.finished = last
                 state.sampler = sampler.state_dict()
+                state.log_lines = run.log_lines
                 save_checkpoint(folder, state, student, optimizers, bins, config.keep)
             if signal_number:
                 print(f"{config.out_dir}: stopped by {signal.Signals(signal_number).name}, saved as {folder.name}; "
@@ -509,35 +526,32 @@ def train(config: Config) -> Path:
 
 def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head, targets, *,
                       chunk_size: int | None = None, **equation):
-    """Eq. 3 from hidden states (…, d) and heads (V, d), without ever holding (tokens, V) logits → (loss, ce, kl).
+    """Return (loss, ce, kl) of Eq. 3 from hidden states (…, d) and heads (V, d), without (tokens, V) logits in memory.
 
-    Logits are made for `chunk_size` tokens at a time, and `dense_distillation_loss` is differentiated on each chunk, so
-    that the forward pass makes the gradients too. The other keywords and the results are those of
-    `dense_distillation_loss`. A tensor among the keywords is a single number, or has a value or a row for each target:
-    it may have more dimensions than the targets, or be expanded to theirs. loss.backward() gives the gradients of
+    The logits of `chunk_size` tokens are made at a time, and `dense_distillation_loss` is differentiated on each chunk,
+    so the forward pass makes the gradients too. `equation` is that function's keywords. A tensor among them is a single
+    number, or has a value (…) or a row (…, n) per target; (…) may be broadcast. loss.backward() gives the gradients of
     student_hidden and student_head, once. teacher_hidden and teacher_head may both be None. The default chunk has 2²⁸
-    logits on CUDA; elsewhere 2²⁶, and at most 512 tokens."""
-    # torch.compile compiles again for each new Python number. So what changes during training is a tensor: a
-    # coefficient of a fork that does is added to this tuple.
+    logits on CUDA; on other devices 2²⁶ and at most 512 tokens."""
+    assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
     hidden = student_hidden.flatten(0, -2)
     if equation.get("num_tokens") is None:
         equation["num_tokens"] = (targets != -100).sum().clamp(min=1)
-    for name in ("gamma", "num_tokens"):
-        if name in equation and not torch.is_tensor(equation[name]):
-            loss_dtype = torch.promote_types(hidden.dtype, torch.float32)
-            equation[name] = hidden.new_full((), equation[name], dtype=loss_dtype)
 
-    # What has a row or a value for each token goes with the tokens into the chunks.
-    assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
+    # Sort the keywords. A number that changes during training becomes a tensor, since torch.compile compiles again for
+    # each new Python number: a fork adds its own to this tuple. A tensor with a value or a row per target is cut into
+    # chunks with the tokens. Everything else is a constant.
     per_token = {"targets": targets.flatten()}
-    if teacher_hidden is not None:
-        per_token["teacher_hidden"] = teacher_hidden.expand(*targets.shape, -1).flatten(0, -2)
     for name, value in list(equation.items()):
-        if torch.is_tensor(value) and value.dim() > 0:
+        if name in ("gamma", "num_tokens") and not torch.is_tensor(value):
+            equation[name] = hidden.new_full((), value, dtype=torch.promote_types(hidden.dtype, torch.float32))
+        elif torch.is_tensor(value) and value.dim() > 0:
             rows = equation.pop(name).expand(targets.shape + value.shape[targets.dim():])
             per_token[name] = rows.flatten(0, targets.dim() - 1)
+    if teacher_hidden is not None:
+        per_token["teacher_hidden"] = teacher_hidden.expand(*targets.shape, -1).flatten(0, -2)
 
-    # All chunks have one shape, so that torch.compile compiles once: the last one is filled up with ignored targets.
+    # All chunks have one shape, so that torch.compile compiles once: ignored targets fill up the last chunk.
     n_tokens = len(hidden)
     if chunk_size is None:
         chunk_size = default_chunk_size(len(student_head), hidden.is_cuda)
@@ -547,59 +561,56 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     for name, value in per_token.items():
         per_token[name] = add_rows(value, n_missing, fill=-100 if name == "targets" else 0)
 
-    # torch.no_grad is not seen inside an autograd.Function.
+    # Cast to the dtype of the products once, not in each chunk. The gradients are those of the uncast tensors.
+    products = [hidden.detach(), student_head.detach(), per_token.pop("teacher_hidden", None), teacher_head]
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        products = [None if tensor is None else tensor.to(dtype) for tensor in products]
+
+    # torch.no_grad cannot be seen inside an autograd.Function.
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or student_head.requires_grad)
-    loss, ce, kl = ChunkedLoss.apply(hidden, student_head, teacher_head, per_token, chunk_size, equation,
-                                     wants_gradient)
+    loss, ce, kl = ChunkedLoss.apply(hidden, student_head, products, per_token, chunk_size, equation, wants_gradient)
     return loss, ce[:n_tokens].view_as(targets), kl[:n_tokens].view_as(targets)
 
 
 def default_chunk_size(rows: int, on_cuda: bool) -> int:
-    """Tokens per chunk for a head of `rows` rows: a power of two, within the limits that distillation_loss names."""
+    """Return the tokens per chunk for a head of `rows` rows: a power of two within distillation_loss's limits."""
     most = 2**28 // rows if on_cuda else min(512, 2**26 // rows)
     return 2 ** int(math.log2(max(1, most)))
 
 
 def add_rows(tensor: torch.Tensor, n: int, fill: int = 0) -> torch.Tensor:
-    """`tensor` with n rows more at its end, which hold `fill`."""
+    """Return `tensor` with n more rows of `fill` at its end."""
     if n == 0:
         return tensor
     return torch.cat((tensor, tensor.new_full((n, *tensor.shape[1:]), fill)))
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """The chunks of distillation_loss. The forward pass makes the gradients as well, while the logits are there."""
+    """The chunks of distillation_loss. The forward pass makes the gradients as well, while it has the logits."""
 
     @staticmethod
-    def forward(ctx, hidden, head, teacher_head, per_token, chunk_size, equation, wants_gradient):
-        # The gradient of the head is a sum over chunks: at least float32, whatever the head is.
+    def forward(ctx, hidden, head, products, per_token, chunk_size, equation, wants_gradient):
+        # The gradient of the head is a sum over chunks, in float32 at least. Autograd casts it to the head's dtype, once
+        # per micro-batch, and FSDP reduces it over ranks in float32.
         if wants_gradient:
             grad_hidden = torch.zeros_like(hidden)
             grad_head = torch.zeros_like(head, dtype=torch.promote_types(head.dtype, torch.float32))
-
-        # The dtype of the products, cast once and not for each chunk
-        teacher_hidden = per_token.pop("teacher_hidden", None)
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden = hidden.to(dtype)
-            head = head.to(dtype)
-            if teacher_hidden is not None:
-                teacher_hidden = teacher_hidden.to(dtype)
-                teacher_head = teacher_head.to(dtype)
+        ce = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        kl = torch.empty_like(ce)
+        loss = ce.new_zeros(())
 
         # One buffer of logits for all chunks
+        hidden, head, teacher_hidden, teacher_head = products
         student_logits = aligned_empty(hidden, chunk_size, len(head))
         teacher_logits = None
         if teacher_hidden is not None:
             teacher_logits = aligned_empty(teacher_hidden, chunk_size, len(teacher_head))
 
-        # Compiling takes seconds: too long where there is little to compute.
+        # Compiling takes seconds: too long if there is little to compute.
         eq3 = eq3_of_chunk
         if hidden.is_cuda or len(hidden) * len(head) > 2**24:
             eq3 = compile_eq3()
-        ce = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        kl = torch.empty_like(ce)
-        loss = ce.new_zeros(())
         for start in range(0, len(hidden), chunk_size):
             chunk = slice(start, start + chunk_size)
             torch.mm(hidden[chunk], head.T, out=student_logits)
@@ -609,7 +620,7 @@ class ChunkedLoss(torch.autograd.Function):
             chunk_loss, ce[chunk], kl[chunk] = eq3(student_logits, teacher_logits, values, equation, wants_gradient)
             loss = loss + chunk_loss
             if wants_gradient:
-                grad_logits = student_logits  # eq3 has written it over them
+                grad_logits = student_logits  # eq3 has overwritten the logits with their gradient
                 grad_hidden[chunk] = grad_logits @ head
                 add_product(grad_head, grad_logits.T, hidden[chunk])
 
@@ -626,18 +637,15 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def aligned_empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """(rows, columns) with room for a multiple of 64 columns, which the matrix products of GPUs require to be fast.
-
-    The padding columns are 0: bfloat16 products on CPUs with AMX read them, and what happens to stand there may be NaN,
-    which times 0 is NaN."""
+    """Return uninitialized memory (rows, columns), padded to a multiple of 64 columns, which makes matrix products of
+    GPUs fast. The padding is 0: bfloat16 products on CPUs with AMX read it, and NaN · 0 would be NaN."""
     padded = like.new_empty(rows, math.ceil(columns / 64) * 64)
     padded[:, columns:] = 0
     return padded[:, :columns]
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
-    """total += a @ b. On CUDA a float32 total takes bfloat16 products without rounding. On other devices each product
-    is rounded to bfloat16 first."""
+    """Compute total += a @ b: on CUDA without rounding a bfloat16 product before it is added to a float32 total."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda:
@@ -647,7 +655,7 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
 
 
 def eq3_of_chunk(student_logits, teacher_logits, per_token: dict, equation: dict, wants_gradient: bool):
-    """Eq. 3 of one chunk → loss, ce, kl. The gradient with respect to student_logits is written over them."""
+    """Return loss, ce and kl of one chunk by Eq. 3. The gradient of the student's logits overwrites them."""
     def loss_and_parts(logits):
         loss, ce, kl = dense_distillation_loss(logits, teacher_logits, **per_token, **equation)
         return loss, (loss, ce, kl)
@@ -662,23 +670,9 @@ def eq3_of_chunk(student_logits, teacher_logits, per_token: dict, equation: dict
 
 @functools.cache
 def compile_eq3():
-    """eq3_of_chunk, compiled, so that its passes over the logits are fused. If torch.compile fails here, it warns once
-    and runs uncompiled, which is slower and holds a dozen copies of the chunk's logits."""
-    torch._dynamo.config.recompile_limit = 64
-    compiled = torch.compile(eq3_of_chunk, dynamic=False)
-    works = True
-
-    def eq3(*args):
-        nonlocal works
-        if works:
-            try:
-                return compiled(*args)
-            except torch._dynamo.exc.TorchDynamoException as error:
-                works = False
-                warnings.warn(f"torch.compile does not work here; the loss is slower without: {str(error)[:300]}")
-        return eq3_of_chunk(*args)
-
-    return eq3
+    """Return eq3_of_chunk, compiled, so that its passes over the logits are fused."""
+    torch._dynamo.config.recompile_limit = 64  # past torch's own 8 variants it would run uncompiled, and only warn
+    return torch.compile(eq3_of_chunk, dynamic=False)
 
 
 # ------------ Many processes ------------------------------------------------------------------------------------------
@@ -692,45 +686,38 @@ def world_size() -> int:
 
 
 def rank_slice(config: Config) -> slice:
-    """This rank's windows of the batch, which all ranks draw alike."""
+    """Return this rank's windows of the batch, of which all ranks draw the same ids."""
     share = config.batch_size // world_size()
     return slice(rank() * share, (rank() + 1) * share)
 
 
-def over_ranks(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
-    """The ranks' `values` summed, or reduced by `op`, on every rank."""
+def all_reduce(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
+    """Return the ranks' `values` summed, or reduced by `op`, on every rank."""
     if dist.is_initialized():
         values = values.to("cuda" if dist.get_backend() == "nccl" else "cpu")
         dist.all_reduce(values, op)
     return values
 
 
-def planned_world_size(config: Config) -> int:
-    """The number of processes, also before they meet: WORLD_SIZE, which torchrun sets, or the user for a dry run."""
-    if "RANK" in os.environ or config.dry_run:
-        return int(os.environ.get("WORLD_SIZE", 1))
-    return world_size()
-
-
 def on_rank_0(function: Callable, *args, share: bool = True):
-    """What `function(*args)` returns on rank 0, on every rank; without `share`, None on the others.
-    An error ends every rank. A UserError or OSError is raised on all of them; any other is a bug, and rank 0 alone has
-    its traceback."""
+    """Call `function(*args)` on rank 0 only, and return its result on every rank; without `share`, None on the others.
+    All ranks raise its UserError or OSError. Any other error is a bug: rank 0 prints its traceback, and all exit."""
+    if not dist.is_initialized():
+        return function(*args)
     result = None
     error = None
     if rank() == 0:
         try:
             result = function(*args)
-        except Exception as exception:
+        except (UserError, OSError) as exception:
             error = exception
-    if dist.is_initialized():
-        if error is not None and not isinstance(error, (UserError, OSError)):
-            traceback.print_exception(error)  # at once: when another process has ended, torchrun ends this one too
+        except Exception as exception:
+            traceback.print_exception(exception)  # at once: torchrun ends this rank when another one has ended
             error = SystemExit(1)
-        shared = [result if share else None, error]
-        dist.broadcast_object_list(shared)
-        if rank() != 0:
-            result, error = shared
+    shared = [result if share else None, error]
+    dist.broadcast_object_list(shared)
+    if rank() != 0:
+        result, error = shared
     if error is not None:
         raise error
     return result
@@ -738,7 +725,7 @@ def on_rank_0(function: Callable, *args, share: bool = True):
 
 @contextmanager
 def process_group(config: Config):
-    """torch.distributed, if torchrun started this process, for as long as the context lasts. Rank 0 alone prints."""
+    """Connect the processes if torchrun started this one, while the context lasts. Only rank 0 prints."""
     if "RANK" not in os.environ:
         yield
         return
@@ -756,7 +743,7 @@ def process_group(config: Config):
             yield
             dist.barrier()
         except RuntimeError as error:
-            # A process that ends makes the collectives of the others fail.
+            # When a process ends, the collectives of the others fail.
             if not re.search("gloo|NCCL|Connection (closed|reset|refused)", str(error)):
                 raise
             reason = " ".join(str(error).split())[:600]  # NCCL's own cause is on its second line
@@ -765,8 +752,8 @@ def process_group(config: Config):
 
 
 def evaluation_batches(windows: torch.Tensor, micro_batch_size: int, device) -> Iterator:
-    """This rank's share of `windows` (n, block_size + 1) as (inputs, targets), micro_batch_size at a time.
-    Filled up with ignored targets: FSDP requires equally many passes on all ranks, and torch.compile one shape."""
+    """Yield this rank's share of `windows` (n, block_size + 1) as (inputs, targets), micro_batch_size at a time.
+    Ignored targets fill up the last batch: FSDP requires equally many passes on all ranks, torch.compile one shape."""
     per_rank = min(micro_batch_size, math.ceil(len(windows) / world_size()))
     for batch in windows.split(per_rank * world_size()):
         my_windows = batch[rank()::world_size()]
@@ -779,7 +766,7 @@ def evaluation_batches(windows: torch.Tensor, micro_batch_size: int, device) -> 
 # ------------ Models on devices ---------------------------------------------------------------------------------------
 
 def resolve_auto(config: Config) -> Config:
-    """`config` with each `auto`, and micro_batch_size=0, replaced by what this machine and these processes give."""
+    """Replace each `auto`, and micro_batch_size=0, by what this machine and these processes give."""
     device = resolve_device(config.device)
     on_cuda = device.type == "cuda"
     parallel = "none"
@@ -790,25 +777,26 @@ def resolve_auto(config: Config) -> Config:
     if on_cuda:
         choices.update(dtype="bfloat16", compile="true")
     values = {name: choice for name, choice in choices.items() if getattr(config, name) == "auto"}
-    micro_batch_size = config.micro_batch_size or config.batch_size // planned_world_size(config)
+    micro_batch_size = config.micro_batch_size or config.batch_size // world_size()
     return replace(config, device=str(device), micro_batch_size=micro_batch_size, **values)
 
 
 def autocast(config: Config):
-    """The dtype of the matrix products. Under FSDP its own policy casts."""
+    """Return the context that casts matrix products to `dtype`. Under FSDP its own policy casts."""
     enabled = config.dtype == "bfloat16" and config.parallel != "fsdp"
     return torch.autocast(torch.device(config.device).type, torch.bfloat16, enabled=enabled)
 
 
 def models_of(config: Config) -> dict:
-    """The models of a run: role, which is also their key, → what the key names. Preflight, hashes and loading walk it.
-    The student is trained, in float32. Any other is a frozen teacher, in the dtype of the products."""
+    """Return role (and key) → folder, Hub name or scratch:LxD. The student is trained, in float32. Any other role, such
+    as a fork's second teacher, is frozen, in the dtype of the products."""
     sources = dict(teacher=config.teacher, student=config.student)
     return {role: source for role, source in sources.items() if source}
 
 
 def load_models(config: Config, model_configs: dict, resumed: Path | None) -> dict:
-    """The models that the run still needs, role → model, on every rank; the student from `resumed` if it continues."""
+    """Return the models that the run still needs, role → model, on every rank's device; the student from the checkpoint
+    `resumed` if there is one."""
     if config.compile == "true":
         torch._dynamo.config.recompile_limit = 64  # variants of Block.forward: past torch's own 8 it runs uncompiled
         torch._dynamo.config.optimize_ddp = False  # True would cut blocks at DDP's buckets
@@ -821,181 +809,150 @@ def load_models(config: Config, model_configs: dict, resumed: Path | None) -> di
         elif resumed is not None and not ARMS[config.method].trains_with_teacher:
             continue  # it has been measured
 
-        # Rank 0 reads the model. Other ranks get one on the meta device, for `place` to fill.
+        # Rank 0 reads the whole model. The other ranks make it on the meta device, where it takes no memory.
         print(f"reading the {role}: {source}", flush=True)
-        model = on_rank_0(read_model, role, source, config, model_configs, dtype, share=False)
+        model = on_rank_0(read_model, role, source, config, model_configs[role], dtype, share=False)
         if model is None:
             with torch.device("meta"):
                 model = GPT(model_configs[role]).to(dtype)
         model.requires_grad_(role == "student")
-        models[role] = model
 
-        # A module that is trained with the student, and is no part of its model, is made here, on every rank, if role
-        # is "student": model.extra["name"] = … It is saved beside the model, and read again.
+        # A fork makes modules that it trains along with the student here, on every rank, if role is "student":
+        # model.extra["name"] = … They are saved next to the model. Under FSDP non-persistent buffers would be garbage.
         extra = model.extra
         if extra and resumed is not None:
             on_rank_0(read_saved, resumed / "extra.safetensors", lambda path: extra.load_state_dict(load_file(path)),
                       share=False)
 
-        # Before the next model is read, so that rank 0 never holds two in its memory
-        place(model, config, shard=config.parallel == "fsdp" and (role == "student" or config.shard_teacher))
+        # Before the next model is read, so that rank 0 never has two in its memory
+        prepare_layers(model, config)
+        if dist.is_initialized():
+            hand_out(model, config, shard=config.parallel == "fsdp" and (role == "student" or config.shard_teacher))
+        else:
+            model.to(config.device)
+        models[role] = model
     return models
 
 
-def read_model(role: str, source: str, config: Config, model_configs: dict, dtype: torch.dtype | None) -> GPT:
-    """The model that `source` names: a folder, scratch:LxD, or layers:N of the teacher. dtype None: the file's."""
-    kind, _, size = source.partition(":")
-    if kind == "scratch":
+def read_model(role: str, source: str, config: Config, model_config: GPTConfig, dtype: torch.dtype) -> GPT:
+    """Return the model of a folder or a name on the Hub, or a new one of scratch:LxD, on the CPU."""
+    if is_scratch(source):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return GPT(model_configs[role])
-    if kind == "layers":
-        model = read_model("teacher", config.teacher, config, model_configs, dtype=None)
-        model.keep_layers(int(size))
-        return model.to(dtype)
-    return GPT.from_pretrained(model_folder(source, f"--{role}", MODEL_FILES), dtype, model_configs[role])
+            return GPT(model_config)
+    return GPT.from_pretrained(model_folder(source, f"--{role}", MODEL_FILES), dtype, model_config)
 
 
-def place(model: GPT, config: Config, shard: bool):
-    """Compile the model's blocks and recompute their activations, if asked for, and put the model that rank 0 read on
-    every rank's device: whole, or sharded. FSDP2 gathers one block at a time, in the dtype of the products, and reduces
-    gradients in float32. Without `cast_forward_inputs` the rotary tables stay float32."""
-    # Each block by itself and in place, so that the names of the weights stay as they are
+def prepare_layers(model: GPT, config: Config):
+    """Compile the blocks, and recompute their activations, if asked for: in place, so that weights keep their names."""
     for layer in model.layers:
         if config.checkpoint_activations:
             layer.forward = recomputed(layer.forward)
         if config.compile == "true":
             layer.compile(dynamic=False)
-    if not dist.is_initialized():
-        model.to(config.device)
-        return
-
-    # Give up the model's memory, so that no rank ever holds more than its share. Rank 0 keeps the weights aside.
-    whole_state = model.state_dict() if rank() == 0 else {}
-    model.to("meta")
-    if shard:
-        mesh = init_device_mesh(config.device, (world_size(),))
-        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
-                                      cast_forward_inputs=False)
-        for module in (*model.layers, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-        model.to_empty(device=config.device)
-    else:
-        model.norm.to_empty(device=config.device)  # torch assigns the other weights, without a copy, on this device
-
-    # Rank 0 hands the weights out, one tensor at a time.
-    set_model_state_dict(model, whole_state, options=whole_tensor_options())
 
 
 def recomputed(forward: Callable) -> Callable:
-    """`forward`, recomputed in the backward pass: a closure, since torch.compile does not trace functools.partial."""
+    """Return `forward`, recomputed in the backward pass: a closure, as torch.compile cannot trace functools.partial."""
     def checkpointed(*inputs):
         return checkpoint(forward, *inputs, use_reentrant=False)
     return checkpointed
 
 
-def whole_tensor_options(cpu_offload: bool = False) -> StateDictOptions:
-    """For state dicts of whole tensors, which rank 0 reads and writes: any number of ranks can continue from them."""
+def hand_out(model: GPT, config: Config, shard: bool):
+    """Put the model that rank 0 has read on the devices of all ranks: whole, or sharded by FSDP2.
+
+    FSDP2 gathers one block at a time, in the dtype of the products, and reduces gradients in float32. The root stays
+    gathered after a forward pass, so the loss may still use the teacher's head."""
+    # Move the model to the meta device, so that no rank holds more than its share. Rank 0 keeps the weights aside.
+    whole_state = model.state_dict() if rank() == 0 else {}
+    model.to("meta")
+    if shard:
+        # from_group keeps the timeout of the processes' own group; init_device_mesh would make a new group.
+        mesh = DeviceMesh.from_group(dist.group.WORLD, torch.device(config.device).type)
+        policy = MixedPrecisionPolicy(param_dtype=getattr(torch, config.dtype), reduce_dtype=torch.float32,
+                                      cast_forward_inputs=False)  # the rotary tables stay float32
+        for module in (*model.layers, model):
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        model.to_empty(device=config.device)
+    else:
+        # One parameter tells torch the device. It assigns the others without a copy, as they are still on meta.
+        model.norm.to_empty(device=config.device)
+
+    # Rank 0 hands the weights out, one tensor at a time.
+    set_model_state_dict(model, whole_state, options=full_state_dict_options())
+
+
+def full_state_dict_options(cpu_offload: bool = False) -> StateDictOptions:
+    """Return the options for whole tensors, which rank 0 reads and writes, so that any number of ranks can continue."""
     return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload, broadcast_from_rank0=dist.is_initialized())
 
 
 # ------------ The run's folder ----------------------------------------------------------------------------------------
 
-LOCK = ".lock"
-
-
-@contextmanager
-def locked(folder: Path):
-    """Make the folder if it does not exist, and keep all other processes out of it while the context lasts."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a") as file:  # network file systems lock files that are open for writing, not folders
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process is using it; wait for it, or use another folder") from None
-        yield
-
-
-def write_text(path: Path, text: str):
-    """Write a small file completely or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    fsync(temporary)
-    os.replace(temporary, path)
-
-
 class RunFolder(ExitStack):
-    """A run's out_dir: its lock, config.json, metrics.jsonl, checkpoints, and the signals that ask for one.
-    Every rank has one, but only rank 0 reads and writes. It is an ExitStack, so that all that it has opened is closed
-    when the run ends, however it ends."""
+    """A run's out_dir with metrics.jsonl, its log, record and lock; and the signals that ask for a checkpoint. Each rank
+    has an instance, but only rank 0 reads and writes. It is an ExitStack: however the run ends, all is closed."""
 
     def __init__(self, out_dir: Path):
         super().__init__()
         self.out_dir = out_dir
-        self.content = {}
-        self.metrics = None
+        self.metrics = None  # open on rank 0
+        self.log_lines = 0  # of metrics.jsonl
         self.wandb = None
         self.received_signal = 0
 
-    def lock_and_find_checkpoint(self, config: Config, bins: TokenBins) -> tuple[TrainState, Path | None]:
-        """Lock the folder, refuse another experiment, drop what was logged after the checkpoint to continue from →
-        the training state, and that checkpoint's folder (None: start)."""
-        self.content = experiment_content(config, bins)
-        record = {"config": asdict(config), "content": self.content}
+    def lock(self):
+        """Keep other processes out of the folder. UserError if another one is in it, or if it is not a run's folder."""
+        path = self.out_dir / "metrics.jsonl"
+        if not path.exists() and list(self.out_dir.glob("*")):
+            raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; use another folder")
+        self.out_dir.mkdir(parents=True, exist_ok=True)
+        self.metrics = self.enter_context(open(path, "ab+"))  # network file systems lock only files open for writing
+        try:
+            fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.out_dir}: another process is using it; wait, or use another folder") from None
 
-        # Take the folder for this process alone, if it is a run's.
-        metrics_path = self.out_dir / "metrics.jsonl"
-        if not metrics_path.exists() and set(self.out_dir.glob("*")) - {self.out_dir / LOCK}:
-            raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; name another one")
-        self.enter_context(locked(self.out_dir))
-
-        # Refuse to continue another experiment.
-        metrics_path.touch()
-        if metrics_path.stat().st_size > 0 or list_checkpoints(self.out_dir):
-            check_same_experiment(self.out_dir, record)
-
-        # Continue from the newest whole checkpoint, and drop what was logged after it.
-        resumed = newest_checkpoint(self.out_dir)
-        state = TrainState()
-        kept = []
-        if resumed is not None:
-            state = read_state(resumed)
-            if state.finished:
-                return state, resumed
-            print(f"{self.out_dir}: continuing from {resumed.name}")
-            kept = [line for line in read_metrics(metrics_path) if line["step"] <= state.step]
-        write_text(metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
-        write_text(self.out_dir / "config.json", json.dumps(record, indent=1))
-        self.metrics = self.enter_context(open(metrics_path, "a", encoding="utf-8"))
-
-        # Weights & Biases. A resumed run, on another machine too, continues its curves, by the id in a file. The step
-        # is a value that is logged, since wandb's own cannot go back to a checkpoint's.
-        if config.wandb:
-            id_path = self.out_dir / "wandb_id"
-            if not id_path.exists():
-                write_text(id_path, os.urandom(16).hex())
-            with user_errors("--wandb", "run wandb login, or set WANDB_MODE=offline"):
-                self.wandb = import_optional("wandb", "--wandb").init(
-                    project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", dir=config.out_dir,
-                    config=asdict(config))
-                self.wandb.define_metric("step")
-                self.wandb.define_metric("*", step_metric="step")
-            self.callback(self.wandb.finish)
-        return state, resumed
+    def cut_log(self, n_lines: int):
+        """Drop what was logged after the checkpoint, which follows `n_lines`. UserError if the log has fewer."""
+        self.metrics.seek(0)
+        for _ in range(n_lines):
+            if not self.metrics.readline().endswith(b"\n"):
+                raise UserError(f"{self.metrics.name}: has fewer than the {n_lines} lines before the checkpoint; copy "
+                                "it again, or delete the folder")
+        self.metrics.truncate()
+        self.log_lines = n_lines
 
     def log(self, kind: str, step: int, **values):
-        """Append a line to metrics.jsonl, and log it to Weights & Biases if that is asked for."""
+        """Append a line to metrics.jsonl: `kind` is run, mixture, train or end, `step` counts finished updates."""
         if self.metrics is not None:
-            print(json.dumps({"kind": kind, "step": step, **values}), file=self.metrics, flush=True)
+            self.metrics.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+            self.metrics.flush()
+            self.log_lines += 1
         if self.wandb is not None and kind != "run":
             self.wandb.log({"step": step, kind: values})
+
+    def start_wandb(self, config: Config):
+        """Log to Weights & Biases too. A resumed run continues its curves by the id in a file. The step is a value that
+        is logged, since wandb's own step cannot go back to a checkpoint's."""
+        id_path = self.out_dir / "wandb_id"
+        if not id_path.exists():
+            id_path.write_text(os.urandom(16).hex())
+        with user_errors("--wandb", "run wandb login, or set WANDB_MODE=offline"):
+            self.wandb = import_optional("wandb", "--wandb").init(
+                project="ddk", name=config.out_dir, id=id_path.read_text(), resume="allow", dir=config.out_dir,
+                config=asdict(config))
+            self.wandb.define_metric("step")
+            self.wandb.define_metric("*", step_metric="step")
+        self.callback(self.wandb.finish)
 
     def catch_signals(self):
         """From here on SIGTERM, SIGHUP, SIGUSR1 and Ctrl-C wait for the loop to save. A second Ctrl-C exits at once."""
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-                handler_before = signal.signal(number, self.receive_signal)
-                self.callback(signal.signal, number, handler_before)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                previous = signal.signal(number, self.receive_signal)
+                self.callback(signal.signal, number, previous)
 
     def receive_signal(self, number, frame):
         if number == signal.SIGINT and self.received_signal == signal.SIGINT:
@@ -1003,43 +960,39 @@ class RunFolder(ExitStack):
         self.received_signal = number
 
 
-def experiment_content(config: Config, bins: TokenBins) -> dict:
-    """What identifies the bins and models of an experiment, wherever they lie: key → hash of the content."""
+def experiment_record(config: Config, bins: TokenBins) -> dict:
+    """Return what the run line says of the experiment. `content` identifies bins and models, wherever they are: a model
+    folder by its SHA256SUMS, or else by config.json and the names and sizes of its weights."""
     content = {"data_dir": bins.content(), "teacher": ""}  # "": a run without a teacher
     for role, source in models_of(config).items():
-        content[role] = source
-        if not is_recipe(source):
-            print(f"hashing the {role}: {source}", flush=True)
-            folder = model_folder(source, f"--{role}", MODEL_FILES)
-            hashes = file_hashes([folder / "config.json", *weight_files(folder)])
-            content[role] = digest(list(hashes.items()))
-    return content
+        folder = Path(source)
+        content[role] = source  # scratch:LxD, or a name on the Hub
+        if (folder / "SHA256SUMS").is_file():
+            content[role] = digest((folder / "SHA256SUMS").read_text(encoding="utf-8"))
+        elif folder.is_dir():
+            sizes = {path.name: path.stat().st_size for path in weight_files(folder)}
+            content[role] = digest((folder / "config.json").read_text(encoding="utf-8"), sizes)
+    return {"config": asdict(config), "content": content, "may_change": sorted(MAY_CHANGE)}
 
 
 def check_same_experiment(out_dir: Path, record: dict):
-    """Raises UserError if `out_dir` holds a run of another experiment than `record`, naming each key that differs.
-    Of bins and models the content is compared, of other keys the value. Keys added since that run count as their
-    defaults there, and contents added since as the same."""
-    path = out_dir / "config.json"
-    with user_errors(path, "not as a run writes it; name another --out_dir"):
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        before = {**asdict(Config()), **saved["config"]}
-        content_before = {**record["content"], **saved["content"]}
-    now = record["config"]
-    changed = [name for name in now if name not in MAY_CHANGE and now[name] != before[name]]
-    changed += [name for name, content in record["content"].items() if content != content_before[name]]
-    if "domains" in changed and "data_dir" in changed:
-        changed.remove("data_dir")  # other domains are another content of the same folder
+    """Raise UserError if the run in `out_dir` has another record, with each key that differs."""
+    path = out_dir / "metrics.jsonl"
+    lines = read_metrics(path)
+    if not lines:
+        return
+    with user_errors(path, "not as a run writes it; use another --out_dir"):
+        saved = {**asdict(Config()), **lines[0]["config"]}  # keys that were added since then have their defaults
+        changed = differing_keys(record, {**lines[0], "config": saved})
     if changed:
-        differences = [f"--{name}={now[name]}: the run in {out_dir} has another, --{name}={before[name]}"
-                       for name in changed]
-        differences.append(f"--out_dir={out_dir}: keep the keys of its run, name another folder, or delete this one. "
-                           "To train a finished student further, name its folder as --student")
-        raise UserError("\n".join(differences))
+        problems = [f"--{key}={record['config'][key]}: the run in {out_dir} has another, --{key}={saved[key]}"
+                    for key in changed]
+        raise UserError("\n".join(problems) + f"\n--out_dir={out_dir}: keep the keys of its run, use another folder, "
+                        "or delete this one. To train a finished student further, use its folder as --student")
 
 
 def environment() -> dict:
-    """Versions that a result may depend on, and this file's git revision, with -dirty if the files have changed."""
+    """Return versions that a result may depend on, and this file's git revision, with -dirty if files have changed."""
     describe = f"git -C '{Path(__file__).parent}' describe --always --abbrev=40 --exclude='*' --dirty"
     status, revision = subprocess.getstatusoutput(describe)
     return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
@@ -1051,15 +1004,14 @@ def count_parameters(models: dict) -> dict:
 
 
 # ------------ Checkpoints ---------------------------------------------------------------------------------------------
-# step_00000400/ is a model's folder in Hugging Face's format with the tokenizer, optimizer.pt, train_state.json, and
-# manifest.json, which holds the sha256 of all others. extra.safetensors is there if student.extra has modules. The
-# folder is written under another name, synced to disk, and renamed: it is whole, or not there.
+# step_00000400/ is a published folder (see data.py): a model folder in Hugging Face's format with the tokenizer, and
+# optimizer.pt, train_state.json, and extra.safetensors if student.extra has modules.
 
 def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: list, bins: TokenBins, keep: int):
     """Write the checkpoint of this step, then delete all but the newest `keep`. All ranks call it, rank 0 writes, and
-    none leaves before it is whole."""
-    # Gather whole tensors. Before the first update an optimizer has no state: asked for it, torch would initialise one.
-    options = whole_tensor_options(cpu_offload=True)
+    no rank leaves before the checkpoint is complete."""
+    # Gather whole tensors. Before the first update torch would initialize the optimizers' state to return it.
+    options = full_state_dict_options(cpu_offload=True)
     weights = get_model_state_dict(student, options=options)
     optimizer_state = None
     if state.step > 0:
@@ -1068,76 +1020,52 @@ def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: l
 
 
 def write_checkpoint(folder, state, student, weights, optimizer_state, bins, keep):
-    # Write all files under another name, and to the disk itself.
-    temporary = folder.with_name(folder.name + ".tmp")
     try:
-        student.save_pretrained(temporary, weights)
-        extra = {name.removeprefix("extra."): weights[name] for name in weights if name.startswith("extra.")}
-        if extra:
-            save_file(extra, temporary / "extra.safetensors")
-        save_tokenizer(temporary, bins)
-        torch.serialization.set_crc32_options(False)  # the manifest has a better checksum
-        torch.save(optimizer_state, temporary / "optimizer.pt")
-        write_text(temporary / "train_state.json", json.dumps(asdict(state), indent=1))
-        write_text(temporary / "manifest.json", json.dumps(file_hashes(sorted(temporary.iterdir())), indent=1))
-        # The log too: a checkpoint is to have all lines before it.
-        for path in (*temporary.iterdir(), temporary, folder.parent / "metrics.jsonl"):
-            fsync(path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # how each library says that the disk is full
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{folder}: cannot be saved ({error}); make room, and the same command continues from the "
-                        "checkpoint before it") from None
-
-    # Now it is whole, and old ones may go.
-    os.replace(temporary, folder)
-    fsync(folder.parent)
+        with published(folder) as temporary:
+            student.save_pretrained(temporary, weights)
+            extra = {name.removeprefix("extra."): weights[name] for name in weights if name.startswith("extra.")}
+            if extra:
+                save_file(extra, temporary / "extra.safetensors")
+            save_tokenizer(temporary, bins)
+            torch.serialization.set_crc32_options(False)  # SHA256SUMS is a better checksum
+            torch.save(optimizer_state, temporary / "optimizer.pt")
+            write_json(temporary / "train_state.json", asdict(state))
+            fsync(folder.with_name("metrics.jsonl"))  # all lines before a checkpoint are on the disk
+    except (RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk so
+        raise UserError(f"{folder}: cannot be written: {error}; free some space, and use the same command") from None
     if keep > 0:
         for old in list_checkpoints(folder.parent)[:-keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old.rename(f"{old}.old.tmp"))  # renamed, so that half of it is no checkpoint
 
 
 def list_checkpoints(out_dir: Path) -> list[Path]:
-    """Checkpoint folders, the newest last."""
+    """Return the checkpoint folders, the newest last."""
     return sorted(out_dir.glob("step_" + 8 * "[0-9]"))
 
 
 def newest_checkpoint(out_dir: Path) -> Path | None:
-    """The newest whole checkpoint. Damaged ones are named and renamed corrupt_step_…."""
-    # What a run that was killed in a save has left
-    for unfinished in out_dir.glob("step_*.tmp"):
+    """Return the newest intact checkpoint. Report damaged ones and rename them corrupt_step_…"""
+    for unfinished in out_dir.glob("step_*.tmp"):  # kill -9 left it
         shutil.rmtree(unfinished)
     for folder in reversed(list_checkpoints(out_dir)):
-        wrong = damaged_files(folder)
-        if not wrong:
+        damaged = damaged_files(folder)
+        if not damaged:
             return folder
-        aside = out_dir / f"corrupt_{folder.name}"
-        while aside.exists():  # from an earlier time
-            aside = Path(f"{aside}.1")
-        os.replace(folder, aside)
-        print(f"WARNING: {folder}: {', '.join(wrong)} missing or changed; renamed {aside.name}")
+        aside = folder.rename(out_dir / f"corrupt_{folder.name}.{os.urandom(2).hex()}")
+        print(f"WARNING: {folder}: {', '.join(damaged)} missing or changed; renamed {aside.name}")
     if list(out_dir.glob("corrupt_step_*")):
-        print(f"{out_dir}: no whole checkpoint is left: starting again from step 0")
+        print(f"{out_dir}: no intact checkpoint is left: starting again from step 0")
     return None
 
 
-def damaged_files(folder: Path) -> list[str]:
-    """The files of a checkpoint that are missing, or not as its manifest says."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        hashes = file_hashes([folder / name for name in manifest if (folder / name).is_file()])
-        return [name for name, sha256 in manifest.items() if sha256 != hashes.get(name)]
-    except (OSError, ValueError, AttributeError):
-        return ["manifest.json"]
-
-
 def read_saved(path: Path, read: Callable):
-    """What `read(path)` gives of a file in a checkpoint."""
-    with user_errors(path, "not as a run saves it; delete this step's folder, and the checkpoint before it is used"):
+    """Return what `read(path)` gives of a file in a checkpoint."""
+    with user_errors(path, "not as a run saves it; delete this step's folder, and the run uses the previous one"):
         return read(path)
 
 
 def read_state(folder: Path) -> TrainState:
-    """The training state of a checkpoint."""
+    """Return the training state of a checkpoint."""
     return read_saved(folder / "train_state.json", lambda path: TrainState(**json.loads(path.read_text("utf-8"))))
 
 
@@ -1147,60 +1075,46 @@ def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, st
     optimizer_state = on_rank_0(read_saved, folder / "optimizer.pt", lambda path: torch.load(path, weights_only=True),
                                 share=False)
     if state.step > 0:
-        set_optimizer_state_dict(student, optimizers, optimizer_state or {}, options=whole_tensor_options())
+        set_optimizer_state_dict(student, optimizers, optimizer_state or {}, options=full_state_dict_options())
 
 
 # ------------ Checks before anything slow -----------------------------------------------------------------------------
 
 def preflight(config: Config) -> tuple[TokenBins, dict]:
-    """The bins, and role → GPTConfig of the models, checked before a weight is read. Raises UserError."""
+    """Return the bins, and role → GPTConfig of the models, checked before a weight is read. Raise UserError."""
     # The bins against the keys
-    bins = open_bins(config)
-    if "tiktoken" not in bins.tokenizer["fingerprint"]:  # an encoding of tiktoken may have to be downloaded
+    bins = TokenBins(config.data_dir, config.block_size, config.domains.split(",") if config.domains else None)
+    if "tiktoken" not in bins.tokenizer["fingerprint"]:  # tiktoken may have to download an encoding
         saved_tokenizer(bins.dir, bins.tokenizer)
     fixed_windows(bins, "val", config.val_samples)
     fixed_windows(bins, "test", config.test_samples)
-    with user_errors(f"--mixture={config.mixture}", f"name each domain of {config.data_dir} once"):
+    with user_errors(f"--mixture={config.mixture}", f"give each domain of {config.data_dir} a weight"):
         make_sampler(config, bins)
 
     # The models against the bins
     model_configs = {}
     for role, source in models_of(config).items():
-        model_configs[role] = checked_model_config(role, source, bins, model_configs.get("teacher"))
+        model_configs[role] = checked_model_config(role, source, bins)
     if config.dry_run:
-        print_cost(config, bins, model_configs)
+        print_cost(config, model_configs)
     return bins, model_configs
 
 
-def open_bins(config: Config) -> TokenBins:
-    return TokenBins(config.data_dir, config.block_size, config.domains.split(",") if config.domains else None)
-
-
 def fixed_windows(bins: TokenBins, split: str, count: int) -> dict:
-    """name → windows of a split, val or test, (count, block_size + 1) int64; {} if count is 0."""
+    """Return name → windows of a split, val or test, (count, block_size + 1) int64; {} if count is 0."""
     return {name: torch.from_numpy(bins.eval_windows(name, split, count)) for name in bins.names if count > 0}
 
 
-def is_recipe(source: str) -> bool:
-    """Whether a student is a recipe, scratch:LxD or layers:N, and neither a folder nor a name on the Hub.
-    Another recipe is added here, and in `contradictions`, `checked_model_config` and `read_model`."""
-    return source.partition(":")[0] in ("scratch", "layers")
+def is_scratch(source: str) -> bool:
+    """Whether a student is a new model, scratch:LxD: see `config_errors`, `checked_model_config` and `read_model`."""
+    return source.startswith("scratch:")
 
 
-def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTConfig | None) -> GPTConfig:
-    """The GPTConfig of the model that `source` names. UserError unless it can read the bins' windows, and has the
-    tokenizer of the bins."""
-    # A recipe: it fits the bins, or takes layers of the teacher, which is checked itself
-    kind, _, size = source.partition(":")
-    if kind == "scratch":
-        layers, width = size.split("x")
+def checked_model_config(role: str, source: str, bins: TokenBins) -> GPTConfig:
+    """Return the GPTConfig of a model. UserError unless it can read the bins' windows and has their tokenizer."""
+    if is_scratch(source):
+        layers, width = source.removeprefix("scratch:").split("x")
         return GPTConfig.scratch(int(layers), int(width), bins.vocab_size, bins.block_size)
-    if kind == "layers":
-        if teacher is None:
-            raise UserError(f"--student={source}: are layers of the teacher; name one with --teacher")
-        if int(size) > teacher.num_hidden_layers:
-            raise UserError(f"--student={source}: the teacher has only {teacher.num_hidden_layers} layers")
-        return replace(teacher, num_hidden_layers=int(size))
 
     # A folder, or a name on the Hub, of whose files these are checked before the weights are downloaded
     folder = model_folder(source, f"--{role}", ("config.json", TOKENIZER_META, *TOKENIZER_FILES))
@@ -1218,101 +1132,60 @@ def checked_model_config(role: str, source: str, bins: TokenBins, teacher: GPTCo
         raise UserError(f"--block_size={bins.block_size}: the {role} {source} reads at most {model_config.context} "
                         "tokens")
     if theirs is None or ("tiktoken" in theirs.fingerprint) != ("tiktoken" in ours["fingerprint"]):
-        print(f"WARNING: --{role}={source} has no tokenizer that can be compared with the bins', {ours['name']}; it is "
-              "taken, since it has enough ids")
+        print(f"WARNING: --{role}={source} has no tokenizer that can be compared with the bins', {ours['name']}; the "
+              "run uses it, since it has enough ids")
     elif theirs.fingerprint != ours["fingerprint"]:
         raise UserError(f"--{role}={source}: its tokenizer {Path(source).name} ({theirs.vocab_size} ids) is not that "
                         f"of the bins, {ours['name']} ({bins.vocab_size} ids); {fix}")
     return model_config
 
 
-def contradictions(config: Config) -> list[str]:
-    """What is wrong with a configuration that can be told without opening a file."""
+def config_errors(config: Config) -> list[str]:
+    """Return what is wrong with a configuration, as far as no file has to be opened."""
     arm = ARMS[config.method]
-    needs_models = config.preset != "quickstart"
-    world = planned_world_size(config)
+    makes_models = config.preset == "quickstart"
+    world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else world_size()
     too_few_gpus = (config.device in ("auto", "cuda") and torch.cuda.is_available()
                     and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count())
-    recipe = r"scratch:[1-9]\d*x(?!0)\d*[02468]|layers:[1-9]\d*"
-
-    # Numbers out of their range; NaN is in none
-    problems = []
+    errors = []
     for name, value in asdict(config).items():
-        minimum = MINIMUM.get(name, 0)
-        if type(value) in (int, float) and not minimum <= value < 2**63:
-            problems.append(f"--{name}={value}: must be a finite number, at least {minimum}")
-
+        low, high = BOUNDS.get(name, (0, 1e15))
+        if type(value) in (int, float) and not low <= value <= high:  # NaN is in no range
+            errors.append(f"--{name}={value}: must be a number from {low} to {high}")
     checks = [  # (whether it is wrong, the message)
-        (config.alpha > 1, f"--alpha={config.alpha}: must be a number from 0 to 1"),
-        (config.lr > 1, f"--lr={config.lr}: must be at most 1; the paper's is 3e-5"),
-        (not config.preset, "--preset: name one, since it sets what a step is; paper has the paper's values"),
-        (is_recipe(config.student) and not re.fullmatch(recipe, config.student),
-         f"--student={config.student}: write scratch:LxD with D even, as in scratch:4x128, or layers:N"),
-        (is_recipe(config.teacher), f"--teacher={config.teacher}: name the folder of a trained model"),
-        (needs_models and not config.student, "--student: name its folder, scratch:LxD or layers:N"),
-        (needs_models and arm.trains_with_teacher and not config.teacher,
-         f"--teacher: --method={config.method} requires one; name its folder"),
-        (config.mixture and arm.rule == "equal",
-         f"--mixture={config.mixture}: --method={config.method} draws all domains alike"),
-        (0 < config.max_steps <= config.warmup_steps,
-         f"--warmup_steps={config.warmup_steps}: must be below --max_steps={config.max_steps}, a tenth of it perhaps"),
+        (not config.preset, "--preset: choose one, since it sets what a step is; paper has the paper's values"),
+        (is_scratch(config.student) and not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]", config.student),
+         f"--student={config.student}: write scratch:LxD with D even, such as scratch:4x128"),
+        (is_scratch(config.teacher), f"--teacher={config.teacher}: use the folder of a trained model"),
+        (not makes_models and not config.student, "--student: use a model folder or scratch:LxD"),
+        (not makes_models and arm.trains_with_teacher and not config.teacher,
+         f"--teacher: --method={config.method} requires a model folder"),
+        (makes_models and not (config.teacher and config.student) and config.block_size > 2048,
+         f"--block_size={config.block_size}: the models that the quickstart makes read at most 2048 tokens"),
         (config.batch_size % world != 0,
          f"--batch_size={config.batch_size}: must be a multiple of {world}, the number of processes"),
-        (config.parallel == "none" and world > 1, f"--parallel=none: there are {world} processes; take ddp or fsdp"),
-        (config.parallel in ("ddp", "fsdp") and "RANK" not in os.environ and not config.dry_run,
-         f"--parallel={config.parallel}: start with torchrun --nproc_per_node=N distill.py"),
+        (config.parallel == "none" and world > 1, f"--parallel=none: there are {world} processes; use ddp or fsdp"),
         (too_few_gpus, f"--device={config.device}: more processes than GPUs here; start fewer, or --device=cpu"),
     ]
-    return problems + [message for is_wrong, message in checks if is_wrong]
+    return errors + [message for is_wrong, message in checks if is_wrong]
 
 
-# ------------ What a run takes, and what it prints --------------------------------------------------------------------
+# ------------ What a run prints ---------------------------------------------------------------------------------------
 
-def step_flops(parameters: dict, config: Config) -> float:
-    """Floating-point operations of a training step, about: 6 a weight and token for the student, 2 for the teacher."""
-    flops_per_token = 6 * parameters["student"]
-    if ARMS[config.method].trains_with_teacher:
-        flops_per_token += 2 * parameters["teacher"]
-    return flops_per_token * config.batch_size * config.block_size
-
-
-def model_bytes(role: str, n_parameters: int, config: Config, world: int) -> dict:
-    """What a model holds on each of `world` devices between passes, name → bytes: weights in the dtype of the products,
-    but the student's in float32 with gradients and AdamW's two moments."""
-    widths = {"weights": 2 if config.dtype == "bfloat16" else 4}
-    if role == "student":
-        widths = {"weights": 4, "gradients": 4, "optimizer": 8}
-    is_sharded = config.parallel != "ddp" and (role == "student" or config.shard_teacher)
-    shards = world if is_sharded else 1
-    return {part: width * n_parameters / shards for part, width in widths.items()}
-
-
-def print_cost(config: Config, bins: TokenBins, model_configs: dict):
-    """Print what a run would take, from sizes alone, on as many devices as torchrun, or WORLD_SIZE, says."""
-    # Bytes per device
-    world = planned_world_size(config)
+def print_cost(config: Config, model_configs: dict):
+    """Print what a run would take: weights, and of the student also gradients and AdamW's two moments, in float32."""
     with torch.device("meta"):
         parameters = count_parameters({role: GPT(model_config) for role, model_config in model_configs.items()})
     for role, n in parameters.items():
-        parts = []
-        for part, n_bytes in model_bytes(role, n, config, world).items():
-            size = f"{n_bytes / 2**30:.2f} GiB"
-            if n_bytes < 2**30:
-                size = f"{n_bytes / 2**20:.2f} MiB"
-            parts.append(f"{part} {size}")
-        print(f"{role}: {n:,} parameters; on each of {world} devices {', '.join(parts)}")
-    print("on top come gathered weights, the loss's chunk of logits, and activations, which grow with micro_batch_size")
-
-    # Tokens and operations
+        width = 16 if role == "student" else getattr(torch, config.dtype).itemsize
+        print(f"{role}: {n:,} parameters, {n * width / 2**30:.2f} GiB over all devices")
     tokens = config.batch_size * config.block_size
-    print(f"a step: {tokens:,} tokens, {step_flops(parameters, config):.2e} FLOPs")
-    print(f"{config.max_steps:,} steps: {tokens * config.max_steps:,} tokens, of "
-          f"{sum(bins.n_windows.values()) * config.block_size:,} in the bins")
+    print(f"a step: {tokens:,} tokens; {config.max_steps:,} steps: {tokens * config.max_steps:,} tokens")
 
 
 def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float], config: Config):
-    """Log a step, its speed, and what the rest takes at the latest pace, both without evaluations and saves. Print a
-    line after the first step and the last, and every log_every; on GPUs with the peak of memory."""
+    """Log a step, its speed, and the time to the end at the latest pace, both without evaluations and saves. Print a
+    line after the first and the last step, and every log_every; on GPUs with the peak of memory."""
     tokens = config.batch_size * config.block_size
     tokens_per_s = tokens / step_times[-1]
     eta_s = np.mean(step_times[-50:]) * (config.max_steps - step)
@@ -1322,82 +1195,71 @@ def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float],
     text = "  ".join(f"{name} {value:.4g}" for name, value in step_log.items())
     if config.device.startswith("cuda"):
         text += f"  {torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB"
-    print(f"step {step}/{config.max_steps}  {text}  {tokens_per_s:,.0f} tokens/s  "
-          f"ETA {timedelta(seconds=int(eta_s))}", flush=True)
+    eta = timedelta(seconds=int(eta_s))
+    print(f"step {step}/{config.max_steps}  {text}  {tokens_per_s:,.0f} tokens/s  ETA {eta}", flush=True)
 
 
 def worst_ratio(domains: dict) -> float:
-    """The largest ratio of the domains; infinite where there is no teacher."""
+    """Return the largest ratio of the domains; infinite without a teacher."""
     ratios = [domain["ratio"] for domain in domains.values()]
     return math.inf if None in ratios else max(ratios)
 
 
-def table_rows(domains: dict, r: dict) -> dict:
-    """Return name → the numbers of a domain for a table, r included."""
-    return {name: {**domain, "r": r[name]} for name, domain in domains.items()}
-
-
-def print_evaluation(state: TrainState, sampler: MixtureSampler, bins: TokenBins, config: Config):
-    """Print a line after an evaluation: the largest ratio, its domain, and r, what the next steps draw by. Before
-    training, first a table of the domains, and warnings."""
-    r = dict(zip(bins.names, sampler.probs))
+def print_evaluation(state: TrainState, sampler: MixtureSampler, vocab_size: int):
+    """Print a line after an evaluation: the largest ratio, its domain, and r, the sampling weights of the next steps.
+    Before training, print a table of the domains, and warn of a teacher that has little to teach."""
+    r = dict(zip(sampler.names, sampler.probs))
+    has_teacher = worst_ratio(state.domains) < math.inf
     if state.step == 0:
-        rows = table_rows(state.domains, r)
-        print_domains(rows, rows)
-        for warning in first_warnings(rows, bins, config):
-            print(warning)
+        print_domains(state.domains, r)
+    for name, domain in state.domains.items():
+        if state.step == 0 and has_teacher and domain["teacher_ppl"] > vocab_size / 2:
+            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): HARDLY TRAINED, "
+                  "LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
+        elif state.step == 0 and has_teacher and domain["ratio"] < 1:
+            print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
+                  f"{1 / domain['ratio']:.2f}")
     text = f"evaluated at step {state.step}: "
-    if config.teacher:
-        ratio, worst = max((domain["ratio"], name) for name, domain in state.domains.items())
-        text += f"largest ratio {ratio:.3f} ({worst}), "
+    if has_teacher:
+        ratio, name = max((domain["ratio"], name) for name, domain in state.domains.items())
+        text += f"largest ratio {ratio:.3f} ({name}), "
     shares = "  ".join(f"{name} {share:.3f}" for name, share in r.items())
     print(f"{text}r = {shares}", flush=True)
 
 
-def first_warnings(rows: dict, bins: TokenBins, config: Config) -> Iterator:
-    """Warnings after the first evaluation of a teacher that has little to teach."""
-    for name, row in rows.items():
-        if config.teacher and row["teacher_ppl"] > bins.vocab_size / 2:
-            yield (f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({row['teacher_ppl']:.0f}): HARDLY TRAINED, LOADED "
-                   "WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
-        elif config.teacher and row["ratio"] < 1:
-            yield (f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
-                   f"{1 / row['ratio']:.2f}")
-
-
 def report(config: Config, folder: Path):
-    """Print what a run did in each domain, from its first evaluation to its last, and what to try next."""
+    """Print what a run did in each domain, from its first evaluation to its last."""
     state = read_state(folder)
-    bins = open_bins(config)
-    last = table_rows(state.domains, state.sampler["probs"])
-    first = last
-    for line in read_metrics(folder.parent / "metrics.jsonl"):
+    first = {"domains": state.domains, "r": state.sampler["probs"]}
+    for line in read_metrics(folder.with_name("metrics.jsonl")):
         if line["kind"] == "mixture" and line["step"] == 0:
-            first = table_rows(line["domains"], line["r"])
+            first = line
     print(f"{config.method}, seed {config.seed}, step {state.step}: first → last evaluation\n")
-    print_domains(first, last)
+    print_domains(state.domains, state.sampler["probs"], first)
     if config.teacher:
-        print(f"worst ratio: {worst_ratio(first):.2f} → {worst_ratio(last):.2f}")
+        print(f"worst ratio: {worst_ratio(first['domains']):.2f} → {worst_ratio(state.domains):.2f}")
     if config.test_samples > 0:
         print("\nOn the test windows, which never influenced r:\n")
-        print_domains(last, last, tested=True)
-    print(f"warnings at the first evaluation: {len(list(first_warnings(first, bins, config)))}")
+        print_domains(state.domains, state.sampler["probs"], tested=True)
     print(f"The student is in {folder}. Text by it:  python model.py --model={folder} --prompt='def main('")
 
 
-def print_domains(first_rows: dict, rows: dict, tested: bool = False):
-    """A row per domain, a column per number, as first → last where it has changed; with `tested`, those on the test
-    windows instead."""
-    columns = [column for column in next(iter(rows.values())) if column.startswith("test_") == tested]
-    lines = [["", *columns]]
-    for name, row in rows.items():
-        line = [name]
+def print_domains(domains: dict, r: dict, first: dict | None = None, tested: bool = False):
+    """Print a row per domain and a column per number, as first → last if it has changed since the mixture line `first`;
+    with `tested`, the numbers on the test windows instead."""
+    rows = [[""]]
+    for name, domain in domains.items():
+        numbers = {**domain, "r": r[name]}
+        before = {**first["domains"][name], "r": first["r"][name]} if first else numbers
+        columns = [column for column in numbers if column.startswith("test_") == tested]
+        cells = []
         for column in columns:
-            cell = format_number(row[column])
-            first = format_number(first_rows[name][column])
-            line.append(cell if cell == first else f"{first} → {cell}")
-        lines.append(line)
-    print_table(lines)
+            cell = format_number(numbers[column])
+            cell_before = format_number(before[column])
+            cells.append(cell if cell == cell_before else f"{cell_before} → {cell}")
+        rows.append([name, *cells])
+    rows[0] += columns
+    print_table(rows)
 
 
 def format_number(value) -> str:
@@ -1414,8 +1276,8 @@ PRETRAINING = dict(preset="quickstart", method="cpt", interval=10**9, test_sampl
 
 
 def quickstart_models(pretrain_steps: int) -> dict:
-    """What else these runs are given, role → keys. The teacher learns all domains alike, the student base hardly any
-    C++: small models are strong in some domains and weak in others."""
+    """Return the other keys of these runs, role → keys. The teacher learns all domains equally, the student base hardly
+    any C++: small models are strong in some domains and weak in others."""
     return {"teacher": dict(student="scratch:4x128", max_steps=pretrain_steps, warmup_steps=pretrain_steps // 24,
                             lr=3e-3, min_lr=3e-4, mixture="python=1,cpp=1,math=1,prose=1"),
             "student": dict(student="scratch:2x96", max_steps=pretrain_steps // 4, warmup_steps=pretrain_steps // 40,
@@ -1423,61 +1285,33 @@ def quickstart_models(pretrain_steps: int) -> dict:
 
 
 def quickstart(config: Config) -> Config:
-    """Make what the quickstart lacks, in `data_dir`: bins, teacher, student base, from which every arm and seed starts.
-    Returns `config` with its models."""
-    # The bins, and the models that were made before
+    """Make what the quickstart lacks in `data_dir`: bins, a teacher, and the student base from which every method and
+    seed starts. Return `config` with its models."""
     on_rank_0(build_quickstart_bins, Path(config.data_dir))
-    shared = {key: getattr(config, key) for key in ("data_dir", "device", "compile", "timeout", "dry_run")}
-    to_make = {}  # role → Config of the run that makes the model
+    shared = {key: getattr(config, key) for key in ("data_dir", "device", "compile", "timeout")}
+    missing = {}  # role → Config of the run that makes the model
     for role, keys in quickstart_models(config.pretrain_steps).items():
-        if getattr(config, role):
-            continue
-        run = resolve_config({**PRETRAINING, **keys, **shared, "out_dir": f"{config.data_dir}/{role}"})
-        source = on_rank_0(finished_run, Path(run.out_dir))
-        if source is not None:
-            print(f"The {role} was made before, with the --pretrain_steps of that time: {source}")
-        else:
-            on_rank_0(check_pretraining, role, run, config)
-            to_make[role] = run
-            source = run.student
-        config = replace(config, **{role: str(source)})
+        if not getattr(config, role):
+            pretrain_config = resolve_config({**PRETRAINING, **keys, **shared, "out_dir": f"{config.data_dir}/{role}"})
+            folder = on_rank_0(finished_run, Path(pretrain_config.out_dir))
+            if folder is None:
+                missing[role] = pretrain_config
+            else:
+                print(f"The {role} was made before, with the --pretrain_steps of that time: {folder}")
+            config = replace(config, **{role: str(folder or pretrain_config.student)})
 
-    # All checks of the main run, before minutes of training
+    # Check the main run before minutes of training.
     on_rank_0(preflight, config)
-    for role, run in to_make.items():
-        print(f"\nThe {role}: {run.student}, {run.max_steps} steps, kept in {run.out_dir}. The run that makes it calls "
-              "it the student.", flush=True)
-        if config.dry_run:
-            on_rank_0(preflight, resolve_auto(run))
-        else:
-            config = replace(config, **{role: str(train(run))})
+    for role, pretrain_config in missing.items():
+        print(f"\nThe {role}: {pretrain_config.student}, {pretrain_config.max_steps} steps, kept in "
+              f"{pretrain_config.out_dir}. The run that makes it calls it the student.", flush=True)
+        if not config.dry_run:
+            config = replace(config, **{role: str(train(pretrain_config))})
     return config
 
 
-def check_pretraining(role: str, run: Config, config: Config):
-    """Raises UserError if `run` could not make the quickstart's model, or not one for the main run."""
-    bins = open_bins(run)
-    if set(bins.names) != set(QUICKSTART_BYTES):
-        raise UserError(f"--data_dir={config.data_dir}: has the domains {' '.join(bins.names)}, and the quickstart "
-                        "makes models for its own text only; name a --teacher and a --student, or a --preset")
-    world = planned_world_size(config)
-    if run.batch_size % world != 0:
-        raise UserError(f"--nproc_per_node={world}: the quickstart makes its {role} with {run.batch_size} windows per "
-                        "step, which that many processes cannot share; start 1, 2, 4 or 8")
-    context = checked_model_config("student", run.student, bins, None).context
-    if config.block_size > context:
-        raise UserError(f"--block_size={config.block_size}: the quickstart's {role} reads at most {context} tokens")
-    saved = Path(run.out_dir) / "config.json"
-    if saved.is_file():
-        with user_errors(saved, "not as a run writes it; delete the folder"):
-            begun_steps = json.loads(saved.read_text("utf-8"))["config"]["max_steps"]
-        if begun_steps != run.max_steps:
-            raise UserError(f"--pretrain_steps={config.pretrain_steps}: {run.out_dir} has a {role} that is half made, "
-                            f"in a run of {begun_steps} steps; give that time's number, or delete the folder")
-
-
 def finished_run(out_dir: Path) -> Path | None:
-    """The last checkpoint of a run, if it is finished and whole. Takes no lock: many runs may start from it at once."""
+    """Return the last checkpoint of a run if it is finished and intact. No lock: many runs may use it at once."""
     for folder in list_checkpoints(out_dir):
         if not damaged_files(folder) and read_state(folder).finished:
             return folder
@@ -1487,7 +1321,7 @@ def finished_run(out_dir: Path) -> Path | None:
 # ------------ Command line --------------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
-    """argparse, whose mistakes are UserErrors: rank 0 alone prints its sentence, without the usage."""
+    """argparse with UserErrors: rank 0 prints only the sentence, without the usage."""
     def error(self, message: str):
         if message.startswith("unrecognized arguments"):
             message += "; write --key=value, --help lists the keys"
@@ -1501,10 +1335,10 @@ def true_or_false(text: str) -> bool:
 
 
 def parse_config(argv: list[str] | None = None) -> Config:
-    """The Config of a command line. Of a key given twice the last counts. Raises UserError with the first mistake."""
-    # A key for each field of Config, whose help is the comment behind it
+    """Return the Config of a command line. The last value of a repeated key wins. Raise UserError on a mistake."""
+    # A key for each field of Config. Its help is the comment on the same line: a second line would not be seen.
     arms = "\n".join(f"    {name:10} {arm.help}" for name, arm in ARMS.items())
-    parser = Parser(description=f"{__doc__}\nThe arms, for --method:\n\n{arms}", allow_abbrev=False,
+    parser = Parser(description=f"{__doc__}\nThe methods:\n\n{arms}", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     helps = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for entry in fields(Config):
@@ -1512,7 +1346,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         if get_args(entry.type):
             kind = {"choices": get_args(entry.type)}  # the words of a Literal
         elif entry.type is bool:
-            kind = {"type": true_or_false, "nargs": "?", "const": True}  # the key alone means true
+            kind = {"type": true_or_false, "nargs": "?", "const": True}  # the key without a value is true
         text = helps.get(entry.name, "")
         if entry.name in PRESETS["quickstart"]:
             text += f" (default: {entry.default}; quickstart: {PRESETS['quickstart'][entry.name]})"
@@ -1520,10 +1354,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
             text += f" (default: {entry.default})"
         parser.add_argument(f"--{entry.name}", help=text, **kind)
 
-    # What can be told without opening a file
+    # Check whatever needs no file.
     config = resolve_config(vars(parser.parse_args(argv)))
-    for problem in contradictions(config):
-        raise UserError(problem)
+    for error in config_errors(config):
+        raise UserError(error)
     parse_mixture(config.mixture)
     resolve_device(config.device)
     if config.wandb:
@@ -1532,10 +1366,10 @@ def parse_config(argv: list[str] | None = None) -> Config:
 
 
 def resolve_config(given: dict) -> Config:
-    """A whole Config from the keys given: below them the preset's values, then what follows from others."""
+    """Return a whole Config: the keys given, then the preset's values, then what follows from other keys."""
     preset = given.get("preset", "")
-    if not preset and all(map(is_recipe, models_of(Config(**given)).values())):
-        preset = "quickstart"  # no folder is named, and no model of the Hub
+    if not preset and all(map(is_scratch, models_of(Config(**given)).values())):
+        preset = "quickstart"  # without a model folder or a name on the Hub: all() of nothing is True
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
     if not config.data_dir:
         config.data_dir = f"data/{preset}"
@@ -1551,7 +1385,7 @@ def main():
         for name, value in asdict(config).items():
             if value != getattr(Config, name):  # its default
                 print(f"{name} = {value}")
-        print(f"The other keys have their defaults; a run writes all to {config.out_dir}/config.json.\n", flush=True)
+        print(f"The other keys have their defaults; all are in {config.out_dir}/metrics.jsonl.\n", flush=True)
         if config.preset == "quickstart":
             config = quickstart(config)
         elif config.dry_run:

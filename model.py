@@ -15,7 +15,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial, reduce
 from pathlib import Path
 
@@ -339,32 +339,23 @@ class GPT(nn.Module):
                 break
         return idx
 
-    def keep_layers(self, n: int):
-        """Keep `n` evenly spaced layers in place, the first and the last among them; n = 1 keeps the first."""
-        L = len(self.layers)
-        assert 1 <= n <= L, f"layers:{n} of a model of {L} layers"
-        kept = [round(i * (L - 1) / max(n - 1, 1)) for i in range(n)]
-        self.layers = nn.ModuleList(self.layers[i] for i in kept)
-        self.config = replace(self.config, num_hidden_layers=n)
-
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
                         config: GPTConfig | None = None) -> "GPT":
         """Read a Hugging Face folder, on the CPU, with weights as `dtype` (None: the file's). The network is built from
-        `config`, which was read before, or from config.json.
+        `config`, or from config.json.
 
-        A missing file, or a missing, unexpected, mis-shaped, non-finite or contradictory tensor is a UserError that
-        names it. Nothing is unpickled, and nothing is filled in. Memory is that of the model and of one tensor."""
+        UserError if a file is missing, or if a tensor is missing, unexpected, of another shape, not finite or another
+        than the one that it is tied to. Nothing is unpickled, and no gap is filled. Memory is that of the model."""
         folder = Path(folder)
         if config is None:
             config = read_config(folder)
-        # On meta there is no memory yet: every parameter is replaced by a tensor of the file
-        with user_errors(folder / "config.json", "sizes of a network are expected"), torch.device("meta"):
-            model = cls(config)
-        model.load_state_dict(read_weights(folder, model, dtype), assign=True)
-        # A file of several dtypes makes a model of one that holds them all
-        dtypes = {parameter.dtype for parameter in model.parameters()}
-        return model.to(reduce(torch.promote_types, dtypes))
+        with user_errors(folder, "its weights are not those of its config.json; copy it again"):
+            with torch.device("meta"):  # without memory: each parameter is replaced by a tensor of the file
+                model = cls(config)
+            model.load_state_dict(read_weights(folder, model, dtype), strict=True, assign=True)
+            # A file of several dtypes makes a model of one that holds them all.
+            return model.to(reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()}))
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None):
         """Write `config.json` and `model.safetensors` as transformers does for this family, in the weights' dtype.
@@ -408,36 +399,35 @@ def read_config(folder: Path) -> GPTConfig:
 
 
 def config_from_file(path):
-    """The GPTConfig of a config.json. UserError where it describes a network that GPT cannot be."""
+    """Return the GPTConfig of a config.json. UserError if it describes a network that GPT cannot be."""
     settings = json.loads(path.read_text(encoding="utf-8"))
-    # transformers 5 keeps rope_theta in rope_parameters, 4 at top level. Both prefer rope_scaling to rope_parameters.
+
+    # Rope: transformers 5 has rope_theta in rope_parameters, 4 at top level. Both prefer rope_scaling.
     rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     given = {**settings, **rope, "rope_type": rope_type, "rope_scaling": None}
+    if rope_type == "llama3":
+        given["rope_scaling"] = {key: rope[key] for key in LLAMA3_ROPE}
 
-    # Refuse what this network cannot do
+    # Reject what this network cannot do.
     for key, supported in SUPPORTED.items():
         value = given.get(key)
         if value not in supported:
             raise UserError(f"{path}: {key} {value!r} is not supported; expected {' or '.join(map(str, supported))}")
     family = FAMILIES[given["model_type"]]
-    keys = CONFIG_KEYS[family.layout]
-    if rope_type == "llama3":
-        given["rope_scaling"] = {key: rope[key] for key in LLAMA3_ROPE}
+    if family.optional_window and not given.get("use_sliding_window", False):
+        given["sliding_window"] = None
 
-    # Each field: the value of its key, or the family's default, or GPTConfig's own
-    values = {}
+    # Fields: what the family fixes, or the value of the key, or the family's default, or GPTConfig's own
+    values = {"source": settings}
     for entry in fields(GPTConfig):
-        value = given.get(keys.get(entry.name, entry.name), family.defaults.get(entry.name))
+        key = CONFIG_KEYS[family.layout].get(entry.name, entry.name)
+        value = given.get(key, family.defaults.get(entry.name))
         if value is not None:
             values[entry.name] = value
-    values.update(family.fixed, source=settings)
-
-    # Fields that follow from other keys
+    values.update(family.fixed)
     if family.learned_positions:
         values.setdefault("intermediate_size", 4 * values["hidden_size"])
-    if family.optional_window and not given.get("use_sliding_window", False):
-        values["sliding_window"] = None
     return GPTConfig(**values)
 
 
@@ -446,10 +436,6 @@ def write_config(folder, config, dtype):
     family = config.family
     keys = CONFIG_KEYS[family.layout]
     settings = dict(config.source)
-    # A list with one entry for each layer is wrong once layers were left out
-    if len(settings.get("layer_types") or []) != config.num_hidden_layers:
-        settings.pop("layer_types", None)
-
     for entry in fields(config):
         if entry.name != "source" and entry.name not in family.fixed:
             settings[keys.get(entry.name, entry.name)] = getattr(config, entry.name)
@@ -503,105 +489,69 @@ def write_weights(folder, config, state):
     for name, tensor in state.items():
         if not name.startswith("extra."):
             tensors[checkpoint_name(name, config)] = maybe_transpose(name, tensor.cpu(), config).contiguous()
-    temporary = folder / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    shutil.copymode(folder / "config.json", temporary)  # safetensors lets only the owner read
-    temporary.replace(folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
 
 
 def read_weights(folder, model, dtype):
-    """A state_dict for `model`, which may be on meta, from the folder's files. UserError as in from_pretrained."""
+    """Return a state_dict for `model` from the folder's files. Raises UserError or ValueError as from_pretrained."""
     config = model.config
-    own = model.state_dict()
-    stored = stored_tensors(folder)
-    expected = {name: checkpoint_name(name, config) for name in own if not name.startswith("extra.")}
-
-    # The gpt2 of the hub was saved without "transformer." before its names
-    prefix = expected["embed_tokens.weight"].split(".")[0] + "."
-    if not any(key.startswith(prefix) for key in stored):
-        expected = {name: key.removeprefix(prefix) for name, key in expected.items()}
-
-    # A tied head that is in the file too has to equal the embedding
-    head = "lm_head.weight"
-    embedding = expected["embed_tokens.weight"]
-    if config.tie_word_embeddings and head in stored and embedding in stored:
-        path = stored.pop(head)
-        if not read_tensor(path, head).equal(read_tensor(stored[embedding], embedding)):
-            raise UserError(f"{path}: {head} differs from {embedding}, though config.json ties them; set "
-                            "tie_word_embeddings to false there")
-
-    # All tensors that the model needs, and no others
-    missing = sorted(set(expected.values()) - stored.keys())
-    unexpected = sorted(stored.keys() - set(expected.values()))
-    if missing or unexpected:
-        raise UserError(f"{folder}: missing {missing}, unexpected {unexpected}; not the weights of this config.json")
-
-    # One tensor at a time, so that hardly more than the model is held in memory
+    names = {checkpoint_name(name, config): name for name in model.state_dict()}  # the file's → ours
+    prefix = checkpoint_name("embed_tokens.weight", config).split(".")[0] + "."
     state = {}
-    for name, key in expected.items():
-        tensor = maybe_transpose(name, read_tensor(stored[key], key), config)
-        where = f"{stored[key]}: {key}"
-        if tensor.shape != own[name].shape:
-            raise UserError(f"{where} is {list(tensor.shape)}, but config.json makes it {list(own[name].shape)}")
-        if not tensor.is_floating_point() or tensor.element_size() == 1:  # float8 is one
-            raise UserError(f"{where} holds {tensor.dtype}; quantised weights are not supported")
-        lowest, highest = tensor.aminmax()
-        if not (lowest.isfinite() and highest.isfinite()):
-            raise UserError(f"{where} holds values that are not finite; copy it again")
+    for key, tensor in stored_tensors(folder):
+        if key not in names and prefix + key in names:  # the gpt2 of the Hub was saved without "transformer."
+            key = prefix + key
+        if not all(bound.isfinite() for bound in tensor.aminmax()):
+            raise ValueError(f"{key} has values that are not finite")
+        name = names.get(key, key)
+        tensor = maybe_transpose(name, tensor, config)
         # A copy: the file's memory is not aligned as torch's is, and the order of sums depends on that
         state[name] = tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+
+        # A tied head that is in the file too must equal the embedding.
+        if config.tie_word_embeddings and {"lm_head.weight", "embed_tokens.weight"} <= state.keys():
+            if not state.pop("lm_head.weight").equal(state["embed_tokens.weight"]):
+                raise ValueError("lm_head differs from the embedding, though config.json ties them; set "
+                                 "tie_word_embeddings to false there")
     return state
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """model.safetensors, or the shards that its index names. UserError if one is missing or outside the folder."""
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.is_file() and not (folder / names[0]).is_file():
-        with user_errors(index, "an index of shards is expected; copy it again"):
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted({str(name) for name in weight_map.values()})
-    # Bare names only, so that an index does not lead out of the folder
-    for name in names:
-        path = folder / name
-        if Path(name).name != name or not path.is_file():
-            raise UserError(f"{path}: not a file of the model folder; expected model.safetensors, or the shards that "
-                            f"{index.name} names. Pickles (.bin) are never opened: transformers' save_pretrained "
-                            "converts them")
-    return [folder / name for name in names]
+    """Return model.safetensors, or else its shards model-*.safetensors. UserError if there are none."""
+    paths = [folder / "model.safetensors"]
+    if not paths[0].is_file():
+        paths = sorted(folder.glob("model-*.safetensors"))
+    if not paths:
+        raise UserError(f"{folder}: has no model.safetensors and no model-*.safetensors. Pickles (.bin) are never "
+                        "opened: transformers' save_pretrained converts them")
+    return paths
 
 
 def stored_tensors(folder):
-    """Each tensor of a model folder → the file that holds it, without the constants in BUFFERS."""
-    stored = {}
+    """Yield (name, tensor) of a model folder, without the constants in BUFFERS. ValueError if a name comes twice."""
+    found = set()
     for path in weight_files(folder):
-        with user_errors(path, "a whole safetensors file is expected; copy it again"):
-            with safe_open(path, framework="pt") as file:
-                keys = [key for key in file.keys() if not re.search(BUFFERS, key)]
+        with safe_open(path, framework="pt") as file:
+            keys = [key for key in file.keys() if not re.search(BUFFERS, key)]
+        if not found.isdisjoint(keys):
+            raise ValueError(f"{path.name} has tensors that another file has too: {found.intersection(keys)}")
+        found.update(keys)
         for key in keys:
-            if key in stored and not read_tensor(stored[key], key).equal(read_tensor(path, key)):
-                raise UserError(f"{path}: {key} differs from the one in {stored[key]}; copy both again")
-            stored[key] = path
-    return stored
-
-
-def read_tensor(path, key):
-    # The file is opened again each time: the pages that were read through it stay in memory until it is closed
-    with safe_open(path, framework="pt") as file:
-        return file.get_tensor(key)
+            # Opened for each tensor: the pages that were read through an open file stay in memory
+            with safe_open(path, framework="pt") as file:
+                yield key, file.get_tensor(key)
 
 
 # ------------ The program ---------------------------------------------------------------------------------------------
 
 def resolve_device(name: str) -> torch.device:
-    """`auto`: cuda, then mps, then cpu. UserError if this machine does not have the device."""
-    available = []
-    # is_available too: torch still counts the devices of a driver that is too old for it
-    if torch.cuda.is_available():
-        available = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if torch.backends.mps.is_available():
-        available.append("mps")
-    available.append("cpu")
+    """Return the device; `auto` is cuda, then mps, then cpu. UserError if this machine does not have it."""
+    available = ["cpu"]
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        numbered = [f"{accelerator.type}:{i}" for i in range(torch.accelerator.device_count())]
+        available = [accelerator.type, *numbered, "cpu"]
     if name not in ("auto", *available):
         raise UserError(f"--device={name}: not on this machine; must be auto or one of {' '.join(available)}")
     return torch.device(available[0] if name == "auto" else name)

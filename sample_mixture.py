@@ -12,6 +12,7 @@ how batches are drawn from bins, replays r from the perplexities of a run, and c
 import argparse
 import hashlib
 import json
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -274,16 +275,29 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.n
 # ------------ The program: compare, replay, plot, draw ----------------------------------------------------------------
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of a run's metrics.jsonl, without a torn last line that a killed run left. Raises UserError if the file
-    cannot be read, or if a whole line is not JSON."""
-    with user_errors(path, "name the metrics.jsonl of a run's out_dir"):
+    """Return the lines of a run's metrics.jsonl, without a torn last line that a killed run left. UserError if the file
+    cannot be read, or if a complete line is not JSON."""
+    with user_errors(path, "use the metrics.jsonl of a run's out_dir"):
         text = Path(path).read_text(encoding="utf-8")
-        whole_lines = text[:text.rfind("\n") + 1].splitlines()
-        return [json.loads(line) for line in whole_lines]
+        complete_lines = text[:text.rfind("\n") + 1].splitlines()
+        return [json.loads(line) for line in complete_lines]
+
+
+def experiment_values(record: dict) -> dict:
+    """Return what makes an experiment, from a run line: keys that may not change on resume, and content."""
+    values = {key: value for key, value in record["config"].items() if key not in record["may_change"]}
+    return {**values, **record["content"]}
+
+
+def differing_keys(record: dict, other: dict) -> list[str]:
+    """Return the keys in which two run lines are of different experiments. `other` may lack contents added later."""
+    values = experiment_values(record)
+    others = experiment_values(other)
+    return [key for key in values if values[key] != others.get(key, values[key])]
 
 
 def replay(mixture_lines: list[dict], rule: str, natural: dict[str, float], alpha: float) -> list[dict[str, float]]:
-    """r after each evaluation, name → probability, by a rule of RULES and the perplexities of the mixture lines."""
+    """Return r after each evaluation, name → probability, by a rule of RULES and the perplexities of mixture lines."""
     natural_probs = np.array(list(natural.values()))
     state = None
     replayed = []
@@ -295,187 +309,169 @@ def replay(mixture_lines: list[dict], rule: str, natural: dict[str, float], alph
     return replayed
 
 
+# Runs can be compared if they agree in these: their bins, teacher and windows.
+COMPARED = ("data_dir", "teacher", "domains", "block_size", "val_samples", "test_samples")
+
+
 class Run:
-    """A run, as its metrics.jsonl tells. Raises UserError if there is no evaluation in it yet."""
+    """A run, from its metrics.jsonl. UserError if it has not been evaluated yet."""
 
     def __init__(self, path: str):
         self.path = path
         self.name = Path(path).absolute().parent.name
-        with user_errors(f"--metrics={path}", "name the metrics.jsonl of a run that has been evaluated"):
+        with user_errors(f"--metrics={path}", "use the metrics.jsonl of a run that has been evaluated"):
             lines = read_metrics(path)
             self.start = next(line for line in lines if line["kind"] == "run")
             self.mixture_lines = [line for line in lines if line["kind"] == "mixture"]
             self.evaluations = [line for line in lines if line["kind"] in ("mixture", "end")]
-            last = self.evaluations[-1]
-            self.domains = list(last["domains"])
-            self.curves = [(f"r of {self.name}", [line["r"] for line in self.mixture_lines])]
-            # What runs are compared by. An older run has the hashes of its bins and models in config.json only.
-            config_path = Path(path).with_name("config.json")
-            if "content" not in self.start and config_path.is_file():
-                self.start["content"] = json.loads(config_path.read_text(encoding="utf-8"))["content"]
-            self.config = self.start["config"]
-            self.keys = {**self.config, "domains": ",".join(self.domains), "step": last["step"]}
-            self.keys["parameters"] = self.start.get("parameters", {}).get("student")
-            self.folders = {}
-            for key, sha256 in self.start.get("content", {}).items():
-                self.keys[key] = sha256[:16]
-                self.folders[key] = f" ({self.config[key]})"
-            # The last numbers of each domain, (N,): of the test windows, if there are some
-            self.prefix = "test_" if "test_ratio" in last["domains"][self.domains[0]] else ""
-            self.student_ppl = column(last, self.prefix + "student_ppl")
-            self.teacher_ppl = column(last, self.prefix + "teacher_ppl")
-            self.ratios = column(last, self.prefix + "ratio")
-            self.results = np.append(self.student_ppl, [self.ratios.max(), self.ratios.mean()])  # what is averaged
-            self.note = ""  # why these numbers are in no mean
-            if last["kind"] == "mixture":
-                self.note = f"unfinished at step {last['step']:,} of {self.config['max_steps']:,}"
+            self.last = self.evaluations[-1]
+            self.domains = list(self.last["domains"])
+            self.config = {**self.start["config"], **self.start["content"], "domains": ",".join(self.domains)}
+        self.is_finished = self.last["kind"] == "end"
+        self.prefix = "test_" if self.config["test_samples"] > 0 and self.is_finished else ""
+
+    def numbers(self, key: str) -> np.ndarray:
+        """Return the last student_ppl, teacher_ppl or ratio of each domain, (N,): on the test windows if there are."""
+        return column(self.last, self.prefix + key)
 
 
 def column(line: dict, key: str) -> np.ndarray:
-    """One number of each domain at an evaluation, (N,) float64; NaN where it is None."""
+    """Return one number of each domain at an evaluation, (N,) float64; NaN for None."""
     return np.array([domain[key] for domain in line["domains"].values()], dtype=np.float64)
 
 
-def differing_keys(runs: list[Run]) -> list[str]:
-    """What runs differ in besides the method and seed: keys that may not change within a run, and the student, by
-    content, unless each seed has its own. Raises UserError if bins, teacher or windows differ, and names the runs."""
-    left_out = {"method", "seed", "step"}
-    keys = {}
-    for run in runs:
-        if not run.folders:
-            raise UserError(f"{run.path}: neither it nor a config.json beside it says which bins and models it is of")
-        left_out.update(run.start.get("may_change", ["data_dir", "teacher", "student", "out_dir"]))
-        keys.update(run.keys)
-    seeds = [run.keys["seed"] for run in runs]
-    students = [run.keys["student"] for run in runs]
-    n = len(set(zip(seeds, students)))
-    if n > len(set(seeds)) or n > len(set(students)):
-        left_out.discard("student")
-    differing = []
-    problems = []
-    for key in keys:
-        values = [run.keys.get(key) for run in runs]
-        if key in ("domains", "data_dir", "teacher", "block_size", "val_samples", "test_samples"):
-            counted = [value for value in values if value != 0]  # a run without test windows goes with any
-            expected = max(counted, key=counted.count, default=0)
-            other = runs[values.index(expected)]
-            for run, value in zip(runs, values):
-                if value not in (0, expected):
-                    problems.append(f"{run.path}: its {key} is {value}{run.folders.get(key, '')}, that of {other.path} "
-                                    f"is {expected}{other.folders.get(key, '')}")
-        elif key not in left_out and len(set(values)) > 1:
-            differing.append(key)
-    if problems:
-        raise UserError("\n".join(problems) + "\n--metrics: these cannot be compared; name runs that can")
-    return differing
+def check_comparable(runs: list[Run]):
+    """Raise UserError if two runs are of different bins, teachers or windows."""
+    for run, other in combinations(runs, 2):
+        for key in COMPARED:
+            values = (run.config[key], other.config[key])
+            if values[0] != values[1] and not (key == "test_samples" and 0 in values):
+                raise UserError(f"--metrics: {run.path} has {key} {values[0]}, but {other.path} has {values[1]}; compare "
+                                "runs that agree in it")
 
 
 def show_metrics(args: argparse.Namespace) -> dict[str, float] | None:
-    """Print the last perplexities and ratios of runs, and plot them. Of a single run replay r, and return the last."""
+    """Print the last perplexities and ratios of runs and their means over seeds, and plot them. Replay r of a single
+    run, and return the last."""
     runs = [Run(path) for path in args.metrics]
-    differing = differing_keys(runs) if len(runs) > 1 else []
-    columns = ["method", *differing, "seed", "step"]
-    # The table is of the test windows, if a run was measured there
-    tested = [run for run in runs if run.prefix]
-    measured = tested[0] if tested else runs[0]
-    windows = "test windows" if measured.prefix else "validation windows"
-    # A row for each run. Runs that differ in the seed alone form a group: of a seed that was run twice the last run.
-    rows = [["", *columns, *measured.domains, "worst ratio", "mean ratio", ""]]
-    groups = {}  # what is alike → seed → run
-    bases = {}  # perplexities before training → label
+    check_comparable(runs)
+
+    # The table is on the test windows if a run was measured there. Group the runs that differ only in the seed, without
+    # unfinished runs and runs on other windows.
+    measured = max(runs, key=lambda run: run.prefix)
+    groups = {}  # experiment without the seed → seed → run: the last one of each seed
     for run in runs:
-        if run.prefix != measured.prefix:
-            run.note += " on validation windows"
-        values = [str(run.keys.get(key)) for key in columns]
-        cells = [f"{ppl:.2f} ({ratio:.2f})" for ppl, ratio in zip(run.student_ppl, run.ratios)]
-        cells += [f"{value:.3f}" for value in run.results[-2:]]  # the worst and the mean ratio
-        rows.append([run.name, *values, *cells, run.note])
-        alike = run.path if run.note else tuple(values[:-2])
-        groups.setdefault(alike, {})[run.keys["seed"]] = run
-        before = tuple(column(run.evaluations[0], "student_ppl"))
-        bases.setdefault(before, f"student base of {run.name}, validation windows")
-    rows.append(["teacher", *[""] * len(columns), *[f"{ppl:.2f}" for ppl in measured.teacher_ppl], "", "", ""])
+        if run.is_finished and run.prefix == measured.prefix:
+            experiment = json.dumps({**experiment_values(run.start), "seed": None}, sort_keys=True)
+            groups.setdefault(experiment, {})[run.config["seed"]] = run
+    groups = [list(by_seed.values()) for by_seed in groups.values()]
+
+    windows = "test windows" if measured.prefix else "validation windows"
     print(f"perplexity (ratio to the teacher's) on the {windows}:\n")
+    print_runs(runs, measured)
+    print_means(groups)
+    r_curves = {f"r of {run.name}": [line["r"] for line in run.mixture_lines] for run in runs}
+    last_r = None
+    if len(runs) == 1:
+        title, replayed = show_replay(runs[0], args.rule, args.alpha)
+        r_curves[title] = replayed
+        last_r = replayed[-1]
+    if args.plot:
+        plot(args.plot, windows, runs, groups, r_curves)
+    return last_r
+
+
+def print_runs(runs: list[Run], measured: Run):
+    """Print a row for each run, with a mark if it is unfinished or on other windows than `measured`."""
+    rows = [["", "method", "seed", "step", *measured.domains, "worst ratio", "mean ratio", ""]]
+    for run in runs:
+        ratios = run.numbers("ratio")
+        row = [run.name, run.config["method"], str(run.config["seed"]), str(run.last["step"])]
+        for ppl, ratio in zip(run.numbers("student_ppl"), ratios):
+            row.append(f"{ppl:.2f} ({ratio:.2f})")
+        mark = "" if run.is_finished else f"unfinished at step {run.last['step']:,} of {run.config['max_steps']:,}"
+        if run.prefix != measured.prefix:
+            mark += " on validation windows"
+        rows.append([*row, f"{ratios.max():.3f}", f"{ratios.mean():.3f}", mark])
+    teacher = [f"{ppl:.2f}" for ppl in measured.numbers("teacher_ppl")]
+    rows.append(["teacher", "", "", "", *teacher, "", "", ""])
     print_table(rows)
-    # The means over seeds. In Fig. 1 each student base that differs is a bar, each group, and the teacher.
-    bars = [(label, before, 0) for before, label in bases.items()]
+
+
+def print_means(groups: list[list[Run]]):
+    """Print the worst and the mean ratio of each group of several runs, mean ± standard error over seeds."""
     rows = [["mean ± standard error", "worst ratio", "mean ratio"]]
-    for by_seed in groups.values():
-        group = list(by_seed.values())
+    for group in groups:
         n = len(group)
-        results = np.array([run.results for run in group])
-        mean = results.mean(axis=0)
-        error = results.std(axis=0, ddof=min(1, n - 1)) / np.sqrt(n)  # the standard error; 0 for one run
-        label = f"{group[0].name} {group[0].note}".strip()
+        row = [f"{group[0].name} …: {n} seeds"]
+        for summary in (np.max, np.mean):
+            values = [summary(run.numbers("ratio")) for run in group]
+            row.append(f"{np.mean(values):.3f} ± {np.std(values, ddof=n > 1) / np.sqrt(n):.3f}")
         if n > 1:
-            label = f"{group[0].name} …: mean of {n} seeds"
-            rows.append([label, *[f"{value:.3f} ± {more:.3f}" for value, more in zip(mean[-2:], error[-2:])]])
-        bars.append((label, mean[:-2], error[:-2]))
-    bars.append(("teacher", measured.teacher_ppl, 0))
+            rows.append(row)
     if len(rows) > 1:
         print()
         print_table(rows)
-    r = show_replay(runs[0], args) if len(runs) == 1 else None
-    if args.plot:
-        plot(args.plot, windows, bars, runs)
-    return r
 
 
-def show_replay(run: Run, args: argparse.Namespace) -> dict[str, float]:
-    """Print r as the rule and α, by default the run's, make it from the logged perplexities. Returns the last r."""
-    largest = 0.0
-    with user_errors(f"--metrics={run.path}", "name the metrics.jsonl of a run with a teacher"):
-        rule = args.rule or run.start["rule"]
+def show_replay(run: Run, rule: str | None, alpha: float | None) -> tuple[str, list[dict[str, float]]]:
+    """Print r as a rule and α (default: the run's) make it from the logged perplexities. Return a title and r."""
+    with user_errors(f"--metrics={run.path}", "use the metrics.jsonl of a run with a teacher"):
+        rule = rule or run.start["rule"]
         if rule not in RULES:
-            raise ValueError(f"its rule {rule} is a fork's; replay it there, or name one with --rule")
-        alpha = run.config["alpha"] if args.alpha is None else args.alpha
+            raise ValueError(f"its rule {rule} is a fork's; replay it there, or choose one with --rule")
+        if alpha is None:
+            alpha = run.config["alpha"]
         replayed = replay(run.mixture_lines, rule, run.start["natural"], alpha)
-        rows = [["step", *replayed[0]]]
-        for line, r in zip(run.mixture_lines, replayed):
-            rows.append([str(line["step"]), *[f"{share:.4f}" for share in r.values()]])
-            for name in r:
-                largest = max(largest, abs(line["r"][name] - r[name]))
+    largest = 0.0
+    rows = [["step", *replayed[0]]]
+    for line, r in zip(run.mixture_lines, replayed):
+        rows.append([str(line["step"]), *[f"{share:.4f}" for share in r.values()]])
+        for name in r:
+            largest = max(largest, abs(line["r"][name] - r[name]))
     title = f"r replayed with α = {alpha}, rule {rule}"
-    run.curves.append((title, replayed))
     print(f"\n{title}:")
     print_table(rows)
     print(f"largest difference from the run's own r: {largest:.1e}\n")
-    return replayed[-1]
+    return title, replayed
 
 
-def plot(path: str, windows: str, bars: list[tuple], runs: list[Run]):
-    """The paper's Fig. 1, of bars (label, heights, errors); of each run Fig. 3, its r, and the one replayed."""
+def plot(path: str, windows: str, runs: list[Run], groups: list[list[Run]], r_curves: dict[str, list[dict]]):
+    """Draw the paper's Fig. 1 and Fig. 3, and each r of `r_curves`, title → r after each evaluation."""
     matplotlib_figure = import_optional("matplotlib.figure", f"--plot={path}")
-    figure = matplotlib_figure.Figure(figsize=(16, 4 + 4 * len(runs)), layout="constrained")
-    subfigures = figure.subfigures(1 + len(runs))
-    panel = subfigures[0].subplots()
-    panel.set(title="last evaluation", xlabel="domain", ylabel=f"perplexity, {windows}")
-    panel.margins(y=0.3)  # room for the legend
+    n_panels = 1 + len(runs) + len(r_curves)
+    figure = matplotlib_figure.Figure(figsize=(10, 4 * n_panels), layout="constrained")
+    panels = figure.subplots(n_panels)
+
+    # Fig. 1: the perplexity of each domain, mean over seeds
+    bars = {"student base": column(runs[0].evaluations[0], "student_ppl")}
+    for group in groups:
+        bars[group[0].name] = np.mean([run.numbers("student_ppl") for run in group], axis=0)
+    bars["teacher"] = runs[0].numbers("teacher_ppl")
     left = np.arange(len(runs[0].domains))
-    width = 0.8 / len(bars)
-    for i, (label, heights, errors) in enumerate(bars):
-        panel.bar(left + i * width, heights, width, yerr=errors, align="edge", label=label)
-    panel.set_xticks(left + 0.4, runs[0].domains)
-    # The ratio of each domain over tokens, and r, which holds until the next evaluation
-    for run, subfigure in zip(runs, subfigures[1:]):
-        panels = subfigure.subplots(1, 1 + len(run.curves))
+    for i, (label, heights) in enumerate(bars.items()):
+        panels[0].bar(left + i / (len(bars) + 1), heights, 1 / (len(bars) + 1), align="edge", label=label)
+    panels[0].set(title="last evaluation", ylabel=f"perplexity, {windows}")
+    panels[0].set_xticks(left + 0.4, runs[0].domains)
+
+    # Fig. 3: the ratio of each domain over tokens; and r, which holds until the next evaluation
+    for run, panel in zip(runs, panels[1:]):
         tokens = [column(line, "tokens").sum() for line in run.evaluations]
-        panels[0].plot(tokens, [column(line, "ratio") for line in run.evaluations], label=run.domains)
-        panels[0].set(title=run.name, xlabel="tokens", ylabel="ratio, validation")
-        for panel, (title, r) in zip(panels[1:], run.curves):
-            panel.step(tokens[:len(r)], [list(shares.values()) for shares in r], where="post", label=run.domains)
-            panel.set(title=title, xlabel="tokens", ylabel="r")
-    for panel in figure.axes:
+        panel.plot(tokens, [column(line, "ratio") for line in run.evaluations], label=run.domains)
+        panel.set(title=run.name, xlabel="tokens", ylabel="ratio, validation windows")
+    for (title, r), panel in zip(r_curves.items(), panels[1 + len(runs):]):
+        panel.step(range(len(r)), [list(shares.values()) for shares in r], where="post", label=list(r[0]))
+        panel.set(title=title, xlabel="evaluation", ylabel="r")
+    for panel in panels:
         panel.legend(fontsize="small", ncols=2)
-    with user_errors(f"--plot={path}", "name a .png in a folder that exists"):
+    with user_errors(f"--plot={path}", "use a .png in a folder that exists"):
         figure.savefig(path, dpi=120)
     print(f"wrote {path}")
 
 
 def show_draws(args: argparse.Namespace, r: dict[str, float] | None):
     """Print what `--steps` batches draw from each domain, and the domain's next window as text."""
-    names = list(r) if r else None
-    bins = TokenBins(args.data_dir, args.block_size, names)
+    bins = TokenBins(args.data_dir, args.block_size, list(r or []))
     sampler = MixtureSampler(bins.n_windows, args.batch_size, args.seed)
     if r:
         sampler.probs = r
@@ -484,11 +480,10 @@ def show_draws(args: argparse.Namespace, r: dict[str, float] | None):
 
     print(f"{args.steps} steps of {args.batch_size} windows of {args.block_size} tokens:\n")
     rows = [["domain", "windows", "wanted", "drawn", "tokens", "epochs"]]
-    shares = sampler.drawn / sampler.drawn.sum()
+    drawn = sampler.drawn / sampler.drawn.sum()
     tokens = sampler.drawn * args.block_size
-    for i, name in enumerate(bins.names):
-        rows.append([name, f"{sampler.n_windows[i]:,}", f"{sampler.probs[i]:.2%}", f"{shares[i]:.2%}", f"{tokens[i]:,}",
-                     f"{sampler.epochs[i]:.3f}"])
+    for name, *values in zip(bins.names, sampler.n_windows, sampler.probs, drawn, tokens, sampler.epochs):
+        rows.append([name, *map(format, values, (",", ".2%", ".2%", ",", ".3f"))])
     print_table(rows)
 
     # The next window of each domain
@@ -503,10 +498,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--data_dir", default="", help="bins: show what --steps batches draw from them, by the last r of one --metrics "
-        "or else in natural proportions, and a window of each domain as text")
-    add("--metrics", nargs="+", default=[], help="metrics.jsonl of a run: replay r from the perplexities in it; of "
-        "several runs: put them side by side")
+    add("--data_dir", default="", help="bins to draw from, by the last r of --metrics or in natural proportions")
+    add("--metrics", nargs="+", default=[], help="metrics.jsonl of one run, to replay its r, or of several, to compare")
     add("--rule", choices=list(RULES), help="replay by this rule (default: the run's)")
     add("--alpha", type=float, help="replay with this α, from 0 to 1 (default: the run's)")
     add("--plot", default="", help="plot what --metrics shows to this .png")
@@ -516,15 +509,11 @@ def main():
     add("--seed", type=int, default=0, help="order of the data (default: %(default)s)")
     args = parser.parse_args()
     if not args.data_dir and not args.metrics:
-        parser.error("name --data_dir or --metrics")
-    if args.plot and not args.metrics:
-        parser.error(f"--plot={args.plot} requires --metrics")
-    if args.alpha is not None and not 0 <= args.alpha <= 1:
-        parser.error(f"--alpha={args.alpha} must be from 0 to 1")
+        parser.error("use --data_dir or --metrics")
     if min(args.block_size, args.batch_size, args.steps) < 1:
         parser.error(f"--block_size={args.block_size} --batch_size={args.batch_size} --steps={args.steps}: 1 or more")
-    if len(args.metrics) != 1 and (args.rule or args.alpha is not None):
-        parser.error("--rule and --alpha replay one run: name one --metrics")
+    if len(args.metrics) != 1 and (args.rule or args.alpha is not None or args.plot and not args.metrics):
+        parser.error("--rule and --alpha require one --metrics, and --plot one or more")
 
     r = show_metrics(args) if args.metrics else None
     if args.data_dir:

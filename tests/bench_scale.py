@@ -37,8 +37,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import distill
-from distill import (PRESETS, Config, count_parameters, default_chunk_size, load_models, make_optimizers, model_bytes,
-                     training_step)
+from distill import PRESETS, Config, count_parameters, default_chunk_size, load_models, make_optimizers, training_step
 from model import GPT, GPTConfig
 
 DISTILLATION_LOSS = distill.distillation_loss
@@ -184,9 +183,9 @@ class Tracker(TorchDispatchMode):
 
 def replace_what_needs_values(tracker: Tracker, mesh):
     """Replace what reads files or values, neither of which exist here, and tell the tracker what the program does."""
-    def read_model(role, source, config, model_configs, dtype, *args, **kwargs):
+    def read_model(role, source, config, model_config, dtype):
         torch.set_default_dtype(dtype)
-        model = GPT(model_configs[role])
+        model = GPT(model_config)
         torch.set_default_dtype(torch.float32)
         return model
 
@@ -203,7 +202,7 @@ def replace_what_needs_values(tracker: Tracker, mesh):
     distill.compile_eq3 = lambda: eq3
     distill.read_model = read_model
     distill.on_rank_0 = lambda function, *args, share=True: function(*args)
-    distill.init_device_mesh = lambda *args, **kwargs: mesh
+    distill.DeviceMesh.from_group = lambda *args, **kwargs: mesh
     distill.set_model_state_dict = lambda *args, **options: None
     GPT.to = GPT.to_empty = lambda model, *args, **options: model  # fake tensors are on their device from the start
     torch.Tensor.backward = tracker.wrap(BACKWARD, "backward pass")
@@ -264,14 +263,13 @@ def simulate(preset: str, micro_batch_size: int, args: argparse.Namespace, mesh)
                               vocab_size=vocab_size, config=config, **added)
             n_flops = counter.get_total_flops()
 
-    # What the dry run prints, beside what was held
-    kinds = {("teacher", "weights"): "teacher's weights", ("student", "weights"): "student's weights",
-             ("student", "gradients"): "backward pass", ("student", "optimizer"): "optimizer"}
-    for role, n in count_parameters(models).items():
-        for part, n_bytes in model_bytes(role, n, config, args.world).items():
-            in_step = held[kinds[role, part]]
-            assert abs(n_bytes / in_step - 1) < 0.02, (f"{preset}: the dry run says {n_bytes:,.0f} bytes of {part} of "
-                                                       f"the {role}, and the step holds {in_step:,}")
+    # Each GPU holds its share of the bytes per parameter that the dry run counts.
+    kinds = {"teacher's weights": ("teacher", 2), "student's weights": ("student", 4), "backward pass": ("student", 4),
+             "optimizer": ("student", 8)}
+    n_parameters = count_parameters(models)
+    for kind, (role, width) in kinds.items():
+        n_bytes = width * n_parameters[role] / args.world
+        assert abs(n_bytes / held[kind] - 1) < 0.02, f"{preset}: {kind} hold {held[kind]:,} bytes, not {n_bytes:,.0f}"
 
     moved = sum(tracker.moved.values())
     described = [f"{kind} {n / GIB:.2f}" for kind, n in tracker.peak_by_kind.most_common() if n / GIB >= 0.005]

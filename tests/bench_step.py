@@ -46,8 +46,8 @@ import torch
 
 import distill
 from data import TokenBins, Tokenizer, build_bins
-from distill import (count_parameters, dense_distillation_loss, distillation_loss, make_optimizers, place, resolve_auto,
-                     resolve_config, step_flops, train)
+from distill import (count_parameters, dense_distillation_loss, distillation_loss, make_optimizers, prepare_layers, resolve_auto,
+                     resolve_config, train)
 from model import GPT, GPTConfig, checkpoint_name, write_config
 from sample_mixture import MixtureSampler
 
@@ -156,7 +156,7 @@ def parts(args: argparse.Namespace) -> dict:
     teacher = random_model(args, "teacher")
     student = random_model(args, "student")
     for model in (teacher, student):
-        place(model, config, shard=False)  # compiles its blocks, if ours are
+        prepare_layers(model, config)  # compiles its blocks, if ours are
     optimizer, = make_optimizers(student, config)
     seconds = {"teacher": [], "student forward": [], "loss": [], "student backward": [], "optimizer": []}
     losses = []
@@ -350,7 +350,8 @@ def share_of_peak(args: argparse.Namespace, seconds: float) -> str:
         parameters = count_parameters({role: GPT(model_config(args, role)) for role in ("student", "teacher")})
     for card, peak in PEAK_FLOPS.items():
         if card in torch.cuda.get_device_name():
-            return f"{step_flops(parameters, run_config(args)) / seconds / peak:.0%}"
+            flops_per_token = 6 * parameters["student"] + 2 * parameters["teacher"]
+            return f"{flops_per_token * args.batch_size * args.block_size / seconds / peak:.0%}"
     return "–"
 
 

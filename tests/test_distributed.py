@@ -137,7 +137,7 @@ class Watch:
         elif what == "pause":
             self.pause()
         elif what == "slow save":
-            distill.fsync = lambda path: time.sleep(4)  # of eight files, their folder and the run's
+            data.fsync = lambda path: time.sleep(4)  # of eight files, their folder and the run's
             if "signal" in self.event:
                 signal.raise_signal(self.event["signal"])
             else:
@@ -153,7 +153,9 @@ class Watch:
         writer.setblocking(False)
         signal.signal(signal.SIGUSR2, lambda *_: None)
         signal.set_wakeup_fd(writer.fileno())
-        distill.write_text(self.folder / f"paused.{self.rank}", str(os.getpid()))
+        path = self.folder / f"paused.{self.rank}"
+        path.with_suffix(".tmp").write_text(str(os.getpid()))
+        path.with_suffix(".tmp").rename(path)
         reader.recv(1)
 
 
@@ -324,7 +326,7 @@ LAYOUTS = {  # name: (processes, keys, the run of one process that it equals)
     "auto3": (3, dict(), "one"),
     "fsdp3": (3, dict(parallel="fsdp", micro_batch_size=2), "one"),
 }
-FULL = r".*/step_00000020: cannot be saved \(.+\); make room, and the same command .*"
+FULL = r"(?s).*/step_00000020: cannot be written: .+; free some space, .*"
 STOPS = {  # name: (the event, the outcome as a pattern, the step to go on from): an evaluation is at 10
     "at 7": (dict(what="signal", at=7, rank=1, signal=signal.SIGUSR1), str(128 + signal.SIGUSR1), 7),
     "at 10": (dict(what="signal", at=10, rank=0, signal=signal.SIGTERM), str(128 + signal.SIGTERM), 10),
@@ -478,8 +480,8 @@ def test_stopped_or_on_a_full_disk_and_resumed_under_one_layout_equals_straight_
     assert_same_run(out_dir, straight_dir)
     if "no room" in stop:  # on rank 0, which writes: all stop with its message
         for rank in stopped:
-            assert rank["outcome"].startswith(f"{out_dir / 'step_00000020'}: cannot be saved (")
-            assert rank["left"] == [".lock", "config.json", "metrics.jsonl", "step_00000010"]
+            assert rank["outcome"].startswith(f"{out_dir / 'step_00000020'}: cannot be written: ")
+            assert rank["left"] == ["metrics.jsonl", "step_00000010"]
 
 
 def test_a_run_goes_on_under_any_other_layout(runs):

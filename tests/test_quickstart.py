@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import read_lines
 
-from distill import locked
+from distill import RunFolder
 
 ROOT = Path(__file__).parent.parent
 SMALL = "--pretrain_steps=4 --max_steps=4 --interval=2 --val_samples=2 --test_samples=2 --batch_size=8 --warmup_steps=1"
@@ -66,7 +66,8 @@ def test_another_arm_uses_the_same_bins_and_models(checkout):
 
 def test_models_that_were_made_are_taken_whatever_their_steps_were_and_by_many_runs_at_once(checkout):
     other_steps = SMALL.replace("--pretrain_steps=4", "--pretrain_steps=8") + " --max_steps=0 --warmup_steps=0"
-    with locked(checkout / "data/quickstart/teacher"):  # by another run
+    with RunFolder(checkout / "data/quickstart/teacher") as run_folder:  # of another run
+        run_folder.lock()
         printed = run(checkout, f"python distill.py {other_steps} --out_dir=out/others")
     assert "The teacher was made before" in printed and "teacher/step_00000004" in printed
 
@@ -121,4 +122,4 @@ def test_the_commands_that_apply_a_fork_work_as_written(checkout):
         run(checkout, f"{command} {SMALL}" if "distill.py" in command else command)
     assert (checkout / "out/quickstart-ted-0/step_00000004/extra.safetensors").is_file()
     mixture = (checkout / "out/proxy/mixture.txt").read_text().strip()
-    assert json.loads((checkout / "out/cpt-doremi/config.json").read_text())["config"]["mixture"] == mixture
+    assert read_lines(checkout / "out/cpt-doremi", "run")[0]["config"]["mixture"] == mixture
