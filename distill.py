@@ -1065,7 +1065,6 @@ def read_saved(path: Path, read: Callable):
 
 
 def read_state(folder: Path) -> TrainState:
-    """Return the training state of a checkpoint."""
     return read_saved(folder / "train_state.json", lambda path: TrainState(**json.loads(path.read_text("utf-8"))))
 
 
@@ -1141,7 +1140,11 @@ def checked_model_config(role: str, source: str, bins: TokenBins) -> GPTConfig:
 
 
 def config_errors(config: Config) -> list[str]:
-    """Return what is wrong with a configuration, as far as no file has to be opened."""
+    """Return what is wrong with a configuration, as far as no file has to be opened. May raise UserError itself."""
+    parse_mixture(config.mixture)
+    resolve_device(config.device)
+    if config.wandb:
+        import_optional("wandb", "--wandb")
     arm = ARMS[config.method]
     makes_models = config.preset == "quickstart"
     world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else world_size()
@@ -1211,7 +1214,7 @@ def print_evaluation(state: TrainState, sampler: MixtureSampler, vocab_size: int
     r = dict(zip(sampler.names, sampler.probs))
     has_teacher = worst_ratio(state.domains) < math.inf
     if state.step == 0:
-        print_domains(state.domains, r)
+        print_domains(state.domains, r, state.domains)
     for name, domain in state.domains.items():
         if state.step == 0 and has_teacher and domain["teacher_ppl"] > vocab_size / 2:
             print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): HARDLY TRAINED, "
@@ -1228,44 +1231,30 @@ def print_evaluation(state: TrainState, sampler: MixtureSampler, vocab_size: int
 
 
 def report(config: Config, folder: Path):
-    """Print what a run did in each domain, from its first evaluation to its last."""
+    """Print what a run did in each domain, with the ratios of its first evaluation."""
     state = read_state(folder)
-    first = {"domains": state.domains, "r": state.sampler["probs"]}
+    first = state.domains
     for line in read_metrics(folder.with_name("metrics.jsonl")):
         if line["kind"] == "mixture" and line["step"] == 0:
-            first = line
-    print(f"{config.method}, seed {config.seed}, step {state.step}: first → last evaluation\n")
+            first = line["domains"]
+    print(f"\n{config.method}, seed {config.seed}, step {state.step}. r never follows the test windows.\n")
     print_domains(state.domains, state.sampler["probs"], first)
     if config.teacher:
-        print(f"worst ratio: {worst_ratio(first['domains']):.2f} → {worst_ratio(state.domains):.2f}")
-    if config.test_samples > 0:
-        print("\nOn the test windows, which never influenced r:\n")
-        print_domains(state.domains, state.sampler["probs"], tested=True)
+        print(f"worst ratio: {worst_ratio(first):.2f} → {worst_ratio(state.domains):.2f}")
     print(f"The student is in {folder}. Text by it:  python model.py --model={folder} --prompt='def main('")
 
 
-def print_domains(domains: dict, r: dict, first: dict | None = None, tested: bool = False):
-    """Print a row per domain and a column per number, as first → last if it has changed since the mixture line `first`;
-    with `tested`, the numbers on the test windows instead."""
-    rows = [[""]]
+def print_domains(domains: dict, r: dict, first: dict):
+    """Print a row per domain and a column per number, the ratio with what it was in `first`."""
+    rows = []
     for name, domain in domains.items():
-        numbers = {**domain, "r": r[name]}
-        before = {**first["domains"][name], "r": first["r"][name]} if first else numbers
-        columns = [column for column in numbers if column.startswith("test_") == tested]
-        cells = []
-        for column in columns:
-            cell = format_number(numbers[column])
-            cell_before = format_number(before[column])
-            cells.append(cell if cell == cell_before else f"{cell_before} → {cell}")
-        rows.append([name, *cells])
-    rows[0] += columns
-    print_table(rows)
-
-
-def format_number(value) -> str:
-    if value is None:
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
+        cells = {"r": f"{r[name]:.2f}"}
+        for column, value in domain.items():
+            cells[column] = f"{value:,}" if isinstance(value, int) else f"{value or math.nan:.2f}"
+        if domain["ratio"] != first[name]["ratio"]:
+            cells["ratio"] = f"{first[name]['ratio']:.2f} → {cells['ratio']}"
+        rows.append([name, *cells.values()])
+    print_table([["", *cells], *rows])
 
 
 # ------------ Quickstart ----------------------------------------------------------------------------------------------
@@ -1288,25 +1277,24 @@ def quickstart(config: Config) -> Config:
     """Make what the quickstart lacks in `data_dir`: bins, a teacher, and the student base from which every method and
     seed starts. Return `config` with its models."""
     on_rank_0(build_quickstart_bins, Path(config.data_dir))
-    shared = {key: getattr(config, key) for key in ("data_dir", "device", "compile", "timeout")}
-    missing = {}  # role → Config of the run that makes the model
-    for role, keys in quickstart_models(config.pretrain_steps).items():
-        if not getattr(config, role):
-            pretrain_config = resolve_config({**PRETRAINING, **keys, **shared, "out_dir": f"{config.data_dir}/{role}"})
-            folder = on_rank_0(finished_run, Path(pretrain_config.out_dir))
-            if folder is None:
-                missing[role] = pretrain_config
-            else:
-                print(f"The {role} was made before, with the --pretrain_steps of that time: {folder}")
-            config = replace(config, **{role: str(folder or pretrain_config.student)})
+    models = quickstart_models(config.pretrain_steps)
 
     # Check the main run before minutes of training.
-    on_rank_0(preflight, config)
-    for role, pretrain_config in missing.items():
-        print(f"\nThe {role}: {pretrain_config.student}, {pretrain_config.max_steps} steps, kept in "
-              f"{pretrain_config.out_dir}. The run that makes it calls it the student.", flush=True)
-        if not config.dry_run:
-            config = replace(config, **{role: str(train(pretrain_config))})
+    recipes = {role: getattr(config, role) or keys["student"] for role, keys in models.items()}
+    on_rank_0(preflight, replace(config, **recipes))
+    for role, keys in models.items():
+        if getattr(config, role) or config.dry_run:
+            continue
+        shared = {key: getattr(config, key) for key in ("data_dir", "device", "compile", "timeout")}
+        pretrain_config = resolve_config({**PRETRAINING, **keys, **shared, "out_dir": f"{config.data_dir}/{role}"})
+        folder = on_rank_0(finished_run, Path(pretrain_config.out_dir))
+        if folder is not None:
+            print(f"The {role} was made before, with the --pretrain_steps of that time: {folder}")
+        else:
+            print(f"\nThe {role}: {keys['student']}, {keys['max_steps']} steps, kept in {pretrain_config.out_dir}. The run "
+                  "that makes it calls it the student.", flush=True)
+            folder = train(pretrain_config)
+        config = replace(config, **{role: str(folder)})
     return config
 
 
@@ -1354,14 +1342,9 @@ def parse_config(argv: list[str] | None = None) -> Config:
             text += f" (default: {entry.default})"
         parser.add_argument(f"--{entry.name}", help=text, **kind)
 
-    # Check whatever needs no file.
     config = resolve_config(vars(parser.parse_args(argv)))
     for error in config_errors(config):
         raise UserError(error)
-    parse_mixture(config.mixture)
-    resolve_device(config.device)
-    if config.wandb:
-        import_optional("wandb", "--wandb")
     return config
 
 

@@ -350,7 +350,7 @@ class GPT(nn.Module):
         folder = Path(folder)
         if config is None:
             config = read_config(folder)
-        with user_errors(folder, "its weights are not those of its config.json; copy it again"):
+        with user_errors(folder, "expected a complete model that fits its config.json"):
             with torch.device("meta"):  # without memory: each parameter is replaced by a tensor of the file
                 model = cls(config)
             model.load_state_dict(read_weights(folder, model, dtype), strict=True, assign=True)
@@ -502,9 +502,13 @@ def read_weights(folder, model, dtype):
     for key, tensor in stored_tensors(folder):
         if key not in names and prefix + key in names:  # the gpt2 of the Hub was saved without "transformer."
             key = prefix + key
+        if not tensor.is_floating_point():  # aminmax rejects float8
+            raise ValueError(f"{key} is {tensor.dtype}; quantized weights are not supported")
         if not all(bound.isfinite() for bound in tensor.aminmax()):
             raise ValueError(f"{key} has values that are not finite")
         name = names.get(key, key)
+        if name in state:
+            raise ValueError(f"{key} comes twice")
         tensor = maybe_transpose(name, tensor, config)
         # A copy: the file's memory is not aligned as torch's is, and the order of sums depends on that
         state[name] = tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -512,8 +516,7 @@ def read_weights(folder, model, dtype):
         # A tied head that is in the file too must equal the embedding.
         if config.tie_word_embeddings and {"lm_head.weight", "embed_tokens.weight"} <= state.keys():
             if not state.pop("lm_head.weight").equal(state["embed_tokens.weight"]):
-                raise ValueError("lm_head differs from the embedding, though config.json ties them; set "
-                                 "tie_word_embeddings to false there")
+                raise ValueError("lm_head differs from the embedding: set tie_word_embeddings to false")
     return state
 
 
@@ -529,14 +532,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def stored_tensors(folder):
-    """Yield (name, tensor) of a model folder, without the constants in BUFFERS. ValueError if a name comes twice."""
-    found = set()
+    """Yield (name, tensor) of a model folder, without the constants in BUFFERS; of each file the largest first."""
     for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
             keys = [key for key in file.keys() if not re.search(BUFFERS, key)]
-        if not found.isdisjoint(keys):
-            raise ValueError(f"{path.name} has tensors that another file has too: {found.intersection(keys)}")
-        found.update(keys)
+            # The largest first, while there is room: a tensor is in memory twice while it is copied
+            keys.sort(key=lambda key: math.prod(file.get_slice(key).get_shape()), reverse=True)
         for key in keys:
             # Opened for each tensor: the pages that were read through an open file stay in memory
             with safe_open(path, framework="pt") as file:
