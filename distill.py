@@ -591,7 +591,7 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, head, products, per_token, chunk_size, equation, wants_gradient):
-        # The gradient of the head is a sum over chunks, in float32 at least. Autograd casts it to the head's dtype, once
+        # The gradient of the head is a sum over chunks, in float32 at least. Autograd casts it to the head's dtype once
         # per micro-batch, and FSDP reduces it over ranks in float32.
         if wants_gradient:
             grad_hidden = torch.zeros_like(hidden)
@@ -891,8 +891,8 @@ def full_state_dict_options(cpu_offload: bool = False) -> StateDictOptions:
 # ------------ The run's folder ----------------------------------------------------------------------------------------
 
 class RunFolder(ExitStack):
-    """A run's out_dir with metrics.jsonl, its log, record and lock; and the signals that ask for a checkpoint. Each rank
-    has an instance, but only rank 0 reads and writes. It is an ExitStack: however the run ends, all is closed."""
+    """A run's out_dir with metrics.jsonl (log, record and lock), and the signals that ask for a checkpoint. Each rank has
+    an instance, but only rank 0 reads and writes. It is an ExitStack: however the run ends, everything is closed."""
 
     def __init__(self, out_dir: Path):
         super().__init__()
@@ -1291,8 +1291,8 @@ def quickstart(config: Config) -> Config:
         if folder is not None:
             print(f"The {role} was made before, with the --pretrain_steps of that time: {folder}")
         else:
-            print(f"\nThe {role}: {keys['student']}, {keys['max_steps']} steps, kept in {pretrain_config.out_dir}. The run "
-                  "that makes it calls it the student.", flush=True)
+            print(f"\nThe {role}: {keys['student']}, {keys['max_steps']} steps, kept in {pretrain_config.out_dir}. The "
+                  "run that makes it calls it the student.", flush=True)
             folder = train(pretrain_config)
         config = replace(config, **{role: str(folder)})
     return config

@@ -46,7 +46,8 @@ import torch
 
 import distill
 from data import TokenBins, Tokenizer, build_bins
-from distill import (count_parameters, dense_distillation_loss, distillation_loss, make_optimizers, prepare_layers, resolve_auto,
+from distill import (count_parameters, dense_distillation_loss, distillation_loss, make_optimizers, prepare_layers,
+                     resolve_auto,
                      resolve_config, train)
 from model import GPT, GPTConfig, checkpoint_name, write_config
 from sample_mixture import MixtureSampler

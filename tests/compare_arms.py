@@ -3,7 +3,7 @@
     python tests/compare_arms.py --seeds=5 --arms=ddk,ddk_es,kd,cpt       the quickstart's setting
     python tests/compare_arms.py --setting=real --teacher=DIR --seeds=4 --arms=ddk,ddk_es,kd     a pretrained teacher
     python tests/compare_arms.py --setting=replicates --seeds=24 --arms=ddk,kd   each seed has its own text and teacher
-    python tests/compare_arms.py --setting=replicates --seeds=24 --arms=kd_fixed    after these, in DDK's mean mixture
+    python tests/compare_arms.py --setting=replicates --seeds=24 --arms=kd_fixed,kd_first   after these: DDK's mean r
     python tests/compare_arms.py --code=ted --arms=ted     a fork's arm beside those that have run; ted/ has its files
     python tests/compare_arms.py --code=t2 --label=t2_ --arms=temperature=2.0     kept as t2_temperature=2.0
 
@@ -38,6 +38,7 @@ CODE_PARSER.add_argument("--code", default=str(Path(__file__).parents[1]),
 CODE = CODE_PARSER.parse_known_args()[0].code
 sys.path.insert(0, CODE)
 
+import numpy as np
 import torch
 
 import distill
@@ -45,7 +46,7 @@ from data import (QUICKSTART_BYTES, TOKENIZER_FILES, TokenBins, UserError, build
                   quickstart_documents, quickstart_files, run_program)
 from model import GPT
 from report_arms import ABLATED, arms_table, drawn_share, read_results
-from sample_mixture import read_metrics, replay
+from sample_mixture import RULES, read_metrics, replay
 
 # name → the keys that differ from DDK's, which has the paper's values but for the quickstart's K
 ARMS = {
@@ -79,8 +80,10 @@ def own_keys(text: str, given: dict) -> dict:
 
 
 ABLATIONS = {name: own_keys(name, {}) for name in (*ABLATED, "alpha=0.0")}  # name → the key that differs from DDK's
-FIXED = "kd_fixed"  # KD in a mixture that does not move: what DDK drew over its run, mean over the other seeds
-ALL_ARMS = ARMS | ABLATIONS | {FIXED: {"method": "kd"}}
+# KD in DDK's mean mixture over the other seeds: of its whole run; or of the steps after the first interval, which draws
+# in natural proportions, as DDK's does
+CONTROLS = {"kd_fixed": {"method": "kd"}, "kd_first": {"method": "kd_first"}}
+ALL_ARMS = ARMS | ABLATIONS | CONTROLS
 
 
 @dataclass
@@ -161,15 +164,35 @@ def run(config: distill.Config) -> Path:
     return folder
 
 
-def fixed_mixture(runs: dict, seed: int, n_seeds: int) -> str:
-    """The shares of train tokens that DDK's `runs` drew, mean over all of `n_seeds` but `seed`. Raises UserError."""
-    others = [runs[str(other)]["end"] for other in range(n_seeds) if other != seed and str(other) in runs]
+def other_runs(runs: dict, seed: int, n_seeds: int) -> list[dict]:
+    """DDK's runs at all of `n_seeds` but `seed`. UserError if one of them has not run."""
+    others = [runs[str(other)] for other in range(n_seeds) if other != seed and str(other) in runs]
     if len(others) < max(n_seeds - 1, 1):
-        raise UserError(f"--arms={FIXED}: is KD in the mean mixture of ddk at all other seeds; let ddk run first")
+        raise UserError(f"--arms={','.join(CONTROLS)}: need ddk at all other seeds; let ddk run first")
+    return others
+
+
+def fixed_mixture(others: list[dict]) -> str:
+    """The shares of train tokens that runs drew, their mean."""
     shares = {}
-    for name in others[0]:
-        shares[name] = statistics.mean(drawn_share(end, name) for end in others)
+    for name in others[0]["end"]:
+        shares[name] = statistics.mean(drawn_share(one["end"], name) for one in others)
     return ",".join(f"{name}={share:.5f}" for name, share in shares.items())
+
+
+def register_kd_first(others: list[dict]):
+    """Make kd_first a method of this process: natural proportions in the first interval, then the mean of the r that
+    the others' later intervals drew by. The r after the last step draws nothing."""
+    mean_r = []
+    for name in others[0]["r"]:
+        mean_r.append(statistics.mean(share for one in others for share in one["r"][name][1:-1]))
+    fixed = np.array(mean_r) / sum(mean_r)
+
+    def kd_first_rule(state, student_ppl, teacher_ppl, natural, alpha):
+        return (natural if state is None else fixed), {}
+
+    RULES["kd_first"] = kd_first_rule
+    distill.ARMS["kd_first"] = distill.Arm("KD in DDK's mean r after a natural first interval", rule="kd_first")
 
 
 def run_arm(name: str, keys: dict) -> Path:
@@ -259,8 +282,8 @@ def chosen_arms(text: str) -> list[str]:
             fork = FORKS[name]
             problems.append(f"--arms={text}: {name} is a fork, and not in {CODE}; mkdir {fork} && cp *.py {fork} && "
                             f"git apply --directory={fork} tests/forks/{fork}.diff, then --code={fork}")
-        elif name not in (*groups["all"], FIXED):
-            problems.append(f"--arms={text}: {name} is none of {' '.join(groups['all'])} {FIXED}")
+        elif name not in (*groups["all"], *CONTROLS):
+            problems.append(f"--arms={text}: {name} is none of {' '.join((*groups['all'], *CONTROLS))}")
     if problems:
         raise UserError("\n".join(problems))
     return list(dict.fromkeys(names))
@@ -300,8 +323,8 @@ def main():
             if str(seed) not in results.get(args.label + name, {})]
     is_fork = Path(CODE).resolve() != Path(__file__).resolve().parents[1]
     for seed, name in todo:
-        if name == FIXED and "ddk" not in arms:
-            fixed_mixture(results.get("ddk", {}), seed, args.seeds)
+        if name in CONTROLS and "ddk" not in arms:
+            other_runs(results.get("ddk", {}), seed, args.seeds)
         if is_fork and not args.label and (name in OWN_ARMS or name in ABLATIONS):
             raise UserError(f"--code={CODE}: {name} would be kept as a run of the project's own code; give a --label")
 
@@ -346,8 +369,12 @@ def main():
         for name in [name for other, name in todo if other == seed]:
             count += 1
             arm_keys = dict(ALL_ARMS[name])
-            if name == FIXED:
-                arm_keys["mixture"] = fixed_mixture(results.get("ddk", {}), seed, args.seeds)
+            if name in CONTROLS:
+                others = other_runs(results.get("ddk", {}), seed, args.seeds)
+                if name == "kd_fixed":
+                    arm_keys["mixture"] = fixed_mixture(others)
+                else:
+                    register_kd_first(others)
             run_dir = out_dir / f"{args.label}{name}-{seed}"
             run_arm(name, {**keys, "preset": "quickstart", "teacher": str(teacher), "student": str(base), "seed": seed,
                            "keep": 1, "out_dir": str(run_dir), **arm_keys})

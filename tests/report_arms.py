@@ -29,6 +29,7 @@ from data import import_optional, run_program
 
 MEASURES = {"worst_ratio": "worst ratio", "mean_ratio": "mean ratio", "size_ratio": "mean ratio by size",
             "ratio_range": "largest − smallest ratio", "python_ratio": "Python's ratio",
+            "steps_below_2": "steps until the worst validation ratio is below 2",
             "ratio_change": "change of the ratios", "r_change": "change of r",
             "late_ratio_change": "change of the ratios, later", "late_r_change": "change of r, later"}
 BOTH = ("worst_ratio", "mean_ratio")
@@ -84,7 +85,7 @@ COMPARISONS = [
     Pair("ddk_es", "kd", "equal sampling − KD"),
     *[Pair("ddk", name, "") for name in (*ALPHAS, *TEMPERATURES)],  # in tables of their own
 ]
-# The replicates' comparisons and their number, both written before the first of them was run
+# The comparisons of the replicates of November 2026 and their number, both written before the first of them was run
 N_REPLICATES = 24
 REPLICATED = [
     Pair("ddk", "kd_fixed", "DDK − KD in DDK's mean mixture, held fixed", "which has no natural first interval", ALL),
@@ -103,6 +104,37 @@ REPLICATED = [
     *[Pair("ddk", arm, f"DDK − {other}", "what DDK costs Python", ("python_ratio",)) for other, arm in
       (("KD", "kd"), ("KD in the fixed mixture", "kd_fixed"), ("equal sampling", "ddk_es"))],
 ]
+# Registered on 2026-12-01, before the first of these runs, which nobody looks at before the last one has run:
+# - N_REPLICATES replicates, each with its own order of the text, bins, windows, teacher and student base;
+# - the methods ddk ddk_no_fs ddk_es alpha=0.0 gamma=0.0 kd minillm cpt kd_fixed kd_first;
+# - the primary comparison, the first of REGISTERED on the worst test ratio;
+# - the test: the exact sign-flip test, two-sided, with Holm's correction at 5 % over all rows and measures of
+#   REGISTERED;
+# - the basis of every share of a gain: DDK's gain over CPT;
+# - the measure of speed, SPEED: the first evaluation at which the worst validation ratio is below 2; one interval after
+#   the end if it never is;
+# - the time course: the difference at each evaluation, on validation windows, with 95 % intervals and without tests.
+SPEED = "steps_below_2"
+REGISTERED = [
+    Pair("ddk", "kd_first", "DDK − KD in DDK's mean r after a natural first interval", "what r's motion does",
+         (*ALL, SPEED)),
+    Pair("ddk", "kd_fixed", "DDK − KD in DDK's mean mixture", "which has no natural first interval", (*ALL, SPEED)),
+    Pair("ddk", "cpt", "DDK − CPT", "Tables 1, 2: lower", ALL),
+    Pair("ddk", "kd", "DDK − KD", "Tables 1, 2: lower", (*ALL, SPEED)),
+    Pair("ddk", "minillm", "DDK − MiniLLM", "Tables 1, 2: lower", ALL),
+    Pair("ddk", "ddk_es", "DDK − equal sampling", "Table 5: lower", (*ALL, SPEED)),
+    Pair("ddk", "alpha=0.0", "DDK − (α = 0)", "equal sampling after the same first interval", ALL),
+    Pair("ddk", "ddk_no_fs", "DDK − DDK without FS", "Table 5: lower", (*ALL, SPEED)),
+    Pair("ddk", "gamma=0.0", "DDK − (γ = 0)", "§4.2: the divergence is pivotal", ALL),
+    Pair("gamma=0.0", "cpt", "(γ = 0) − CPT", "the mixture without the divergence", ALL),
+    Pair("kd_fixed", "kd", "KD in DDK's mean mixture − KD", "the mixture only", ALL),
+    Pair("kd_first", "kd_fixed", "with − without the natural first interval", "both in DDK's mean r", ALL),
+    Pair("kd", "cpt", "KD − CPT", "Tables 1, 2: lower", ALL),
+    Pair("ddk", "ddk_no_fs", "DDK − DDK without FS", "§3.3, Fig. 3: lower", CHANGES),
+    *[Pair("ddk", arm, f"DDK − {other}", "what DDK costs Python", ("python_ratio",)) for other, arm in
+      (("KD", "kd"), ("KD in DDK's mean r after a natural first interval", "kd_first"),
+       ("equal sampling", "ddk_es"))],
+]
 
 
 # ------------ Statistics ----------------------------------------------------------------------------------------------
@@ -120,6 +152,10 @@ def measured(one: dict, measure: str) -> float:
         return sum(size * ratio for size, ratio in zip(sizes, ratios)) / sum(sizes)
     if measure == "ratio_range":
         return max(ratios) - min(ratios)
+    if measure == SPEED:
+        worst = [max(of_evaluation) for of_evaluation in zip(*one["ratio"].values())]
+        reached = [step for step, ratio in zip(one["steps"], worst) if ratio < 2]
+        return reached[0] if reached else 2 * one["steps"][-1] - one["steps"][-2]
     if measure == "python_ratio":
         return one["end"]["python"]["test_ratio"]
     if measure in CHANGES:

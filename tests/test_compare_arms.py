@@ -14,11 +14,13 @@ from pathlib import Path
 import compare_arms
 import pytest
 import torch
-from compare_arms import ABLATIONS, ALL_ARMS, ARMS, chosen_arms, fixed_mixture, shuffled_files
-from report_arms import (ALL, CHANGES, CLAIMS, COMPARISONS, REPLICATED, alphas_table, arms_table, decided, holm,
-                         interval, make_tables, mean_and_error, measured, numbers_without_source, p_value, paired,
-                         pairs_table, setting_figure, share_of_gain, sign_flip_p, sizes_table, temperatures_table,
-                         with_tables)
+from compare_arms import (ABLATIONS, ALL_ARMS, ARMS, chosen_arms, fixed_mixture, other_runs, register_kd_first,
+                          shuffled_files)
+from conftest import read_lines
+from report_arms import (ALL, CHANGES, CLAIMS, COMPARISONS, REGISTERED, REPLICATED, SPEED, alphas_table, arms_table,
+                         decided, holm, interval, make_tables, mean_and_error, measured, numbers_without_source,
+                         p_value, paired, pairs_table, setting_figure, share_of_gain, sign_flip_p, sizes_table,
+                         temperatures_table, with_tables)
 from test_forks import patched
 
 import distill
@@ -186,14 +188,34 @@ def test_a_replicate_draws_its_own_files_of_the_quickstarts_text():
         assert len(set(texts[first]) & set(texts[second])) < len(texts[first]) / 2
 
 
-def test_the_fixed_mixture_is_the_mean_of_what_ddk_drew_at_all_other_seeds():
+def test_the_controls_draw_ddks_mean_mixture_at_all_other_seeds(monkeypatch):
     runs = {}
     for seed, (code, prose) in enumerate([(90, 10), (20, 80), (120, 80)]):
-        runs[str(seed)] = {"end": {"code": {"tokens": code}, "prose": {"tokens": prose}}}
-    assert fixed_mixture(runs, 0, 3) == "code=0.40000,prose=0.60000"
-    assert fixed_mixture(runs, 2, 3) == "code=0.55000,prose=0.45000"
+        share = code / (code + prose)
+        runs[str(seed)] = {"end": {"code": {"tokens": code}, "prose": {"tokens": prose}},
+                           "r": {"code": [0.5, share, share, 0.9], "prose": [0.5, 1 - share, 1 - share, 0.1]}}
+    assert fixed_mixture(other_runs(runs, 0, 3)) == "code=0.40000,prose=0.60000"
+    assert fixed_mixture(other_runs(runs, 2, 3)) == "code=0.55000,prose=0.45000"
     with pytest.raises(UserError, match="let ddk run first"):
-        fixed_mixture(runs, 0, 4)
+        other_runs(runs, 0, 4)
+
+    # kd_first draws naturally in the first interval, and the r after the last step has drawn nothing.
+    monkeypatch.setattr(distill, "ARMS", dict(distill.ARMS))
+    monkeypatch.setattr(compare_arms, "RULES", {})
+    register_kd_first(other_runs(runs, 0, 3))
+    rule = compare_arms.RULES[distill.ARMS["kd_first"].rule]
+    natural, state = rule(None, [2.0, 3.0], [1.0, 1.0], [0.7, 0.3], 0.5)
+    later, _ = rule(state, [9.0, 1.0], [1.0, 1.0], natural, 0.5)
+    assert natural == [0.7, 0.3] and later.tolist() == pytest.approx([0.4, 0.6])
+
+
+def test_speed_is_the_first_evaluation_with_a_worst_ratio_below_2_or_an_interval_after_the_end():
+    one = made_up(ddk=[1.0])["ddk"]["0"]  # code 5.0, 1.2, 1.1, 1.0 at 0, 5, 10, 15
+    assert measured(one, SPEED) == 5
+    one["ratio"]["prose"] = [3.0, 2.0, 1.9, 1.0]
+    assert measured(one, SPEED) == 10
+    one["ratio"]["prose"] = [3.0] * 4
+    assert measured(one, SPEED) == 20
 
 
 def test_the_share_of_a_gain_is_of_means():
@@ -240,7 +262,7 @@ def test_arms_and_ablations_by_name():
     arms = chosen_arms("arms")
     assert [name for name in arms if name in own] == own and chosen_arms("all") == [*arms, *ABLATIONS]
     assert chosen_arms("kd,gamma=0.5") == ["kd", "gamma=0.5"]
-    for pair in CLAIMS + COMPARISONS + REPLICATED:
+    for pair in CLAIMS + COMPARISONS + REPLICATED + REGISTERED:
         assert {pair.first, pair.second} <= ALL_ARMS.keys()
 
 
@@ -294,7 +316,7 @@ def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(compare, 
 
     # The proxy's mixture is what CPT&DoReMi drew by
     mixture = (tmp_path / "out" / "doremi_proxy-0" / "mixture.txt").read_text().strip()
-    config = json.loads((tmp_path / "out" / "cpt_doremi-0" / "config.json").read_text())["config"]
+    config = read_lines(tmp_path / "out" / "cpt_doremi-0", "run")[0]["config"]
     assert config["method"] == "cpt" and config["mixture"] == mixture
 
     metrics = tmp_path / "out" / "ddk-1" / "metrics.jsonl"
@@ -309,13 +331,17 @@ def test_each_replicate_has_its_own_text_and_teacher_and_the_fixed_mixture_is_th
     assert "let ddk run first" in compare(*words, "--arms=kd_fixed", status=2)
     compare(*words, "--first=1", "--arms=ddk")
     assert "2/2  kd, seed 1" not in compare(*words, "--arms=ddk,kd")
-    compare(*words, "--arms=kd_fixed")
+    compare(*words, "--arms=kd_fixed,kd_first")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     for key in ("windows", "teacher_sha256", "base_ratio"):
         first, second = [results["ddk"][seed][key] for seed in ("0", "1")]
         assert first != second and first == results["kd"]["0"][key]
-    config = json.loads((tmp_path / "out" / "kd_fixed-0" / "config.json").read_text())["config"]
-    assert config["mixture"] == fixed_mixture({"1": results["ddk"]["1"]}, 0, 2)
+    config = read_lines(tmp_path / "out" / "kd_fixed-0", "run")[0]["config"]
+    assert config["mixture"] == fixed_mixture([results["ddk"]["1"]])
+    other = {name: shares[1] for name, shares in results["ddk"]["1"]["r"].items()}
+    drawn = [{name: shares[t] for name, shares in results["kd_first"]["0"]["r"].items()} for t in (0, 1)]
+    assert drawn[0] == {name: shares[0] for name, shares in results["ddk"]["0"]["r"].items()}
+    assert drawn[1] == pytest.approx(other, abs=1e-4)
 
 
 @pytest.mark.slow
@@ -329,8 +355,9 @@ def test_a_pretrained_teacher_may_be_given(compare, tmp_path, teacher):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     first = [results[arm][seed]["first_worst_ratio"] for arm in ("ddk", "kd") for seed in ("0", "1")]
     assert first[:2] == first[2:]  # a base for each seed
-    config = json.loads((tmp_path / "out" / "base-0" / "config.json").read_text())["config"]
-    assert config["method"] == "kd" and config["student"] == "layers:10"
+    config = read_lines(tmp_path / "out" / "base-0", "run")[0]["config"]
+    assert config["method"] == "kd" and config["student"].endswith("ten-layers")
+    assert len(GPT.from_pretrained(tmp_path / "out" / "base-0" / "step_00000002").layers) == 10
 
 
 @pytest.mark.parametrize("argument, named", [("--setting=real", "--teacher=: name the folder of a model"),

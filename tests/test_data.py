@@ -1023,8 +1023,8 @@ def test_a_bad_bins_folder_is_an_error(copied, spoil, named):
 
 # ----------------------------------------------- Verifying, and the quickstart's text ---------------------------------
 
-@pytest.mark.parametrize("spoil, named", [(drop("code.test.bin"), "code.test.bin"), (in_meta(made_by="me"), "meta.json"),
-                                          (drop("SHA256SUMS"), "SHA256SUMS")])
+@pytest.mark.parametrize("spoil, named", [
+    (drop("code.test.bin"), "code.test.bin"), (in_meta(made_by="me"), "meta.json"), (drop("SHA256SUMS"), "SHA256SUMS")])
 def test_verify_lists_what_changed(program, copied, spoil, named):
     assert program(f"--verify={copied}")[0] == 0
     tokens = read_bin(copied / "code.val.bin").copy()
