@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -260,43 +259,63 @@ def bins(tmp_path_factory):
     return folder
 
 
-def three(student_ppl, teacher_ppl, prefix="", names="abc", **more) -> dict:
-    return {name: {f"{prefix}student_ppl": student, f"{prefix}teacher_ppl": teacher,
-                   f"{prefix}ratio": student / teacher if teacher else None,
-                   **{key: value[i] for key, value in more.items()}}
-            for i, (name, student, teacher) in enumerate(zip(names, student_ppl, teacher_ppl))}
+# A run in two domains. Its ratios 2 and 1, then 1.5 and 1, are a worked example: r_0 is 1/(1 + e^∓1), ψ/Σψ is then
+# 1/(1 + e^∓1.5), and α is 0.5. The numbers differ, so that none passes for another.
+VAL_TEACHER = (4.0, 2.0)
+TEST_TEACHER = (3.0, 5.0)
+EVALUATIONS = [(8.0, 2.0), (6.0, 2.0)]
+END = (5.0, 3.0)
+R = [[0.25, 0.75], [0.6587872380968218, 0.3412127619031782]]
+TESTS = [(6.0, 15.0), (12.0, 5.5), (3.0, 25.0)]  # of three seeds: worst ratios 3, 4 and 5, mean ratios 2.5, 2.55 and 3
+CONTENT = {"data_dir": "d" * 64, "teacher": "t" * 64, "student": "5" * 64}
+CONFIG = {"method": "ddk", "seed": 0, "alpha": 0.5, "teacher": "models/big", "out_dir": "out", "domains": "",
+          "block_size": 16, "val_samples": 8, "test_samples": 6, "max_steps": 30}
 
 
-two = partial(three, names="xy", tokens=[0, 0], epochs=[0.0, 0.0])
-# A worked example: ratios 2 and 1 give r_0 = 1/(1 + e^∓1), and then 1.5 and 1, with ψ/Σψ = 1/(1 + e^∓1.5) and α = 0.5:
-R_1 = [0.6587872380968218, 0.3412127619031782]
-LINES = [
-    {"kind": "run", "step": 0, "config": {"method": "ddk", "seed": 0, "alpha": 0.5, "max_steps": 30}, "rule": "ddk",
-     "natural": {"x": 0.25, "y": 0.75}},
-    {"kind": "mixture", "step": 0, "t": 0, "r": {"x": 0.25, "y": 0.75}, "domains": two([8, 4], [4, 4])},
-    {"kind": "train", "step": 1, "loss": 2.0},
-    {"kind": "mixture", "step": 20, "t": 1, "r": dict(zip("xy", R_1)), "domains": two([6, 4], [4, 4])},
-    {"kind": "end", "step": 30, "domains": two([5, 4], [4, 4])},
-]
-
-
-def write_lines(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+def domains(names, student_ppl, teacher_ppl, tokens, prefix="") -> dict:
+    numbers = {}
+    for name, student, teacher, n in zip(names, student_ppl, teacher_ppl, tokens):
+        numbers[name] = {f"{prefix}student_ppl": student, f"{prefix}teacher_ppl": teacher,
+                         f"{prefix}ratio": student / teacher if teacher else None, "tokens": n}
+    return numbers
 
 
 @pytest.fixture
-def metrics(tmp_path):
-    """A run's metrics.jsonl with a torn last line."""
-    path = tmp_path / "metrics.jsonl"
-    write_lines(path, LINES)
-    path.write_text(path.read_text() + '{"kind": "mixture", "st')
-    return path
+def make_run(tmp_path):
+    """Writes the metrics.jsonl of a run with a torn last line, and returns its path. `test` is its last perplexities on
+    the test windows."""
+    def make(name="run", test=TESTS[0], finished=True, names="xy", r=R, rule="ddk", teacher_ppl=VAL_TEACHER,
+             content=CONTENT, **keys):
+        config = {**CONFIG, "out_dir": name, **keys}
+        lines = [{"kind": "run", "step": 0, "config": config, "content": content, "may_change": ["out_dir", "teacher"],
+                  "rule": rule, "natural": dict(zip(names, R[0]))}]
+        for t, student_ppl in enumerate(EVALUATIONS):
+            lines.append({"kind": "mixture", "step": 20 * t, "t": t, "r": dict(zip(names, r[t])),
+                          "domains": domains(names, student_ppl, teacher_ppl, [100 * t, 200 * t])})
+            lines.append({"kind": "train", "step": 20 * t + 1, "loss": 2.0})
+        if finished:
+            last = domains(names, END, teacher_ppl, [150, 350])
+            if config["test_samples"]:
+                for name, numbers in domains(names, test, TEST_TEACHER, [150, 350], "test_").items():
+                    last[name].update(numbers)
+            lines.append({"kind": "end", "step": config["max_steps"], "domains": last})
+        path = tmp_path / config["out_dir"] / "metrics.jsonl"
+        path.parent.mkdir(parents=True)
+        path.write_text("\n".join(map(json.dumps, lines)) + '\n{"kind": "mixture", "st')
+        return path
+    return make
 
 
 def shares(stdout: str) -> dict[int, list[float]]:
     """step → r, from what --metrics prints."""
     rows = [line.split() for line in stdout.splitlines()]
     return {int(row[0]): list(map(float, row[1:])) for row in rows if row and row[0].isdigit()}
+
+
+def cells(stdout: str, label: str) -> str:
+    """The cells of the row that starts with `label`, one blank between them."""
+    row, = [line for line in stdout.splitlines() if line.startswith(f"{label}  ")]
+    return " ".join(row[len(label):].split())
 
 
 def test_the_program_shows_the_mixture_and_a_window_of_each_domain(program, bins):
@@ -317,6 +336,19 @@ def test_the_program_shows_the_mixture_and_a_window_of_each_domain(program, bins
     assert "X" in shown[0] and "y" not in shown[0] and "y" in shown[1] and "X" not in shown[1]
 
 
+def test_the_program_draws_by_the_last_r_replayed_and_from_the_runs_domains_alone(program, make_run, bins):
+    arguments = [f"--data_dir={bins}", "--block_size=16"]
+    _, stdout, _ = program(f"--metrics={make_run()}", *arguments)
+    assert "65.88%" in stdout and "34.12%" in stdout
+    status, stdout, _ = program(f"--metrics={make_run('only-y', names='y')}", *arguments)
+    assert status == 0 and "--- y" in stdout and "--- x" not in stdout
+    status, _, stderr = program(f"--metrics={make_run('only-z', names='z')}", *arguments)
+    assert status == 2 and f"--data_dir={bins} has no z" in stderr
+
+
+# ------------ The program: r replayed ---------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("arguments, expected", [
     ([], {0: [0.25, 0.75], 20: [0.6588, 0.3412]}),
     (["--alpha=0"], {0: [0.25, 0.75], 20: [0.5, 0.5]}),
@@ -325,245 +357,154 @@ def test_the_program_shows_the_mixture_and_a_window_of_each_domain(program, bins
     (["--rule=natural"], {0: [0.25, 0.75], 20: [0.25, 0.75]}),
     (["--rule=equal"], {0: [0.5, 0.5], 20: [0.5, 0.5]}),
 ])
-def test_the_program_replays_r_by_the_runs_own_rule_or_another(program, metrics, arguments, expected):
-    status, stdout, _ = program(f"--metrics={metrics}", *arguments)
+def test_the_program_replays_r_by_the_runs_own_rule_or_another(program, make_run, arguments, expected):
+    status, stdout, _ = program(f"--metrics={make_run()}", *arguments)
     assert status == 0 and shares(stdout) == expected
     difference = float(stdout.rpartition("difference")[2].split()[-1])
     assert (difference <= 1e-12) == (arguments == [])
 
 
-def test_a_run_without_a_teacher_replays_by_its_rule_and_by_none_that_requires_one(program, metrics):
-    write_lines(metrics, [{**LINES[0], "rule": "natural"}, {**LINES[1], "domains": two([8, 4], [None, None])}])
-    assert shares(program(f"--metrics={metrics}")[1]) == {0: [0.25, 0.75]}
-    status, _, stderr = program(f"--metrics={metrics}", "--rule=ddk")
-    assert status == 2 and "--metrics=" in stderr and "teacher" in stderr
+def test_the_largest_difference_of_a_replay_is_over_all_evaluations_and_domains(program, make_run):
+    path = make_run(r=[[0.3, 0.35], [0.25, 0.75]])  # 0.05 more and 0.4 less than the natural mixture
+    assert "the run's own r: 4.0e-01" in program(f"--metrics={path}", "--rule=natural")[1]
 
 
-def test_the_program_draws_by_the_last_r_replayed_and_from_the_runs_domains_alone(program, metrics, bins):
-    _, stdout, _ = program(f"--metrics={metrics}", f"--data_dir={bins}", "--block_size=16")
-    assert "65.88%" in stdout and "34.12%" in stdout
-    write_lines(metrics, [{**LINES[0], "natural": {"y": 1.0}}, LINES[1]])
-    status, stdout, _ = program(f"--metrics={metrics}", f"--data_dir={bins}", "--block_size=16")
-    assert status == 0 and "--- y" in stdout and "--- x" not in stdout
-    metrics.write_text(metrics.read_text().replace('"y"', '"other"'))
-    status, _, stderr = program(f"--metrics={metrics}", f"--data_dir={bins}", "--block_size=16")
-    assert status == 2 and f"--data_dir={bins} has no other" in stderr
+def test_a_run_without_a_teacher_replays_by_its_own_rule(program, make_run):
+    path = make_run(rule="natural", teacher_ppl=(None, None), test_samples=0)
+    assert shares(program(f"--metrics={path}")[1]) == {0: [0.25, 0.75], 20: [0.25, 0.75]}
 
 
-# What runs gave in three domains: unlike numbers, so that none passes for another. The teacher's are 2, 4 and 8 on the
-# validation windows, and 3, 5 and 10 on the test windows.
-VAL_TEACHER = [2.0, 4.0, 8.0]
-TEST_TEACHER = [3.0, 5.0, 10.0]
-BEFORE = [12.0, 14.0, 17.0]
-MIDDLE = [7.0, 9.0, 11.0]
-R = [[0.5, 0.3, 0.2], [0.15, 0.6, 0.25]]  # after the first and the second evaluation
-CONTENT = {"data_dir": "d" * 64, "teacher": "t" * 64, "student": "5" * 64}
-CONFIG = {"method": "ddk", "seed": 0, "alpha": 0.5, "gamma": 0.2, "teacher": "models/big", "student": "models/small",
-          "data_dir": "data/abc", "out_dir": "out", "domains": "", "block_size": 16, "val_samples": 8,
-          "test_samples": 6, "max_steps": 3000, "save_every": 0}
+@pytest.mark.parametrize("run, arguments, named", [
+    ({"rule": "average"}, [], "average"), ({}, ["--alpha=1.5"], "alpha 1.5"), ({}, ["--alpha=nan"], "alpha nan"),
+    ({"rule": "natural", "teacher_ppl": (None, None)}, ["--rule=ddk"], "teacher")])
+def test_a_rule_of_a_fork_a_bad_alpha_and_a_missing_teacher_are_errors(program, make_run, run, arguments, named):
+    path = make_run(**run)
+    status, _, stderr = program(f"--metrics={path}", *arguments)
+    assert status == 2 and f"--metrics={path}" in stderr and named in stderr and len(stderr.splitlines()) == 1
 
 
-@pytest.fixture
-def make_run(tmp_path):
-    """Writes the metrics.jsonl of a run: `test` is its last perplexities on the test windows, `end` those on the
-    validation windows, None where there are none. Returns its path."""
-    def make(name, test=(6.0, 15.0, 40.0), end=(5.0, 8.0, 10.0), before=BEFORE, content=CONTENT, older=False,
-             names="abc", **keys):
-        config = {**CONFIG, "out_dir": name, **keys}
-        start = {"kind": "run", "step": 0, "config": config, "rule": "ddk", "natural": dict(zip(names, R[0]))}
-        if not older:
-            start.update(content=content, may_change=["data_dir", "out_dir", "save_every", "student", "teacher"])
-        lines = [start]
-        for t, ppl in enumerate([before, MIDDLE]):
-            tokens = [100 * t, 200 * t, 300 * t]
-            lines.append({"kind": "mixture", "step": 80 * t, "t": t, "r": dict(zip(names, R[t])),
-                          "domains": three(ppl, VAL_TEACHER, names=names, tokens=tokens)})
-        if end:
-            last = three(end, VAL_TEACHER, names=names, tokens=[150, 350, 500])
-            if test:
-                for domain, tested in zip(last.values(), three(test, TEST_TEACHER, "test_").values()):
-                    domain.update(tested)
-            lines.append({"kind": "end", "step": config["max_steps"], "domains": last})
-        path = tmp_path / name / "metrics.jsonl"
-        path.parent.mkdir()
-        write_lines(path, lines)
-        return path
-    return make
+# ------------ The program: runs next to each other --------------------------------------------------------------------
 
 
-def cells(stdout: str, label: str) -> str:
-    """The cells of the row that starts with `label`, one blank between them."""
-    row, = [line for line in stdout.splitlines() if line.startswith(f"{label}  ")]
-    return " ".join(row[len(label):].split())
-
-
-def test_a_row_for_each_run_has_what_differs_and_the_last_numbers_of_the_test_windows(program, make_run):
-    paths = [make_run("one", save_every=5), make_run("two", (9.0, 5.5, 11.0), gamma=0.0, method="kd", max_steps=2000)]
+def test_a_row_for_each_run_has_its_last_perplexities_and_ratios_on_the_test_windows(program, make_run):
+    paths = [make_run("one"), make_run("two", TESTS[1], method="kd", seed=3, max_steps=20)]
     status, stdout, _ = program("--metrics", *paths)
-    assert status == 0 and "on the test windows" in stdout
-    header = next(line.split() for line in stdout.splitlines() if "worst ratio" in line)
-    assert header[:5] == ["method", "gamma", "max_steps", "seed", "step"] and header[5:8] == ["a", "b", "c"]
-    assert cells(stdout, "one") == "ddk 0.2 3000 0 3000 6.00 (2.00) 15.00 (3.00) 40.00 (4.00) 4.000 3.000"
-    assert cells(stdout, "two") == "kd 0.0 2000 0 2000 9.00 (3.00) 5.50 (1.10) 11.00 (1.10) 3.000 1.733"
-    assert cells(stdout, "teacher") == "3.00 5.00 10.00"
-    assert "mean of" not in stdout
+    assert status == 0 and "on the test windows" in stdout and "seeds" not in stdout
+    header = next(line for line in stdout.splitlines() if "worst ratio" in line)
+    assert header.split() == ["method", "seed", "step", "x", "y", "worst", "ratio", "mean", "ratio"]
+    assert cells(stdout, "one") == "ddk 0 30 6.00 (2.00) 15.00 (3.00) 3.000 2.500"
+    assert cells(stdout, "two") == "kd 3 20 12.00 (4.00) 5.50 (1.10) 4.000 2.550"
+    assert cells(stdout, "teacher") == "3.00 5.00"
 
-    # A single run in the same form; without test windows it says validation
-    alone = program("--metrics", make_run("alone", test=None, test_samples=0))[1]
-    assert cells(alone, "alone") == "ddk 0 3000 5.00 (2.50) 8.00 (2.00) 10.00 (1.25) 2.500 1.917"
-    assert "on the validation windows" in alone and cells(alone, "teacher") == "2.00 4.00 8.00"
-
-
-def test_an_unfinished_run_and_one_without_test_windows_are_marked_and_in_no_mean(program, make_run):
-    paths = [make_run("one"), make_run("two", (9.0, 5.5, 11.0), seed=1), make_run("short", end=None, seed=2),
-             make_run("untested", test=None, seed=3, test_samples=0)]
-    _, stdout, _ = program("--metrics", *paths)
-    assert cells(stdout, "short").endswith("7.00 (3.50) 9.00 (2.25) 11.00 (1.38) 3.500 2.375 unfinished at step 80 of "
-                                           "3,000 on validation windows")
-    assert cells(stdout, "untested").endswith("2.500 1.917 on validation windows")
-    assert cells(stdout, "one …: mean of 2 seeds") == "3.500 ± 0.500 2.367 ± 0.633"
-    assert "mean of" not in program("--metrics", paths[0], paths[2])[1]
-    assert "validation windows" not in program("--metrics", *paths[:2])[1]
+    # Without test windows
+    stdout = program("--metrics", make_run("alone", test_samples=0))[1]
+    assert "on the validation windows" in stdout and cells(stdout, "teacher") == "4.00 2.00"
+    assert cells(stdout, "alone") == "ddk 0 30 5.00 (1.25) 3.00 (1.50) 1.500 1.375"
 
 
-def test_runs_that_differ_in_the_seed_or_also_in_its_base_are_averaged_and_others_not(program, make_run):
-    tests = [(6.0, 15.0, 40.0), (9.0, 5.5, 11.0), (12.0, 6.0, 10.0)]  # worst 4, 3, 4; mean 3, 26/15, 31/15
-    bases = [{**CONTENT, "student": digit * 64} for digit in "123"]
-    own = [make_run(f"own-{i}", test, seed=i, content=base) for i, (test, base) in enumerate(zip(tests, bases))]
-    other = [make_run(f"other-{i}", test, seed=i, content=base, alpha=0.0)
-             for i, (test, base) in enumerate(zip(tests[:2], bases))]
-    _, stdout, _ = program("--metrics", *own, *other)
-    assert cells(stdout, "own-0 …: mean of 3 seeds") == "3.667 ± 0.333 2.267 ± 0.379"
-    assert cells(stdout, "other-0 …: mean of 2 seeds") == "3.500 ± 0.500 2.367 ± 0.633"
+def test_runs_that_are_unfinished_or_on_other_windows_are_marked_and_in_no_mean(program, make_run):
+    short = make_run("short", finished=False, seed=2)
+    untested = [make_run(f"untested-{seed}", seed=seed, test_samples=0) for seed in (3, 4)]
+    finished = [make_run(f"finished-{seed}", seed=seed) for seed in (0, 1)]
+    stdout = program("--metrics", short, *untested, *finished)[1]
+    assert "on the test windows" in stdout and cells(stdout, "teacher") == "3.00 5.00"
+    row = cells(stdout, "short")
+    assert row.startswith("ddk 2 20 6.00 (1.50) 2.00 (1.00) 1.500 1.250 unfinished") and "validation windows" in row
+    assert cells(stdout, "untested-3") == "ddk 3 30 5.00 (1.25) 3.00 (1.50) 1.500 1.375 on validation windows"
+    assert stdout.count("unfinished") == 1 and stdout.count("validation windows") == 3
+    assert "finished-0 …: 2 seeds" in stdout and stdout.count("seeds") == 1
 
-    # Bases that do not go with the seed are compared; a seed that was run twice is no second seed
-    crossed = make_run("crossed", seed=1, content=bases[0])
-    _, stdout, _ = program("--metrics", *own[:2], crossed)
-    assert "student" in stdout and "1" * 16 in stdout and "own-0 …: mean of 2 seeds" in stdout
-    assert cells(stdout, "own-0 …: mean of 2 seeds").startswith("4.000 ± 0.000")  # with crossed, not own-1
-    assert "mean of" not in program("--metrics", own[0], make_run("again", content=bases[0]))[1]
+    # An unfinished run has no test windows yet
+    stdout = program("--metrics", short, *untested)[1]
+    assert "on the validation windows" in stdout and "untested-3 …: 2 seeds" in stdout
+    short = make_run("short-untested", finished=False, test_samples=0)
+    assert "seeds" not in program("--metrics", short, untested[0])[1]
 
 
-@pytest.mark.parametrize("keys, named", [
-    ({"content": {**CONTENT, "teacher": "9" * 64}}, "teacher"), ({"names": "abd"}, "domains"),
-    ({"content": {**CONTENT, "data_dir": "9" * 64}}, "data_dir"), ({"block_size": 32}, "block_size"),
-    ({"val_samples": 9}, "val_samples"), ({"test_samples": 5}, "test_samples")])
-def test_runs_of_other_bins_another_teacher_or_other_windows_are_refused_by_name(program, make_run, keys, named):
-    paths = [make_run("one"), make_run("stranger", **keys), make_run("two", alpha=0.1)]
+def test_runs_that_differ_only_in_the_seed_and_in_keys_that_may_change_are_averaged(program, make_run):
+    runs = [make_run(f"run-{seed}", TESTS[seed], seed=seed, teacher=f"moved/{seed}") for seed in range(3)]
+    other = [make_run(f"other-{seed}", TESTS[seed], seed=seed, alpha=0.0) for seed in range(2)]
+    stranger = make_run("stranger", seed=8, content={**CONTENT, "student": "6" * 64})
+    stdout = program("--metrics", *runs, *other, stranger)[1]
+    assert cells(stdout, "run-0 …: 3 seeds").endswith("4.000 ± 0.577 2.683 ± 0.159")
+    assert cells(stdout, "other-0 …: 2 seeds").endswith("3.500 ± 0.500 2.525 ± 0.025")
+    assert stdout.count("seeds") == 2
+
+    # A seed that was run twice counts once, by its last run
+    again = make_run("again", TESTS[2])
+    assert cells(program("--metrics", *runs[:2], again)[1], "again …: 2 seeds").endswith("4.500 ± 0.500 2.775 ± 0.225")
+
+
+@pytest.mark.parametrize("keys, named, expected", [
+    ({"content": {**CONTENT, "data_dir": "9" * 64}}, "data_dir", ["d" * 64, "9" * 64]),
+    ({"content": {**CONTENT, "teacher": "9" * 64}}, "teacher", ["t" * 64, "9" * 64]),
+    ({"names": "xz"}, "domains", ["x,y", "x,z"]), ({"block_size": 32}, "block_size", ["16", "32"]),
+    ({"val_samples": 9}, "val_samples", ["8", "9"]), ({"test_samples": 5}, "test_samples", ["6", "5"])])
+def test_runs_on_other_bins_or_windows_or_of_another_teacher_are_rejected(program, make_run, keys, named, expected):
+    paths = [make_run("untested", test_samples=0), make_run("one", alpha=0.1), make_run("stranger", **keys)]
     status, stdout, stderr = program("--metrics", *paths)
-    assert status == 2 and stdout == ""
-    told, = [line for line in stderr.splitlines() if "stranger" in line and "its" in line]
-    assert f"{paths[1]}: its {named}" in told and str(paths[0]) in told and str(paths[2]) not in stderr
-    if named in ("teacher", "data_dir"):
-        assert f"9999999999999999 ({CONFIG[named]})" in told and f"({CONFIG[named]})" in told.partition("that of")[2]
-    assert program("--metrics", paths[0], paths[2])[0] == 0
-
-    # Where the first run is the odd one out, it alone is named
-    stderr = program("--metrics", paths[1], paths[0], paths[2])[2]
-    assert [line for line in stderr.splitlines() if "its" in line] == [told]
+    assert status == 2 and stdout == "" and str(paths[2]) in stderr
+    told = stderr.replace(str(paths[0].parent.parent), "")
+    assert named in told and all(value in told for value in expected)
+    assert program("--metrics", *paths[:2])[0] == 0
 
 
-def test_an_older_run_is_known_by_its_config_json_or_refused(program, make_run):
-    paths = [make_run("one"), make_run("older", older=True, alpha=0.1)]
-    status, stdout, stderr = program("--metrics", *paths)
-    assert status == 2 and stdout == "" and f"{paths[1]}: neither it nor a config.json" in stderr
-    saved = paths[1].with_name("config.json")
-    saved.write_text(json.dumps({"config": CONFIG, "content": CONTENT}))
-    _, stdout, _ = program("--metrics", *paths)
-    assert cells(stdout, "older").startswith("ddk 0.1 0 3000 6.00") and "out_dir" not in stdout
-    saved.write_text(json.dumps({"config": CONFIG, "content": {**CONTENT, "teacher": "9" * 64}}))
-    assert program("--metrics", *paths)[0] == 2
-    assert program("--metrics", paths[1])[0] == 0  # a single one is compared with none
-
-    # Among older ones the keys that name folders are not compared
-    paths[0] = make_run("old", older=True)
-    shutil.copy(saved, paths[0].parent)
-    assert "out_dir" not in program("--metrics", *paths)[1]
+# ------------ The program: the figure ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def figure(program, tmp_path, monkeypatch):
-    """Runs the program with --plot: the panels of the figure, by their titles."""
+    """Runs the program with --plot: the panels of the figure."""
     matplotlib_figure = pytest.importorskip("matplotlib.figure")
 
-    def plot(*arguments) -> dict:
+    def plot(*arguments) -> list:
         drawn = []
         monkeypatch.setattr(matplotlib_figure.Figure, "savefig", lambda self, path, dpi: drawn.append(self))
         status, _, stderr = program("--metrics", *arguments, f"--plot={tmp_path / 'figure.png'}")
         assert status == 0, stderr
-        for panel in drawn[0].axes:
-            assert panel.get_xlabel() and panel.get_ylabel() and panel.get_legend()
-        return {panel.get_title(): panel for panel in drawn[0].axes}
+        assert all(panel.get_ylabel() and panel.get_legend() for panel in drawn[0].axes)
+        return drawn[0].axes
     return plot
-
-
-def bars_of(panel) -> dict[str, tuple[list[float], list[float]]]:
-    """Label → the heights of its bars, and the lengths of their error bars on each side."""
-    bars = {}
-    for bar in panel.containers:
-        if bar.get_label() and hasattr(bar, "patches"):
-            segments = bar.errorbar.lines[2][0].get_segments()
-            errors = [(segment[1][1] - segment[0][1]) / 2 for segment in segments]
-            bars[bar.get_label()] = ([patch.get_height() for patch in bar], errors)
-    return bars
 
 
 def curves_of(panel) -> dict[str, tuple[list[float], list[float]]]:
     return {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in panel.lines}
 
 
-def test_bars_are_the_numbers_of_the_table_with_error_bars_over_seeds_and_the_student_bases(figure, make_run):
-    paths = [make_run("one"), make_run("two", (9.0, 5.5, 11.0), seed=1), make_run("kd", (4.0, 7.0, 13.0), method="kd"),
-             make_run("short", end=None, before=[20.0, 30.0, 40.0], seed=2)]
-    panel = figure(*paths)["last evaluation"]
-    assert panel.get_ylabel() == "perplexity, test windows"
-    assert [label.get_text() for label in panel.get_xticklabels()] == ["a", "b", "c"]
-    mean = "one …: mean of 2 seeds"
-    short = "short unfinished at step 80 of 3,000 on validation windows"
-    bars = bars_of(panel)
-    bases = [f"student base of {name}, validation windows" for name in ("one", "short")]
-    assert list(bars) == [*bases, mean, "kd", short, "teacher"]
-    assert bars[mean] == (pytest.approx([7.5, 10.25, 25.5]), pytest.approx([1.5, 4.75, 14.5]))
-    assert bars["kd"] == ([4.0, 7.0, 13.0], [0, 0, 0])
-    assert bars[short][0] == MIDDLE and bars["teacher"][0] == TEST_TEACHER
-    assert bars[bases[0]][0] == BEFORE and bars[bases[1]][0] == [20.0, 30.0, 40.0]
-
-    # Without test windows they are of the validation windows
-    alone = bars_of(figure(make_run("alone", test=None, test_samples=0))["last evaluation"])
-    assert alone["alone"][0] == [5.0, 8.0, 10.0] and alone["teacher"][0] == VAL_TEACHER
+def test_bars_are_the_student_base_the_mean_of_each_group_and_the_teacher(figure, make_run):
+    panel = figure(make_run("short", finished=False), make_run("one"), make_run("two", TESTS[1], seed=1),
+                   make_run("kd", TESTS[2], method="kd"))[0]
+    assert panel.get_title() == "last evaluation" and panel.get_ylabel() == "perplexity, test windows"
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["x", "y"]
+    bars = [(bar.get_label().split()[0], [patch.get_height() for patch in bar]) for bar in panel.containers]
+    assert bars == [("student", [8.0, 2.0]), ("one", [9.0, 10.25]), ("kd", [3.0, 25.0]), ("teacher", [3.0, 5.0])]
 
 
-def test_each_run_has_its_ratios_and_its_r_over_tokens_from_the_evaluation_on_that_it_follows(figure, make_run):
-    panels = figure(make_run("one"), make_run("two", end=(3.0, 6.0, 20.0), alpha=0.1))
-    assert list(panels) == ["last evaluation", "one", "r of one", "two", "r of two"]
-    last = {"one": (5.0, 8.0, 10.0), "two": (3.0, 6.0, 20.0)}
-    for run, end in last.items():
-        ratios = [np.divide(ppl, VAL_TEACHER).tolist() for ppl in (BEFORE, MIDDLE, end)]
-        r = panels[f"r of {run}"]
-        for i, name in enumerate("abc"):
-            assert curves_of(panels[run])[name] == ([0, 600, 1000], [ratio[i] for ratio in ratios])
-            assert curves_of(r)[name] == ([0, 600], [shares[i] for shares in R])
-        assert {line.get_drawstyle() for line in r.lines} == {"steps-post"}
+def test_each_run_has_its_ratios_over_tokens_and_its_r_over_evaluations(figure, make_run):
+    r = [[0.5, 0.5], [0.1, 0.9]]
+    panels = figure(make_run("a/run"), make_run("b/run", r=r, alpha=0.1))  # of one name, but two runs
+    ratios = [panel for panel in panels if panel.get_xlabel() == "tokens"]
+    assert [panel.get_title() for panel in ratios] == ["run", "run"]
+    for panel in ratios:
+        assert curves_of(panel) == {"x": ([0, 300, 500], [2.0, 1.5, 1.25]), "y": ([0, 300, 500], [1.0, 1.0, 1.5])}
+    steps = [panel for panel in panels if panel.get_xlabel() == "evaluation"]
+    assert [panel.get_title() for panel in steps] == ["r of run", "r of run"]
+    for panel, (first, second) in zip(steps, (R, r)):
+        assert curves_of(panel) == {"x": ([0, 1], [first[0], second[0]]), "y": ([0, 1], [first[1], second[1]])}
+        assert {line.get_drawstyle() for line in panel.lines} == {"steps-post"}
 
 
-def test_a_replay_says_its_alpha_and_stands_beside_the_runs_own_r(figure, make_run):
-    panels = figure(make_run("one"), "--alpha=0")
-    assert list(panels) == ["last evaluation", "one", "r of one", "r replayed with α = 0.0, rule ddk"]
-    for i, name in enumerate("abc"):
-        assert curves_of(panels["r of one"])[name][1] == [shares[i] for shares in R]
-        assert curves_of(panels["r replayed with α = 0.0, rule ddk"])[name] == ([0, 600], [R[0][i], 1 / 3])
+def test_a_replay_is_plotted_with_its_alpha_after_the_runs_own_r(figure, make_run):
+    *_, own, replayed = figure(make_run(), "--alpha=0")
+    assert own.get_title() == "r of run" and "replayed with α = 0.0" in replayed.get_title()
+    assert curves_of(own)["x"] == ([0, 1], [R[0][0], R[1][0]])
+    assert curves_of(replayed) == {"x": ([0, 1], [0.25, 0.5]), "y": ([0, 1], [0.75, 0.5])}
 
 
-def test_the_largest_difference_of_a_replay_is_over_all_evaluations_and_domains(program, make_run):
-    path = make_run("one")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[1]["r"] = dict(zip("abc", [0.1, 0.65, 0.25]))  # 0.4 less, 0.35 and 0.05 more than the natural mixture
-    write_lines(path, lines)
-    assert "the run's own r: 4.0e-01" in program("--metrics", path, "--rule=natural")[1]
-
-
-def test_a_figure_that_cannot_be_written_is_named(program, metrics, tmp_path):
+@pytest.mark.filterwarnings("error::UserWarning")  # of matplotlib
+def test_a_figure_is_written_without_a_warning_or_its_file_is_named(program, make_run, tmp_path):
     pytest.importorskip("matplotlib")
+    metrics = make_run()
     assert program(f"--metrics={metrics}", f"--plot={tmp_path / 'fig.png'}")[0] == 0
     assert (tmp_path / "fig.png").read_bytes().startswith(b"\x89PNG")
     for name in ("no_such_folder/fig.png", "fig.nonsense"):
@@ -571,43 +512,30 @@ def test_a_figure_that_cannot_be_written_is_named(program, metrics, tmp_path):
         assert status == 2 and f"--plot={tmp_path / name}" in stderr
 
 
+# ------------ The program: mistakes -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("arguments, named", [
     ([], "--data_dir or --metrics"),
-    (["--metrics=x", "--alpha=nan"], "--alpha=nan"),
-    (["--data_dir=x", "--alpha=0.5"], "name one --metrics"),
-    (["--metrics", "x", "y", "--alpha=0.5"], "name one --metrics"),
+    (["--data_dir=x", "--alpha=0"], "one --metrics"),
+    (["--metrics", "x", "y", "--rule=ddk"], "one --metrics"),
     (["--metrics=x", "--alph=1"], "--alph=1"),
     (["--data_dir=x", "--steps=0"], "--steps=0"),
-    (["--data_dir=x", "--plot=x.png"], "--plot=x.png"),
+    (["--data_dir=x", "--plot=x.png"], "--plot"),
     (["--data_dir=nowhere"], "--data_dir=nowhere"),
 ])
 def test_a_bad_argument_is_named(program, arguments, named):
     status, stdout, stderr = program(*arguments)
-    assert status == 2 and stdout == "" and named in stderr
+    assert status == 2 and stdout == "" and named in stderr.rpartition("error: ")[2]
 
 
-def test_the_rule_of_a_fork_is_named(program, metrics):
-    write_lines(metrics, [{**LINES[0], "rule": "average"}, *LINES[1:]])
-    status, _, stderr = program(f"--metrics={metrics}")
-    assert status == 2 and "its rule average is a fork's" in stderr
-    assert program(f"--metrics={metrics}", "--rule=ddk")[0] == 0
-
-
-LINES_OF_NO_RUN = {
-    "none": [],
-    "no mixture": LINES[:1],
-    "no run": LINES[1:],
-    "no object": [[1]],
-    "no r": [LINES[0], {**LINES[1], "r": {}}],
-    "no perplexity": [LINES[0], {**LINES[1], "domains": two([0.5, 4], [4, 4])}],
-}
-
-
-@pytest.mark.parametrize("lines", LINES_OF_NO_RUN.values(), ids=LINES_OF_NO_RUN)
-def test_metrics_that_no_run_writes_are_refused(program, metrics, lines):
-    write_lines(metrics, lines)
-    status, _, stderr = program(f"--metrics={metrics}")
-    assert status == 2 and str(metrics) in stderr
+@pytest.mark.parametrize("lines", [[], ["run"], ["mixture"], ["run", "{", "mixture"], ["[1]"]], ids=str)
+def test_metrics_that_no_run_writes_are_refused(program, make_run, lines):
+    path = make_run()
+    run, mixture, *_ = path.read_text().splitlines()
+    path.write_text("".join({"run": run, "mixture": mixture}.get(line, line) + "\n" for line in lines))
+    status, _, stderr = program(f"--metrics={path}")
+    assert status == 2 and str(path) in stderr
 
 
 def test_without_torch_it_runs_and_an_error_is_one_message_without_a_traceback():
