@@ -59,9 +59,9 @@ def split_by_hand(text: str, fraction: float) -> str:
     return "test" if u < fraction else "val" if fraction <= u < 2 * fraction else "train"
 
 
-def texts_of(split: str, start: str = "", fraction: float = FRACTION):
+def texts_of(split: str, start: str = ""):
     """An endless stream of texts that fall into a split."""
-    return (text for text in (f"{start}{i}" for i in itertools.count()) if split_by_hand(text, fraction) == split)
+    return (text for text in (f"{start}{i}" for i in itertools.count()) if split_by_hand(text, FRACTION) == split)
 
 
 def three(start: str = "") -> list[str]:
@@ -99,10 +99,6 @@ def copied(made, tmp_path) -> Path:
     return shutil.copytree(made, tmp_path / "bins")
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 # ----------------------------------------------- The program ----------------------------------------------------------
 
 @pytest.fixture
@@ -115,13 +111,14 @@ RECORDS = "".join(json.dumps({"text": text, "body": text.upper()}) + "\n" for te
 FILES = len(three()) * 4
 
 
-def write_files(folder: Path, suffix: str = ".txt") -> list[str]:
-    """Twelve text files, four for each split."""
-    folder.mkdir(parents=True, exist_ok=True)
-    texts = [text for i in range(4) for text in three(f"{i} ")]
-    for i, text in enumerate(texts):
-        (folder / f"{i:02}{suffix}").write_text(text)
-    return texts
+TEXTS_OF_SPLITS = [text for i in range(4) for text in three(f"{i} ")]  # four for each split
+
+
+def write_files(folder: Path) -> list[str]:
+    folder.mkdir()
+    for i, text in enumerate(TEXTS_OF_SPLITS):
+        (folder / f"{i:02}.txt").write_text(text)
+    return TEXTS_OF_SPLITS
 
 
 def test_the_program_writes_bins_and_prints_what_it_skipped(program, tmp_path):
@@ -152,12 +149,9 @@ def test_the_program_writes_bins_and_prints_what_it_skipped(program, tmp_path):
     (["--out_dir=x"], ["NAME=GLOB"]),
     *[([f"--out_dir=x", "a=a.txt", f"--val_fraction={wrong}"], [f"--val_fraction={wrong}", "below 0.5"])
       for wrong in ("0.5", "0.0", "nan", "-1.0")],
-    (["--out_dir=x", "a=a.txt", "--val_fraction=some"], ["--val_fraction", "'some'"]),
     (["--out_dir=x", "a=a.txt", "--tok=bytes"], ["--tok=bytes"]),
-    (["--out_dir=x", "a=a.txt", "--val_bytes=1"], ["--val_bytes=1"]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=no_such"], ["--tokenizer=no_such", "bytes"]),
     (["--out_dir=x", "a=a.txt", "a=nothing/*.txt"], ["a=nothing/*.txt", "no file matches"]),
-    (["--out_dir=x", "a=a.json", "--domain_key=k"], ["a=a.json", "no file matches"]),
     (["--out_dir=x", "a=a.txt", "--tokenizer=old"], ["old/tokenizer.json", "AutoTokenizer"]),
     (["--out_dir=x", "a=a.txt", "--eot=</s>"], ["--eot=</s>", "<|endoftext|>"]),
     (["--out_dir=x", "a.txt", "--domain_key=k"], ["records: no document in 1 files, such as a.txt"]),
@@ -171,7 +165,7 @@ def test_the_program_writes_bins_and_prints_what_it_skipped(program, tmp_path):
     (["--verify=bins", "a=a.txt"], ["only --verify=DIR"]),
     (["--verify=no_such_folder"], ["no_such_folder", "has no meta.json"])])
 def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
-        program, made, copied, monkeypatch, arguments, named):
+        program, copied, monkeypatch, arguments, named):
     monkeypatch.chdir(copied.parent)
     Path("a.txt").write_text("some text")
     for folder in ("old", "empty"):
@@ -181,7 +175,7 @@ def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
     [message] = [line for line in stderr.splitlines() if "error: " in line]
     assert status == 2 and stderr.rstrip().endswith(message)
     assert all(word in message for word in named), message
-    assert sorted(os.listdir()) == ["a.txt", "bins", "empty", "link", "old"] and contents(copied) == contents(made)
+    assert sorted(os.listdir()) == ["a.txt", "bins", "empty", "link", "old"] and damaged_files(copied) == []
 
 
 @pytest.mark.parametrize("error, rank, status, message", [
@@ -260,13 +254,8 @@ def test_of_two_that_publish_one_folder_the_first_wins_and_nothing_existing_is_t
         with published(tmp_path / "a") as first:
             (first / "x").write_text("first")
     assert (tmp_path / "a" / "x").read_text() == "first" and os.listdir(tmp_path) == ["a"]
-    for make in (Path.mkdir, Path.touch, lambda path: path.symlink_to("nowhere")):
-        path = tmp_path / f"{make}"[:20].replace("/", "")
-        make(path)
-        before = path.lstat()
-        with pytest.raises(UserError, match="exists already"), published(path):
-            pass
-        assert path.lstat() == before
+    with pytest.raises(UserError, match="exists already"), published(tmp_path / "a"):
+        pass
 
 
 def test_everything_is_on_the_disk_before_a_folder_has_its_name(tmp_path, monkeypatch):
@@ -317,10 +306,7 @@ def test_a_tiktoken_encoding_is_known_by_its_name_and_may_have_gaps_between_its_
     assert load_tokenizer("bytes").vocab_size == 257
     tokenizer = load_tokenizer("gpt2")
     assert (tokenizer.vocab_size, tokenizer.decode([97, 257, 98, 259])) == (260, "ab<|endoftext|>")
-
-
-def test_a_tiktoken_encoding_that_cannot_be_downloaded_is_one_message(monkeypatch):
-    monkeypatch.setattr("tiktoken.get_encoding", lambda name: 1 / 0)
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: 1 / 0)  # it cannot be downloaded
     assert "TIKTOKEN_CACHE_DIR" in refused(load_tokenizer, "gpt2")
 
 
@@ -435,10 +421,6 @@ def test_differently_serialized_files_of_one_tokenizer_have_one_fingerprint(tmp_
     ours = load_tokenizer(tmp_path / "a")
     assert ours.fingerprint == load_tokenizer(tmp_path / "b").fingerprint
 
-    # How a special token would be matched in text
-    special = [{**token, "normalized": True, "lstrip": True} for token in b["added_tokens"] if token["special"]]
-    assert special and settings_digest({**b, "added_tokens": special}) == settings_digest(a)
-
 
 def lower(settings: dict):
     settings["normalizer"] = {"type": "Lowercase"}
@@ -479,21 +461,17 @@ def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings,
         assert (model / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
-@pytest.mark.parametrize("declared", [None, "LlamaTokenizer", "Qwen2TokenizerFast"])
-def test_a_student_folder_has_one_tokenizer_class_and_the_end_of_text_whatever_was_there(
-        tmp_path, bpe_settings, declared):
+def test_a_student_folder_has_one_tokenizer_class_and_the_end_of_text_whatever_was_there(tmp_path, bpe_settings):
     source = save_bpe(tmp_path / "source", bpe_settings)
-    edit("tokenizer_config.json", tokenizer_class=declared, eos_token={"content": "<s>"}, padding_side="left",
+    edit("tokenizer_config.json", tokenizer_class="LlamaTokenizer", eos_token={"content": "<s>"}, padding_side="left",
          auto_map={"AutoTokenizer": [None, "x.Y"]})(source)
     build(tmp_path / "bins", ARTICLES, load_tokenizer(source, "<|im_end|>"))
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
-    save_tokenizer(model, TokenBins(tmp_path / "bins", 8))
-    assert json.loads((model / "tokenizer_config.json").read_text()) == {
+    put("config.json", b"{}")(tmp_path)
+    save_tokenizer(tmp_path, TokenBins(tmp_path / "bins", 8))
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
         "eos_token": "<|im_end|>", "tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"]}
-    assert model_tokenizer(model).eot_token == "<|im_end|>" and model_tokenizer(model, "<s>").eot_id == 0
+    assert model_tokenizer(tmp_path).eot_token == "<|im_end|>" and model_tokenizer(tmp_path, "<s>").eot_id == 0
 
 
 def test_nanogpts_bins_open_once_they_are_described(tmp_path, made):
@@ -683,7 +661,6 @@ def labeled(text: str, label) -> dict:
     return {"text": text, "meta": {"set": label}}
 
 
-TEXTS_OF_SPLITS = [text for i in range(4) for text in three(f"{i} ")]
 LABELED = [labeled(text, label) for text in TEXTS_OF_SPLITS for label in ("RedPajamaC4", "Pile/CC (x)")]
 
 
@@ -818,7 +795,6 @@ def test_meta_json_says_what_the_bins_are(tmp_path):
     assert meta["tokenizer"] == {"name": "bytes", "vocab_size": 257, "eot": 256, "eot_token": "<|endoftext|>",
                                  "fingerprint": load_tokenizer("bytes").fingerprint, "files": []}
     assert list(meta["domains"]) == ["code", "prose"]
-    files = {"meta.json", "SHA256SUMS"}
     for name, domain in meta["domains"].items():
         assert domain["dtype"] == "uint16"
         for split in SPLITS:
@@ -826,9 +802,7 @@ def test_meta_json_says_what_the_bins_are(tmp_path):
             kept = bin_texts(folder, split, name)
             assert domain[split] == {"file": path.name, "tokens": path.stat().st_size // 2, "documents": len(kept),
                                      "bytes": sum(len(text.encode()) for text in kept)}
-            files.add(path.name)
         assert sum(domain[split]["documents"] for split in SPLITS) == len(texts[name])
-    assert set(os.listdir(folder)) == files
 
 
 def test_the_tokenizers_files_are_copied_next_to_the_bins_and_verified(tmp_path, bpe_settings):
@@ -877,25 +851,14 @@ def test_a_stopped_build_leaves_no_folder_but_after_kill_9_and_starts_again(tmp_
     assert len(unfinished) == left and all(name.endswith(".tmp") for name in unfinished)
     build(tmp_path / "bins", LONG)
     build(tmp_path / "straight", LONG)
-    assert contents(tmp_path / "bins") == contents(tmp_path / "straight")
+    for path in (tmp_path / "straight").iterdir():
+        assert path.read_bytes() == (tmp_path / "bins" / path.name).read_bytes(), path.name
 
 
-def test_hundreds_of_domains_need_few_open_files(tmp_path):
-    resource = pytest.importorskip("resource")
-    path = write_records(tmp_path / "a.jsonl", [labeled(text, f"d{i}") for i in range(200) for text in three()])
-    command = [sys.executable, data.__file__, str(path), "--domain_key=meta.set", f"--out_dir={tmp_path}/bins",
-               f"--val_fraction={FRACTION}"]
-    run = subprocess.run(command, capture_output=True, text=True,
-                         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64)))
-    assert (run.returncode, run.stderr) == (0, "")
-    assert len(read_meta(tmp_path / "bins")["domains"]) == 200 and "d7 has only 1 validation documents" in run.stdout
-
-
-@pytest.mark.parametrize("texts", [ARTICLES, LONG["code"]])
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, texts):
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
     """A limit on the size of files stands for it: of bins, and of what is written after them."""
     resource = pytest.importorskip("resource")
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    write_records(tmp_path / "a.jsonl", [{"text": text} for text in ARTICLES])
     command = [sys.executable, data.__file__, f"x={tmp_path}/a.jsonl", f"--out_dir={tmp_path}/bins",
                f"--val_fraction={FRACTION}"]
     for limit in (200, 30_000):
@@ -907,10 +870,6 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path, texts):
 
 
 # ----------------------------------------------- Windows --------------------------------------------------------------
-
-def one(i: int) -> np.ndarray:
-    return np.array([i])
-
 
 def test_a_bin_of_n_tokens_has_n_less_1_over_b_windows(tmp_path):
     # The only train text of domain d7 has 7 tokens with its end of text.
@@ -926,7 +885,7 @@ def test_a_bin_of_n_tokens_has_n_less_1_over_b_windows(tmp_path):
             bins = TokenBins(tmp_path / "bins", size, [f"d{n}"])
             assert bins.n_windows == {f"d{n}": (n - 1) // size}
             for i in range((n - 1) // size):
-                windows = bins.train_windows(one(0), one(i))
+                windows = bins.train_windows(np.array([0]), np.array([i]))
                 assert windows.dtype == np.int64
                 assert windows.tolist() == [tokens[i * size:i * size + size + 1].tolist()]
         assert f"--block_size={n}: domain d{n}" in refused(TokenBins, tmp_path / "bins", n, [f"d{n}"])
@@ -956,7 +915,8 @@ def test_validation_and_test_windows_are_evenly_spaced_each_over_its_own_bin(mad
 def test_domains_are_selected_by_name(made):
     bins = TokenBins(made, 16, ["prose"])
     assert bins.names == list(bins.domains) == list(bins.n_windows) == ["prose"]
-    assert bins.train_windows(one(0), one(9)).tolist() == [read_bin(made / "prose.train.bin")[144:161].tolist()]
+    windows = bins.train_windows(np.array([0]), np.array([9]))
+    assert windows.tolist() == [read_bin(made / "prose.train.bin")[144:161].tolist()]
     assert "--domains: --data_dir=" in refused(TokenBins, made, 16, ["prose", "cats"])
 
 
@@ -991,10 +951,9 @@ def test_the_content_is_that_of_the_tokens_in_use_in_whichever_folder(made, copi
     assert "SHA256SUMS: FileNotFoundError" in refused(TokenBins(copied, 16).content)
 
 
-@pytest.mark.parametrize("i", [0, 16])
-def test_an_id_beyond_the_vocabulary_is_an_error(copied, i):
+def test_an_id_beyond_the_vocabulary_is_an_error(copied):
     tokens = read_bin(copied / "code.val.bin").copy()
-    tokens[i] = 257
+    tokens[16] = 257  # the target of the first window's last token
     (copied / "code.val.bin").write_bytes(tokens.tobytes())
     message = refused(TokenBins(copied, 16).eval_windows, "code", "val", 1)
     assert "code.val.bin: holds the id 257, but the tokenizer has 257 ids" in message
@@ -1021,20 +980,14 @@ def test_a_bad_bins_folder_is_an_error(copied, spoil, named):
     assert named in refused(TokenBins, copied, 16)
 
 
-# ----------------------------------------------- Verifying, and the quickstart's text ---------------------------------
-
-@pytest.mark.parametrize("spoil, named", [
-    (drop("code.test.bin"), "code.test.bin"), (in_meta(made_by="me"), "meta.json"), (drop("SHA256SUMS"), "SHA256SUMS")])
-def test_verify_lists_what_changed(program, copied, spoil, named):
+def test_verify_lists_what_changed(program, copied):
     assert program(f"--verify={copied}")[0] == 0
     tokens = read_bin(copied / "code.val.bin").copy()
     tokens[7] ^= 1
     (copied / "code.val.bin").write_bytes(tokens.tobytes())
+    in_meta(made_by="me")(copied)
     status, _, stderr = program(f"--verify={copied}")
-    assert status == 2 and "missing or changed: code.val.bin;" in stderr
-    spoil(copied)
-    status, _, stderr = program(f"--verify={copied}")
-    assert status == 2 and named in stderr and "train" not in stderr
+    assert status == 2 and "missing or changed: code.val.bin, meta.json;" in stderr
 
 
 def test_the_quickstart_has_four_domains_of_about_the_size_asked_without_license_headers():
