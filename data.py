@@ -141,11 +141,11 @@ SUMS = "SHA256SUMS"
 
 
 @contextmanager
-def published(folder: Path):
+def published(folder: Path, errors: tuple = (OSError,)):
     """Write a folder under a temporary name and rename it at the end: it is there as a whole, or not at all.
 
-    Yields the temporary folder. SHA256SUMS is added unless write_meta has written it. After an error or Ctrl-C the
-    temporary folder is removed; only kill -9 leaves it. UserError if `folder` exists or cannot be written."""
+    Yields the temporary folder, and adds SHA256SUMS unless write_meta has done so. An error or Ctrl-C removes it; only
+    kill -9 leaves it. UserError if `folder` exists, or after one of the `errors`, which a full disk raises."""
     if os.path.lexists(folder):
         raise UserError(f"{folder}: exists already; use another folder, or delete it as a whole")
     temporary = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.tmp")
@@ -158,8 +158,8 @@ def published(folder: Path):
             fsync(path)
         os.rename(temporary, folder)  # fails if another process has published this folder meanwhile
         fsync(folder.parent)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error}; free some space, or use another folder") from None
+    except errors as error:
+        raise UserError(f"{folder}: cannot be written: {error}; free some space, and start the same command") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -181,6 +181,8 @@ def damaged_files(folder: Path) -> list[str]:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         expected = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):
+        expected = {}
+    if not expected:
         return [SUMS]
     found = file_hashes(folder / name for name in expected if (folder / name).is_file())
     return [name for name in expected if found.get(name) != expected[name]]
@@ -274,8 +276,7 @@ class TokenBins:
         """Return the identity of the tokens: of the bins' lines in SHA256SUMS and the tokenizer's fingerprint."""
         files = [entry[split]["file"] for entry in self.domains.values() for split in SPLITS if split in entry]
         with user_errors(self.dir / SUMS, "copy the folder again"):
-            lines = (self.dir / SUMS).read_text(encoding="utf-8").splitlines()
-            by_file = {line.split("  ", 1)[1]: line for line in lines}
+            by_file = {line.split("  ", 1)[1]: line for line in (self.dir / SUMS).read_text("utf-8").splitlines()}
             return digest([by_file[file] for file in files], self.tokenizer["fingerprint"])
 
 
@@ -375,7 +376,8 @@ def _huggingface_tokenizer(path: Path, eot_token: str, name: str) -> Tokenizer:
                         "have an eos_token; choose the token that ends a document with --eot=TOKEN")
 
     def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with user_errors(f"--tokenizer={path}", "it cannot encode all texts; use another tokenizer"):
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     files = [path.with_name(name) for name in TOKENIZER_FILES if path.with_name(name).is_file()]
@@ -465,7 +467,6 @@ def model_tokenizer(folder: Path, eot_token: str = "") -> Tokenizer | None:
 # ------------ Files to documents --------------------------------------------------------------------------------------
 
 PIECE = 1_000_000  # characters of a document at most: a longer text is cut
-MAX_LABELS = 1000  # more are probably not domains, but a title or an address per record
 RECORDS = (".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet")  # suffixes of files of records
 
 
@@ -474,7 +475,7 @@ def expand_sources(sources: list[str], labeled: bool) -> dict[str, list[Path]]:
     name "". UserError if a word matches no file, or a table."""
     domains = defaultdict(dict)  # name → real path → path
     for word in sources:
-        named = re.fullmatch(r"([\w+#][\w+#-]*)=(.*)", word)
+        named = None if labeled and os.path.exists(word) else re.fullmatch(r"([\w+#][\w+#-]*)=(.*)", word)
         if not named and not labeled:
             raise UserError(f"{word!r}: write NAME=GLOB, with letters, digits, _ + # - in NAME, or use --domain_key")
         name, pattern = named.groups() if named else ("", word)
@@ -485,8 +486,6 @@ def expand_sources(sources: list[str], labeled: bool) -> dict[str, list[Path]]:
         for path in sorted(paths):
             if suffix_of(path) in (".csv", ".tsv"):
                 raise UserError(f"{path}: write its rows to .jsonl or .parquet, or leave it out")
-            if suffix_of(path) == ".parquet" or path.suffix.lower() == ".zst":
-                import_optional("pyarrow", str(path))
             domains[name][path.resolve()] = path
     return {name: sorted(paths.values()) for name, paths in domains.items()}
 
@@ -515,47 +514,44 @@ def suffix_of(path: Path) -> str:
 def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
                    skipped: Counter) -> Iterator[tuple[str, str]]:
     """Yield (domain, text) of all documents. Under the name "" each record has its domain at `domain_key`. `skipped`
-    counts the others by reason. UserError if a name has no document, or a file is damaged."""
+    counts the others by reason. UserError if a file is damaged."""
     labels = {}  # label of a record → domain
     for name, paths in files.items():
-        source = name or "records"
-        empty = True
         for path in paths:
             for record in read_file(path, text_key, domain_key, skipped):
                 text = value_at(record, text_key)
                 domain = name or domain_of(value_at(record, domain_key), labels)
                 if not isinstance(text, str):
-                    skipped[f"records of {source} without text under the key {text_key}"] += 1
+                    skipped[f"records without text under the key {text_key}"] += 1
                 elif not domain:
                     skipped[f"records without a label under the key {domain_key}"] += 1
-                elif not text or text.isspace():
-                    skipped[f"empty documents of {source}"] += 1
                 else:
-                    empty = False
-                    yield from ((domain, piece) for piece in pieces(text) if not piece.isspace())
-        if empty:
-            raise UserError(f"{source}: no document in {len(paths)} files, such as {paths[0]}; use other files")
+                    for piece in pieces(text):
+                        if piece.strip():
+                            yield domain, piece
+                        else:
+                            skipped[f"empty documents of {domain}"] += 1
 
 
 def domain_of(label, labels: dict) -> str:
     """Return the domain of a record's label, "" if it has none. `labels` maps the labels so far to their domains."""
     if not isinstance(label, (str, int)):
         return ""
+    label = str(label)
     if label not in labels:
-        domain = re.sub(r"(?:[^\w+#-]|_)+", "_", str(label)).strip("_")[:100]
+        domain = re.sub(r"(?:[^\w+#-]|_)+", "_", label).strip("_")[:100]
+        domain = domain.encode()[:200].decode(errors="ignore").strip("_")  # a file name has 255 bytes at most
         if domain and domain in labels.values():
             print(f"note: {label!r} is another label of the domain {domain}")
         labels[label] = domain
-        if len(labels) > MAX_LABELS:
-            raise UserError(f"--domain_key: more than {MAX_LABELS:,} labels, such as {label!r}; use another key")
     return labels[label]
 
 
 def pieces(text: str) -> Iterator[str]:
     """Cut a text into documents of at most PIECE characters, at ends of lines if it has some."""
     start = 0
-    while start < len(text):
-        end = len(text)
+    while start < max(len(text), 1):  # an empty text is one piece
+        end = max(len(text), 1)
         if end - start > PIECE:
             end = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
         yield text[start:end]
@@ -636,7 +632,6 @@ def value_at(record: dict, key: str):
 # ------------ The build: one pass over a stream of documents ----------------------------------------------------------
 
 BATCH_BYTES = 8 << 20  # of text that is encoded at once: work for many cores, and about 100 bytes of memory per id
-OVERHEAD = 300  # bytes that a short document needs besides its text, about
 
 
 def split_of(document: bytes, fraction: float) -> str:
@@ -656,7 +651,7 @@ def batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, by
     for name, text in documents:
         document = text.encode(errors="replace")  # a lone surrogate becomes "?"
         batch.append((name, document))
-        size += len(document) + OVERHEAD
+        size += len(document) + 300  # what Python needs for a document besides its text, about
         if size >= BATCH_BYTES:
             yield batch
             batch = []
@@ -679,7 +674,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         raise UserError(f"--val_fraction={val_fraction}: must lie above 0 and below 0.5")
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     end = np.array([tokenizer.eot_id], dtype=dtype)
-    domains = {}  # name → entry of meta.json
+    domains = {name: new_entry(name, dtype) for name in required or ()}  # name → entry of meta.json
     n_bytes = 0
     n_with_end = 0
     with published(Path(out_dir)) as folder:
@@ -699,9 +694,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                     n_with_end += 1
                     continue
                 if name not in domains:
-                    domains[name] = {"dtype": dtype}
-                    for split in SPLITS:
-                        domains[name][split] = {"file": f"{name}.{split}.bin", "tokens": 0, "documents": 0, "bytes": 0}
+                    domains[name] = new_entry(name, dtype)
                 entry = domains[name][split_of(document, val_fraction)]
                 entry["tokens"] += len(ids) + 1
                 entry["documents"] += 1
@@ -731,6 +724,12 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         return write_meta(folder, tokenizer, domains, made_by)
 
 
+def new_entry(name: str, dtype: str) -> dict:
+    """Return the entry of meta.json of a domain without documents."""
+    bins = {split: {"file": f"{name}.{split}.bin", "tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
+    return {"dtype": dtype, **bins}
+
+
 def note_change(texts: list[str], ids_of_texts: list[np.ndarray], tokenizer: Tokenizer):
     """Print a note if the tokenizer does not give back one of the texts as it was."""
     for text, ids in zip(texts, ids_of_texts):
@@ -750,16 +749,17 @@ def empty_split(name: str, domain: dict, val_fraction: float) -> str:
     n = sum(documents.values())
     fix = "a domain needs three documents at least"
     if n >= 3:
-        fix = f"give it more documents, or try --val_fraction={min(0.3, 5 / n):.2g}"
+        fix = f"give it more documents that differ, or try --val_fraction={min(0.3, 5 / n):.2g}"
     counts = ", ".join(f"{count} {split}" for split, count in documents.items())
     return f"{name}: its documents at --val_fraction={val_fraction} are {counts}; {fix}"
 
 
-def write_meta(folder: Path, tokenizer: Tokenizer, domains: dict[str, dict], made_by: dict | None = None) -> dict:
+def write_meta(folder: str | Path, tokenizer: Tokenizer, domains: dict[str, dict], made_by: dict | None = None) -> dict:
     """Copy the tokenizer's files to a folder of bins, write meta.json and SHA256SUMS there, and return meta.json.
 
     `domains`: name → {"dtype": "uint16" or "uint32", "train": bin, "val": bin, "test": bin}, each bin {"file",
     "tokens"}. nanoGPT's train.bin and val.bin make such a domain, without "test"."""
+    folder = Path(folder)
     entry = {"name": tokenizer.name, "vocab_size": tokenizer.vocab_size, "eot": tokenizer.eot_id,
              "eot_token": tokenizer.eot_token, "fingerprint": tokenizer.fingerprint,
              "files": [path.name for path in tokenizer.files]}

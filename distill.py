@@ -49,7 +49,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data import (MODEL_FILES, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError, build_quickstart_bins,
+from data import (MODEL_FILES, SUMS, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError, build_quickstart_bins,
                   damaged_files, digest, fsync, import_optional, model_folder, model_tokenizer, print_table, published,
                   run_program, save_tokenizer, saved_tokenizer, user_errors, write_json)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
@@ -410,12 +410,12 @@ def train(config: Config) -> Path:
         # The checkpoint to continue from: `resumed` is its folder, or None. Whatever was logged after it is dropped.
         resumed = on_rank_0(newest_checkpoint, run.out_dir)
         state = TrainState() if resumed is None else on_rank_0(read_state, resumed)
+        on_rank_0(run.cut_log, state.log_lines)
         if state.finished:
             print(f"{config.out_dir}: this run is finished (step {state.step})")
             return resumed
         if resumed is not None:
             print(f"{config.out_dir}: continuing from {resumed.name}")
-        on_rank_0(run.cut_log, state.log_lines)
         if config.wandb:
             on_rank_0(run.start_wandb, config)
 
@@ -891,8 +891,8 @@ def full_state_dict_options(cpu_offload: bool = False) -> StateDictOptions:
 # ------------ The run's folder ----------------------------------------------------------------------------------------
 
 class RunFolder(ExitStack):
-    """A run's out_dir with metrics.jsonl (log, record and lock), and the signals that ask for a checkpoint. Each rank has
-    an instance, but only rank 0 reads and writes. It is an ExitStack: however the run ends, everything is closed."""
+    """A run's out_dir with metrics.jsonl (log, record and lock), and the signals that ask for a checkpoint. Each rank
+    has an instance, but only rank 0 reads and writes. It is an ExitStack: however a run ends, everything is closed."""
 
     def __init__(self, out_dir: Path):
         super().__init__()
@@ -907,8 +907,9 @@ class RunFolder(ExitStack):
         path = self.out_dir / "metrics.jsonl"
         if not path.exists() and list(self.out_dir.glob("*")):
             raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; use another folder")
-        self.out_dir.mkdir(parents=True, exist_ok=True)
-        self.metrics = self.enter_context(open(path, "ab+"))  # network file systems lock only files open for writing
+        with user_errors(f"--out_dir={self.out_dir}", "use another folder"):
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            self.metrics = self.enter_context(open(path, "ab+"))  # network file systems lock what is open for writing
         try:
             fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -967,11 +968,11 @@ def experiment_record(config: Config, bins: TokenBins) -> dict:
     for role, source in models_of(config).items():
         folder = Path(source)
         content[role] = source  # scratch:LxD, or a name on the Hub
-        if (folder / "SHA256SUMS").is_file():
-            content[role] = digest((folder / "SHA256SUMS").read_text(encoding="utf-8"))
-        elif folder.is_dir():
+        if folder.is_dir():
             sizes = {path.name: path.stat().st_size for path in weight_files(folder)}
             content[role] = digest((folder / "config.json").read_text(encoding="utf-8"), sizes)
+        if (folder / SUMS).is_file():
+            content[role] = digest((folder / SUMS).read_text(encoding="utf-8"))
     return {"config": asdict(config), "content": content, "may_change": sorted(MAY_CHANGE)}
 
 
@@ -1020,19 +1021,16 @@ def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: l
 
 
 def write_checkpoint(folder, state, student, weights, optimizer_state, bins, keep):
-    try:
-        with published(folder) as temporary:
-            student.save_pretrained(temporary, weights)
-            extra = {name.removeprefix("extra."): weights[name] for name in weights if name.startswith("extra.")}
-            if extra:
-                save_file(extra, temporary / "extra.safetensors")
-            save_tokenizer(temporary, bins)
-            torch.serialization.set_crc32_options(False)  # SHA256SUMS is a better checksum
-            torch.save(optimizer_state, temporary / "optimizer.pt")
-            write_json(temporary / "train_state.json", asdict(state))
-            fsync(folder.with_name("metrics.jsonl"))  # all lines before a checkpoint are on the disk
-    except (RuntimeError, SafetensorError) as error:  # torch and safetensors report a full disk so
-        raise UserError(f"{folder}: cannot be written: {error}; free some space, and use the same command") from None
+    with published(folder, errors=(OSError, RuntimeError, SafetensorError)) as temporary:
+        student.save_pretrained(temporary, weights)
+        extra = {name.removeprefix("extra."): weights[name] for name in weights if name.startswith("extra.")}
+        if extra:
+            save_file(extra, temporary / "extra.safetensors")
+        save_tokenizer(temporary, bins)
+        torch.serialization.set_crc32_options(False)  # SHA256SUMS is a better checksum
+        torch.save(optimizer_state, temporary / "optimizer.pt")
+        write_json(temporary / "train_state.json", asdict(state))
+        fsync(folder.with_name("metrics.jsonl"))  # all lines before a checkpoint are on the disk
     if keep > 0:
         for old in list_checkpoints(folder.parent)[:-keep]:
             shutil.rmtree(old.rename(f"{old}.old.tmp"))  # renamed, so that half of it is no checkpoint
@@ -1154,7 +1152,7 @@ def config_errors(config: Config) -> list[str]:
     for name, value in asdict(config).items():
         low, high = BOUNDS.get(name, (0, 1e15))
         if type(value) in (int, float) and not low <= value <= high:  # NaN is in no range
-            errors.append(f"--{name}={value}: must be a number from {low} to {high}")
+            errors.append(f"--{name}={value}: must be a number from {low:g} to {high:g}")
     checks = [  # (whether it is wrong, the message)
         (not config.preset, "--preset: choose one, since it sets what a step is; paper has the paper's values"),
         (is_scratch(config.student) and not re.fullmatch(r"scratch:[1-9]\d*x(?!0)\d*[02468]", config.student),
@@ -1250,7 +1248,7 @@ def print_domains(domains: dict, r: dict, first: dict):
     for name, domain in domains.items():
         cells = {"r": f"{r[name]:.2f}"}
         for column, value in domain.items():
-            cells[column] = f"{value:,}" if isinstance(value, int) else f"{value or math.nan:.2f}"
+            cells[column] = f"{value:,}" if isinstance(value, int) else f"{math.nan if value is None else value:.2f}"
         if domain["ratio"] != first[name]["ratio"]:
             cells["ratio"] = f"{first[name]['ratio']:.2f} → {cells['ratio']}"
         rows.append([name, *cells.values()])

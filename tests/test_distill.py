@@ -723,9 +723,8 @@ def test_a_signal_straight_after_a_resume_writes_no_checkpoint_again(config, at,
     assert_same_run(tmp_path / "run", straight())
 
 
-@pytest.mark.parametrize("change", [nothing, put("metrics.jsonl", b"")], ids=["whole", "without its log"])
-def test_a_finished_run_says_so_and_does_nothing(program, straight, tmp_path, monkeypatch, change):
-    run = copy_of(straight(), tmp_path / "run", change)
+def test_a_finished_run_says_so_and_does_nothing(program, straight, tmp_path, monkeypatch):
+    run = copy_of(straight(), tmp_path / "run")
     before = files_of(run)
     monkeypatch.setattr(GPT, "from_pretrained", None)  # nothing is loaded
     status, out, err = program("--timeout=77")
