@@ -77,11 +77,7 @@ class Arm:
     """A method that the paper compares. The defaults are DDK's, so a row of ARMS says what differs."""
     help: str
     rule: str = "ddk"  # the mixture rule, a key of sample_mixture.RULES
-    divergence: str | None = "forward"  # `direction` of Eq. 3; None: cross-entropy alone
-
-    @property
-    def trains_with_teacher(self) -> bool:
-        return self.divergence is not None
+    divergence: str | None = "forward"  # `direction` of Eq. 3; None: cross-entropy alone, without the teacher
 
 
 ARMS = {
@@ -188,9 +184,8 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
     if teacher_logits is None:
         return ce_loss, ce.detach(), torch.zeros_like(ce)
 
-    # The divergence between p (teacher) and q (student), over the tokenizer's ids. Two heads may be padded to different
-    # sizes. The rows that only the larger one has are sliced off. Padding rows that both have are masked, which
-    # torch.compile fuses with the softmax, unlike a slice.
+    # The divergence between p (teacher) and q (student), over the tokenizer's ids. Rows that only the larger head has
+    # are sliced off. Padding rows of both are masked, which torch.compile fuses with the softmax, unlike a slice.
     z_T = teacher_logits.detach().to(z_S.dtype)
     shared_rows = min(z_S.shape[-1], z_T.shape[-1])
     if vocab_size is None:
@@ -239,11 +234,10 @@ def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_s
         ce_sum = torch.zeros((), dtype=torch.float64)
         for inputs, targets in evaluation_batches(domain_windows, config.micro_batch_size, model.head_weight.device):
             def cross_entropy(hidden, head):
-                _, ce, _ = distillation_loss(hidden, head[:vocab_size], None, None, targets)
-                return ce
+                return distillation_loss(hidden, head[:vocab_size], None, None, targets)
 
             with autocast(config):
-                ce = model(inputs, loss_fn=cross_entropy)
+                _, ce, _ = model(inputs, loss_fn=cross_entropy)
             ce_sum += ce.cpu().double().sum()
 
         # Sums over counts, so that it does not matter how the windows were split
@@ -431,8 +425,7 @@ def train(config: Config) -> Path:
         student = models["student"]
         optimizers = make_optimizers(student, config)
 
-        # Continue from the checkpoint, or start: ℓ_T is measured once in a run. measure(model, windows) is ℓ, name →
-        # perplexity, in the same way for both models.
+        # Continue from the checkpoint, or start. ℓ_T is measured once in a run. measure(model, windows) is ℓ.
         measure = functools.partial(perplexities, vocab_size=bins.vocab_size, config=config)
         if resumed is not None:
             load_checkpoint(resumed, state, sampler, student, optimizers)
@@ -441,7 +434,7 @@ def train(config: Config) -> Path:
             state.test_teacher_ppl = measure(teacher, test_windows)
             run.log("run", 0, **record, rule=arm.rule, natural=dict(zip(bins.names, natural.tolist())),
                     versions=environment(), parameters=count_parameters(models))
-        if not arm.trains_with_teacher:  # it has been measured
+        if arm.divergence is None:  # the teacher has been measured
             teacher = None
             models.clear()
         gc.collect()  # frees its memory: a compiled or sharded model is in reference cycles
@@ -513,7 +506,6 @@ def train(config: Config) -> Path:
                                      vocab_size=bins.vocab_size, config=config)
             state.step += 1
 
-            # Log
             step_times.append(time.perf_counter() - started)
             log_step(run, state.step, step_log, step_times, config)
 
@@ -729,14 +721,13 @@ def process_group(config: Config):
     if "RANK" not in os.environ:
         yield
         return
-    # Each process takes the GPU of its number.
     backend = "gloo"
     device_id = None
-    if resolve_device(config.device).type == "cuda":
-        backend = "nccl"
-        device_id = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device_id)
-    with user_errors("the processes cannot meet", "start them with torchrun --nproc_per_node=N, or unset RANK"):
+    with user_errors("the processes cannot start", "start them with torchrun, one per GPU, or with --device=cpu"):
+        if resolve_device(config.device).type == "cuda":
+            backend = "nccl"
+            device_id = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device_id)
         dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout), device_id=device_id)
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
         try:
@@ -806,7 +797,7 @@ def load_models(config: Config, model_configs: dict, resumed: Path | None) -> di
         if role == "student":
             dtype = torch.float32
             source = str(resumed or source)
-        elif resumed is not None and not ARMS[config.method].trains_with_teacher:
+        elif resumed is not None and ARMS[config.method].divergence is None:
             continue  # it has been measured
 
         # Rank 0 reads the whole model. The other ranks make it on the meta device, where it takes no memory.
@@ -879,7 +870,6 @@ def hand_out(model: GPT, config: Config, shard: bool):
         # One parameter tells torch the device. It assigns the others without a copy, as they are still on meta.
         model.norm.to_empty(device=config.device)
 
-    # Rank 0 hands the weights out, one tensor at a time.
     set_model_state_dict(model, whole_state, options=full_state_dict_options())
 
 
@@ -1079,7 +1069,6 @@ def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, st
 
 def preflight(config: Config) -> tuple[TokenBins, dict]:
     """Return the bins, and role → GPTConfig of the models, checked before a weight is read. Raise UserError."""
-    # The bins against the keys
     bins = TokenBins(config.data_dir, config.block_size, config.domains.split(",") if config.domains else None)
     if "tiktoken" not in bins.tokenizer["fingerprint"]:  # tiktoken may have to download an encoding
         saved_tokenizer(bins.dir, bins.tokenizer)
@@ -1088,10 +1077,7 @@ def preflight(config: Config) -> tuple[TokenBins, dict]:
     with user_errors(f"--mixture={config.mixture}", f"give each domain of {config.data_dir} a weight"):
         make_sampler(config, bins)
 
-    # The models against the bins
-    model_configs = {}
-    for role, source in models_of(config).items():
-        model_configs[role] = checked_model_config(role, source, bins)
+    model_configs = {role: checked_model_config(role, source, bins) for role, source in models_of(config).items()}
     if config.dry_run:
         print_cost(config, model_configs)
     return bins, model_configs
@@ -1146,8 +1132,6 @@ def config_errors(config: Config) -> list[str]:
     arm = ARMS[config.method]
     makes_models = config.preset == "quickstart"
     world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else world_size()
-    too_few_gpus = (config.device in ("auto", "cuda") and torch.cuda.is_available()
-                    and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count())
     errors = []
     for name, value in asdict(config).items():
         low, high = BOUNDS.get(name, (0, 1e15))
@@ -1159,14 +1143,13 @@ def config_errors(config: Config) -> list[str]:
          f"--student={config.student}: write scratch:LxD with D even, such as scratch:4x128"),
         (is_scratch(config.teacher), f"--teacher={config.teacher}: use the folder of a trained model"),
         (not makes_models and not config.student, "--student: use a model folder or scratch:LxD"),
-        (not makes_models and arm.trains_with_teacher and not config.teacher,
+        (not makes_models and arm.divergence is not None and not config.teacher,
          f"--teacher: --method={config.method} requires a model folder"),
         (makes_models and not (config.teacher and config.student) and config.block_size > 2048,
          f"--block_size={config.block_size}: the models that the quickstart makes read at most 2048 tokens"),
         (config.batch_size % world != 0,
          f"--batch_size={config.batch_size}: must be a multiple of {world}, the number of processes"),
         (config.parallel == "none" and world > 1, f"--parallel=none: there are {world} processes; use ddp or fsdp"),
-        (too_few_gpus, f"--device={config.device}: more processes than GPUs here; start fewer, or --device=cpu"),
     ]
     return errors + [message for is_wrong, message in checks if is_wrong]
 
@@ -1180,8 +1163,7 @@ def print_cost(config: Config, model_configs: dict):
     for role, n in parameters.items():
         width = 16 if role == "student" else getattr(torch, config.dtype).itemsize
         print(f"{role}: {n:,} parameters, {n * width / 2**30:.2f} GiB over all devices")
-    tokens = config.batch_size * config.block_size
-    print(f"a step: {tokens:,} tokens; {config.max_steps:,} steps: {tokens * config.max_steps:,} tokens")
+    print(f"{config.max_steps:,} steps: {config.max_steps * config.batch_size * config.block_size:,} tokens")
 
 
 def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float], config: Config):
@@ -1215,11 +1197,9 @@ def print_evaluation(state: TrainState, sampler: MixtureSampler, vocab_size: int
         print_domains(state.domains, r, state.domains)
     for name, domain in state.domains.items():
         if state.step == 0 and has_teacher and domain["teacher_ppl"] > vocab_size / 2:
-            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name} ({domain['teacher_ppl']:.0f}): HARDLY TRAINED, "
-                  "LOADED WRONG, OR THE BINS ARE OF ANOTHER TOKENIZER")
+            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name}: HARDLY TRAINED, LOADED WRONG, OR OF OTHER IDS")
         elif state.step == 0 and has_teacher and domain["ratio"] < 1:
-            print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START, BY A FACTOR OF "
-                  f"{1 / domain['ratio']:.2f}")
+            print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START: RATIO {domain['ratio']:.2f}")
     text = f"evaluated at step {state.step}: "
     if has_teacher:
         ratio, name = max((domain["ratio"], name) for name, domain in state.domains.items())
@@ -1231,10 +1211,8 @@ def print_evaluation(state: TrainState, sampler: MixtureSampler, vocab_size: int
 def report(config: Config, folder: Path):
     """Print what a run did in each domain, with the ratios of its first evaluation."""
     state = read_state(folder)
-    first = state.domains
-    for line in read_metrics(folder.with_name("metrics.jsonl")):
-        if line["kind"] == "mixture" and line["step"] == 0:
-            first = line["domains"]
+    lines = read_metrics(folder.with_name("metrics.jsonl"))
+    first = next(line["domains"] for line in lines if line["kind"] == "mixture")
     print(f"\n{config.method}, seed {config.seed}, step {state.step}. r never follows the test windows.\n")
     print_domains(state.domains, state.sampler["probs"], first)
     if config.teacher:
@@ -1309,9 +1287,7 @@ def finished_run(out_dir: Path) -> Path | None:
 class Parser(argparse.ArgumentParser):
     """argparse with UserErrors: rank 0 prints only the sentence, without the usage."""
     def error(self, message: str):
-        if message.startswith("unrecognized arguments"):
-            message += "; write --key=value, --help lists the keys"
-        raise UserError(message)
+        raise UserError(f"{message}; write --key=value, --help lists the keys")
 
 
 def true_or_false(text: str) -> bool:

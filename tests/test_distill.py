@@ -1068,17 +1068,13 @@ MIXTURES = ["a", "letters=x", "letters=-1", "letters=0", "letters=1,,digits=1"]
     (["--batch_size=9"], TWO, "--batch_size=9: must be a multiple of 2, the number of processes"),
     (["--device=abacus"], {}, "--device=abacus"),
     (["--parallel=none"], TWO, "--parallel=none: there are 2 processes; use ddp or fsdp"),
-    (["--device=auto"], dict(**TWO, GPUS="1"), "--device=auto: more processes than GPUs here"),
-    ([], dict(RANK="0"), "the processes cannot meet: "),
+    ([], dict(RANK="0"), "the processes cannot start: "),
     (["--wandb"], dict(NO_PACKAGES="1"), "--wandb: "),
 ], ids=str)
 def test_what_contradicts_itself_is_refused_without_opening_a_file(program, monkeypatch, tmp_path, arguments,
                                                                    environment, message):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
-    if "GPUS" in environment:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(environment["GPUS"]))
     if "NO_PACKAGES" in environment:
         monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(distill, "TokenBins", None)
@@ -1245,7 +1241,7 @@ def test_a_dry_run_prints_what_a_run_takes_reads_no_weights_and_writes_nothing(
     for role, layers, n_bytes in (("teacher", L, width), ("student", 4, 16)):
         parameters = layers * layer + 2 * V * d + d
         assert f"{role}: {parameters:,} parameters, {parameters * n_bytes / 2**30:.2f} GiB over all devices\n" in out
-    assert f"a step: {B * T:,} tokens; {steps} steps: {steps * B * T:,} tokens\n" in out
+    assert f"{steps} steps: {steps * B * T:,} tokens\n" in out
 
 
 def test_a_step_of_the_papers_pair_holds_the_bytes_that_a_dry_run_counts():
