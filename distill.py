@@ -77,7 +77,11 @@ class Arm:
     """A method that the paper compares. The defaults are DDK's, so a row of ARMS says what differs."""
     help: str
     rule: str = "ddk"  # the mixture rule, a key of sample_mixture.RULES
-    divergence: str | None = "forward"  # `direction` of Eq. 3; None: cross-entropy alone, without the teacher
+    divergence: str | None = "forward"  # `direction` of Eq. 3; None: cross-entropy alone
+
+    @property
+    def trains_with_teacher(self) -> bool:
+        return self.divergence is not None
 
 
 ARMS = {
@@ -434,7 +438,7 @@ def train(config: Config) -> Path:
             state.test_teacher_ppl = measure(teacher, test_windows)
             run.log("run", 0, **record, rule=arm.rule, natural=dict(zip(bins.names, natural.tolist())),
                     versions=environment(), parameters=count_parameters(models))
-        if arm.divergence is None:  # the teacher has been measured
+        if not arm.trains_with_teacher:  # it has been measured
             teacher = None
             models.clear()
         gc.collect()  # frees its memory: a compiled or sharded model is in reference cycles
@@ -797,7 +801,7 @@ def load_models(config: Config, model_configs: dict, resumed: Path | None) -> di
         if role == "student":
             dtype = torch.float32
             source = str(resumed or source)
-        elif resumed is not None and ARMS[config.method].divergence is None:
+        elif resumed is not None and not ARMS[config.method].trains_with_teacher:
             continue  # it has been measured
 
         # Rank 0 reads the whole model. The other ranks make it on the meta device, where it takes no memory.
@@ -1143,7 +1147,7 @@ def config_errors(config: Config) -> list[str]:
          f"--student={config.student}: write scratch:LxD with D even, such as scratch:4x128"),
         (is_scratch(config.teacher), f"--teacher={config.teacher}: use the folder of a trained model"),
         (not makes_models and not config.student, "--student: use a model folder or scratch:LxD"),
-        (not makes_models and arm.divergence is not None and not config.teacher,
+        (not makes_models and arm.trains_with_teacher and not config.teacher,
          f"--teacher: --method={config.method} requires a model folder"),
         (makes_models and not (config.teacher and config.student) and config.block_size > 2048,
          f"--block_size={config.block_size}: the models that the quickstart makes read at most 2048 tokens"),
