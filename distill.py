@@ -1,4 +1,4 @@
-"""DDK: distil a large language model (the teacher) into a small one (the student), domain by domain.
+"""DDK: distil a large language model (the teacher) into a small student, domain by domain.
 
     python distill.py                                        the quickstart: text, teacher, student, DDK, a table
     python distill.py --method=kd                            another arm on the same bins and models
@@ -8,8 +8,8 @@ The method is Alg. 1 of arXiv 2407.16154. Every K steps (`interval`) the student
 domain and divided by the teacher's. Domains in which the student is further behind get more of the next K steps' data.
 The loss of each step is cross-entropy plus γ times the KL divergence from the teacher's predictions (Eq. 3).
 
-The first part of this file is the paper: configuration, arms, Eq. 3, perplexities, one training step, Alg. 1. What it
-calls and does not define stands in the second part, below the double line: what surrounds a run.
+The first part of this file is the paper: configuration, arms, Eq. 3, perplexities, one training step, Alg. 1. The
+second part, below the double line, has the functions that the first part calls: processes, checkpoints, checks, prints.
 """
 
 import argparse
@@ -57,8 +57,8 @@ from sample_mixture import RULES, MixtureSampler, differing_keys, parse_mixture,
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
-# Sets of defaults that differ from Config's own, the paper's. Those of its pairs name the models, and how many windows
-# per forward pass fit 8 GPUs of 80 GB. Not from the paper: windows of a step, weight decay, clipping, the betas.
+# Sets of defaults that differ from Config's own, the paper's. Each of the paper's pairs has a set: the models, and how
+# many windows per forward pass fit 8 GPUs of 80 GB. Not from the paper: batch_size, weight decay, clipping, the betas.
 PRESETS = {
     "quickstart": dict(interval=10, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300,
                        lr=1e-3, min_lr=1e-4, warmup_steps=20, save_every=100),
@@ -74,10 +74,10 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """A method that the paper compares. The defaults are DDK's, so a row of ARMS says what differs."""
+    """A method that the paper compares. The defaults are DDK's; a row of ARMS has the differences."""
     help: str
     rule: str = "ddk"  # the mixture rule, a key of sample_mixture.RULES
-    divergence: str | None = "forward"  # `direction` of Eq. 3; None: cross-entropy alone
+    divergence: str | None = "forward"  # `direction` of Eq. 3; None: cross-entropy only
 
     @property
     def trains_with_teacher(self) -> bool:
@@ -97,19 +97,19 @@ ARMS = {
 @dataclass
 class Config:
     """The keys of the command line. The comment behind a key is its --help. Defaults are the paper's, if it has any."""
-    # What a run is made of
+    # Models, data and folders
     preset: Literal[("", *PRESETS)] = ""  # set of defaults; quickstart unless teacher or student names a model
     teacher: str = ""  # folder of the teacher in Hugging Face's format, or its name on the Hub: OWNER/MODEL
     student: str = ""  # the same; or scratch:LxD, a new model of L layers, D wide
     data_dir: str = ""  # folder of the bins, made by data.py; left out: data/PRESET
-    out_dir: str = ""  # folder of the run; left out: out/PRESET-METHOD-SEED, so name one where another key differs
+    out_dir: str = ""  # folder of the run; left out: out/PRESET-METHOD-SEED, so set it if another key differs
     domains: str = ""  # name,name,… of the bins' domains; left out: all
 
     # The method
     method: Literal[tuple(ARMS)] = "ddk"  # the arm, see above
     gamma: float = 0.2  # γ, weight of the divergence from the teacher
     temperature: float = 1.0  # T, divides the logits of both models in the divergence
-    alpha: float = 0.5  # α, how much of r follows the discrepancies; the rest is uniform
+    alpha: float = 0.5  # α, the share of r that follows the discrepancies; 1 − α is uniform
     interval: int = 1000  # K, steps between two updates of r
     val_samples: int = 500  # validation windows per domain, by which r is updated
     test_samples: int = 0  # test windows per domain, of other text, never used for r; 0: none
@@ -137,7 +137,7 @@ class Config:
     checkpoint_activations: bool = False  # recompute activations in the backward pass, to save memory
     timeout: float = 30  # minutes that a rank waits for the others
 
-    # What is kept and shown
+    # Checkpoints and logs
     save_every: int = 1000  # steps between two checkpoints; 0: the last step only
     keep: int = 2  # newest checkpoints to keep; 0: all
     log_every: int = 10  # steps between two lines of progress
@@ -164,14 +164,14 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
     """Eq. 3: CE(student, next token) + γ · KL(softmax(z_T/T) ‖ softmax(z_S/T)), mean per token → (loss, ce, kl).
 
     student_logits (…, V_S); teacher_logits (…, V_T), or None, then kl is 0; targets (…), already shifted, −100 is
-    ignored. CE is over all V_S rows, which keeps padded ids unlikely. KL is over the first `vocab_size` ids (default:
-    the smaller number of rows), the others left out of both softmaxes; there is no T² factor. direction "forward" puts
+    ignored. CE is over all V_S rows: that keeps padded ids unlikely. KL is over the first `vocab_size` ids (default:
+    the smaller number of rows): both softmaxes leave out the other ids. There is no T² factor. direction "forward" puts
     the teacher first, "reverse" the student, as in MiniLLM. (The paper prints the student first, and means the teacher:
     see the README's details.) gamma: a number, or one per token (…).
 
     loss: CE + γ · KL summed over tokens, weighted by `token_weights` (…) if given, and divided by `num_tokens`
-    (default: the number of targets that count). ce and kl: one value per token, (…), detached, without weights and γ, 0
-    where the target is ignored. Given a teacher, raises ValueError on another direction, or if vocab_size exceeds a
+    (default: the number of targets that count). ce and kl: one value per token, (…), detached, without weights and γ.
+    They are 0 for ignored targets. Given a teacher, raises ValueError on another direction, or if vocab_size exceeds a
     head's rows."""
     counted = targets != -100
     weights = counted if token_weights is None else counted * token_weights
@@ -189,7 +189,7 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
         return ce_loss, ce.detach(), torch.zeros_like(ce)
 
     # The divergence between p (teacher) and q (student), over the tokenizer's ids. Rows that only the larger head has
-    # are sliced off. Padding rows of both are masked, which torch.compile fuses with the softmax, unlike a slice.
+    # are sliced off. Padding rows of both are masked: torch.compile fuses that with the softmax, but not a slice.
     z_T = teacher_logits.detach().to(z_S.dtype)
     shared_rows = min(z_S.shape[-1], z_T.shape[-1])
     if vocab_size is None:
@@ -229,8 +229,8 @@ def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_s
                  config: Config) -> dict[str, float | None]:
     """The paper's ℓ, name → exp of the mean next-token cross-entropy over a domain's windows (n, block_size + 1).
 
-    It is over the tokenizer's ids alone (`vocab_size`), for teacher and student alike. All ranks call it and get the
-    same result. Where there is no model, each is None. Draws no random number. UserError if a loss is not finite."""
+    It is over the tokenizer's ids only (`vocab_size`), for teacher and student. All ranks call it and get the same
+    result. Without a model each is None. Draws no random number. UserError if a loss is not finite."""
     if model is None:
         return dict.fromkeys(windows)
     ppl = {}
@@ -253,7 +253,7 @@ def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_s
 
 
 def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampler, block_size: int) -> dict:
-    """name → numbers of each domain after an evaluation, which are logged, plotted, and shown in the table at the end.
+    """name → numbers of each domain after an evaluation, for the log, the plots and the table at the end.
     Another number that follows from these arguments is one more line here."""
     domains = {}
     for i, name in enumerate(sampler.names):
@@ -266,7 +266,7 @@ def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampl
 
 
 def ppl_and_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") -> dict:
-    """The perplexities of a domain, and ℓ_S / ℓ_T, which is None where there is no teacher."""
+    """The perplexities of a domain, and ℓ_S / ℓ_T, or None without a teacher."""
     ratio = None if teacher_ppl is None else student_ppl / teacher_ppl
     return {f"{prefix}student_ppl": student_ppl, f"{prefix}teacher_ppl": teacher_ppl, f"{prefix}ratio": ratio}
 
@@ -278,7 +278,7 @@ class TrainState:
     """Everything that a run continues from, besides tensors: weights and optimizers. Saved as JSON."""
     step: int = 0  # finished updates
     finished: bool = False
-    teacher_ppl: dict | None = None  # ℓ_T: name → perplexity, measured once; None for each where there is no teacher
+    teacher_ppl: dict | None = None  # ℓ_T: name → perplexity, measured once; None for each without a teacher
     test_teacher_ppl: dict | None = None  # the same on the test windows
     rule_state: dict | None = None  # of the mixture rule, such as r_t
     sampler: dict | None = None  # MixtureSampler.state_dict()
@@ -287,7 +287,7 @@ class TrainState:
 
 
 def make_sampler(config: Config, bins: TokenBins) -> MixtureSampler:
-    """The sampler of training windows, in the proportions of the data as it is, or --mixture's in their place."""
+    """The sampler of training windows, in the natural proportions of the data, or --mixture's if it is set."""
     sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
     if config.mixture:
         sampler.probs = parse_mixture(config.mixture)
@@ -329,14 +329,13 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
 
     # Forward and backward passes, one micro-batch at a time
     sums = {}  # name → this rank's share of a number that is logged
-    teacher_hidden = None
-    teacher_head = None
+    teacher_hidden = teacher_head = None
     for start in range(0, len(windows), config.micro_batch_size):
         rows = slice(start, start + config.micro_batch_size)
         inputs = windows[rows, :-1]
         targets = windows[rows, 1:]
 
-        # The teacher's hidden states; logits are made inside the loss.
+        # The teacher's hidden states; the loss makes the logits.
         if arm.divergence is not None:
             with torch.no_grad(), autocast(config):
                 teacher_hidden, teacher_head = teacher(inputs, loss_fn=lambda hidden, head: (hidden, head))
@@ -345,14 +344,14 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
         # divided by the tokens of the batch. So they, and their gradients, add up to Eq. 3's mean.
         equation = dict(gamma=config.gamma, temperature=config.temperature, direction=arm.divergence,
                         vocab_size=vocab_size, num_tokens=num_tokens)
-        terms = {}  # name → value, detached, of a term besides Eq. 3: what stands here is logged
+        terms = {}  # name → value, detached, of a term besides Eq. 3, for the log
 
         def loss_fn(hidden, head):
             loss, ce, kl = distillation_loss(hidden, head, teacher_hidden, teacher_head, targets, **equation)
             # A term besides Eq. 3 is added to the loss here: its sum over the tokens, divided by num_tokens.
             return loss, ce, kl
 
-        if config.parallel == "ddp":  # DDP reduces gradients over ranks in the last pass alone; FSDP2 does in each
+        if config.parallel == "ddp":  # DDP reduces gradients over ranks in the last pass only; FSDP2 does in each
             student.require_backward_grad_sync = rows.stop >= len(windows)
         with autocast(config):
             loss, ce, kl = student(inputs, loss_fn=loss_fn)
@@ -448,7 +447,7 @@ def train(config: Config) -> Path:
         if config.parallel == "ddp":
             wrapped_student = DistributedDataParallel(student, gradient_as_bucket_view=True)
 
-        # The loop. From here on a signal only sets a flag, which the step "Save" reads.
+        # The loop. From here on a signal only sets a flag, for the step "Save".
         run.catch_signals()
         gc.freeze()  # so that the collector does not pause steps to look at what stays until the end
         run.callback(gc.unfreeze)
@@ -467,15 +466,14 @@ def train(config: Config) -> Path:
                     r, state.rule_state = RULES[arm.rule](state.rule_state, list(student_ppl.values()),
                                                           list(state.teacher_ppl.values()), natural, config.alpha)
                     sampler.probs = r
-                    # What the next K steps draw by: for ddk at t = 0 the natural proportions, not the r_0 of its state.
+                    # r of the next K steps: for ddk at t = 0 the natural proportions, not the r_0 of its state.
                     run.log("mixture", state.step, t=t, r=dict(zip(bins.names, r.tolist())), domains=state.domains)
                 print_evaluation(state, sampler, bins.vocab_size)
-                worst = worst_ratio(state.domains)
-                if worst <= config.stop_ratio:  # §3.4's threshold; 0, the default, is never reached
-                    print(f"--stop_ratio={config.stop_ratio}: the largest ratio is {worst:.3f}, so the run ends here")
+                if worst_ratio(state.domains) <= config.stop_ratio:  # §3.4's threshold; 0, the default: never reached
+                    print(f"--stop_ratio={config.stop_ratio}: the run ends here")
                     last = True
 
-            # After the last step: measure on the test windows too, which never influence r.
+            # After the last step: measure on the test windows too. They never influence r.
             if last:
                 for name, test_ppl in measure(student, test_windows).items():
                     tested = ppl_and_ratio(test_ppl, state.test_teacher_ppl[name], prefix="test_")
@@ -515,7 +513,7 @@ def train(config: Config) -> Path:
 
 
 # ======================================================================================================================
-# What surrounds a run
+# Processes, models, folders, checks and prints
 # ======================================================================================================================
 
 # ------------ Eq. 3 without the logits of all tokens ------------------------------------------------------------------
@@ -526,7 +524,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
 
     The logits of `chunk_size` tokens are made at a time, and `dense_distillation_loss` is differentiated on each chunk,
     so the forward pass makes the gradients too. `equation` is that function's keywords. A tensor among them is a single
-    number, or has a value (…) or a row (…, n) per target; (…) may be broadcast. loss.backward() gives the gradients of
+    number, or has a value (…) or a row (…, n) per target, where (…) may be broadcast. loss.backward() gives the gradients of
     student_hidden and student_head, once. teacher_hidden and teacher_head may both be None. The default chunk has 2²⁸
     logits on CUDA; on other devices 2²⁶ and at most 512 tokens."""
     assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
@@ -557,7 +555,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     for name, value in per_token.items():
         per_token[name] = add_rows(value, n_missing, fill=-100 if name == "targets" else 0)
 
-    # Cast to the dtype of the products once, not in each chunk. The gradients are those of the uncast tensors.
+    # Cast to the dtype of the products once, not in each chunk. The gradients have the uncast dtypes.
     products = [hidden.detach(), student_head.detach(), per_token.pop("teacher_hidden", None), teacher_head]
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -633,8 +631,8 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def aligned_empty(like: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Return uninitialized memory (rows, columns), padded to a multiple of 64 columns, which makes matrix products of
-    GPUs fast. The padding is 0: bfloat16 products on CPUs with AMX read it, and NaN · 0 would be NaN."""
+    """Return uninitialized memory (rows, columns), padded to a multiple of 64 columns: matrix products on GPUs
+    are faster so. The padding is 0: bfloat16 products on CPUs with AMX read it, and NaN · 0 would be NaN."""
     padded = like.new_empty(rows, math.ceil(columns / 64) * 64)
     padded[:, columns:] = 0
     return padded[:, :columns]
@@ -696,19 +694,18 @@ def all_reduce(values: torch.Tensor, op=dist.ReduceOp.SUM) -> torch.Tensor:
 
 
 def on_rank_0(function: Callable, *args, share: bool = True):
-    """Call `function(*args)` on rank 0 only, and return its result on every rank; without `share`, None on the others.
+    """Call `function(*args)` on rank 0 only, and return its result on every rank; without `share`, only on rank 0.
     All ranks raise its UserError or OSError. Any other error is a bug: rank 0 prints its traceback, and all exit."""
     if not dist.is_initialized():
         return function(*args)
-    result = None
-    error = None
+    result = error = None
     if rank() == 0:
         try:
             result = function(*args)
         except (UserError, OSError) as exception:
             error = exception
         except Exception as exception:
-            traceback.print_exception(exception)  # at once: torchrun ends this rank when another one has ended
+            traceback.print_exception(exception)  # at once: torchrun ends this rank when another has ended
             error = SystemExit(1)
     shared = [result if share else None, error]
     dist.broadcast_object_list(shared)
@@ -721,7 +718,7 @@ def on_rank_0(function: Callable, *args, share: bool = True):
 
 @contextmanager
 def process_group(config: Config):
-    """Connect the processes if torchrun started this one, while the context lasts. Only rank 0 prints."""
+    """Connect the processes if torchrun has started them, while the context lasts. Only rank 0 prints."""
     if "RANK" not in os.environ:
         yield
         return
@@ -738,7 +735,7 @@ def process_group(config: Config):
             yield
             dist.barrier()
         except RuntimeError as error:
-            # When a process ends, the collectives of the others fail.
+            # When a process ends, the collectives of the other processes fail.
             if not re.search("gloo|NCCL|Connection (closed|reset|refused)", str(error)):
                 raise
             reason = " ".join(str(error).split())[:600]  # NCCL's own cause is on its second line
@@ -761,7 +758,7 @@ def evaluation_batches(windows: torch.Tensor, micro_batch_size: int, device) -> 
 # ------------ Models on devices ---------------------------------------------------------------------------------------
 
 def resolve_auto(config: Config) -> Config:
-    """Replace each `auto`, and micro_batch_size=0, by what this machine and these processes give."""
+    """Replace each `auto`, and micro_batch_size=0, by the choice for this machine and these processes."""
     device = resolve_device(config.device)
     on_cuda = device.type == "cuda"
     parallel = "none"
@@ -804,7 +801,7 @@ def load_models(config: Config, model_configs: dict, resumed: Path | None) -> di
         elif resumed is not None and not ARMS[config.method].trains_with_teacher:
             continue  # it has been measured
 
-        # Rank 0 reads the whole model. The other ranks make it on the meta device, where it takes no memory.
+        # Rank 0 reads the whole model. The other ranks make it on the meta device, without memory.
         print(f"reading the {role}: {source}", flush=True)
         model = on_rank_0(read_model, role, source, config, model_configs[role], dtype, share=False)
         if model is None:
@@ -830,7 +827,7 @@ def load_models(config: Config, model_configs: dict, resumed: Path | None) -> di
 
 
 def read_model(role: str, source: str, config: Config, model_config: GPTConfig, dtype: torch.dtype) -> GPT:
-    """Return the model of a folder or a name on the Hub, or a new one of scratch:LxD, on the CPU."""
+    """Return the model of a folder or a name on the Hub, or a new model of scratch:LxD, on the CPU."""
     if is_scratch(source):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
@@ -871,14 +868,14 @@ def hand_out(model: GPT, config: Config, shard: bool):
             fully_shard(module, mesh=mesh, mp_policy=policy)
         model.to_empty(device=config.device)
     else:
-        # One parameter tells torch the device. It assigns the others without a copy, as they are still on meta.
+        # One parameter tells torch the device. It assigns the others, which are still on meta, without a copy.
         model.norm.to_empty(device=config.device)
 
     set_model_state_dict(model, whole_state, options=full_state_dict_options())
 
 
 def full_state_dict_options(cpu_offload: bool = False) -> StateDictOptions:
-    """Return the options for whole tensors, which rank 0 reads and writes, so that any number of ranks can continue."""
+    """Return the options for whole tensors, read and written by rank 0, so that any number of ranks can continue."""
     return StateDictOptions(full_state_dict=True, cpu_offload=cpu_offload, broadcast_from_rank0=dist.is_initialized())
 
 
@@ -897,7 +894,7 @@ class RunFolder(ExitStack):
         self.received_signal = 0
 
     def lock(self):
-        """Keep other processes out of the folder. UserError if another one is in it, or if it is not a run's folder."""
+        """Keep other processes out of the folder. UserError if one uses it, or if it is not a run's folder."""
         path = self.out_dir / "metrics.jsonl"
         if not path.exists() and list(self.out_dir.glob("*")):
             raise UserError(f"--out_dir={self.out_dir}: has files, and is not the folder of a run; use another folder")
@@ -910,7 +907,7 @@ class RunFolder(ExitStack):
             raise UserError(f"{self.out_dir}: another process is using it; wait, or use another folder") from None
 
     def cut_log(self, n_lines: int):
-        """Drop what was logged after the checkpoint, which follows `n_lines`. UserError if the log has fewer."""
+        """Drop the lines after the checkpoint's `n_lines`. UserError if the log has fewer."""
         self.metrics.seek(0)
         for _ in range(n_lines):
             if not self.metrics.readline().endswith(b"\n"):
@@ -920,7 +917,14 @@ class RunFolder(ExitStack):
         self.log_lines = n_lines
 
     def log(self, kind: str, step: int, **values):
-        """Append a line to metrics.jsonl: `kind` is run, mixture, train or end, `step` counts finished updates."""
+        """Append a line to metrics.jsonl. `step` counts finished updates. By `kind` the line also has:
+
+        run      config, content and may_change (see `experiment_record`), rule, natural, versions, parameters
+        mixture  t, r (name → probability in the next K steps), and domains: name → student_ppl, teacher_ppl, ratio,
+                 tokens and epochs drawn so far
+        train    loss, ce and kl (nats per token, loss = ce + γ · kl), lr, grad_norm (before clipping), tokens so far,
+                 tokens_per_s and eta_s (without evaluations and saves)
+        end      domains after the last step, with test_student_ppl, test_teacher_ppl and test_ratio"""
         if self.metrics is not None:
             self.metrics.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
             self.metrics.flush()
@@ -1225,7 +1229,7 @@ def report(config: Config, folder: Path):
 
 
 def print_domains(domains: dict, r: dict, first: dict):
-    """Print a row per domain and a column per number, the ratio with what it was in `first`."""
+    """Print a row per domain and a column per number, the ratio also as it was in `first`."""
     rows = []
     for name, domain in domains.items():
         cells = {"r": f"{r[name]:.2f}"}
@@ -1271,8 +1275,7 @@ def quickstart(config: Config) -> Config:
         if folder is not None:
             print(f"The {role} was made before, with the --pretrain_steps of that time: {folder}")
         else:
-            print(f"\nThe {role}: {keys['student']}, {keys['max_steps']} steps, kept in {pretrain_config.out_dir}. The "
-                  "run that makes it calls it the student.", flush=True)
+            print(f"\nTraining the {role} as the student of a run without a teacher: {keys['student']}", flush=True)
             folder = train(pretrain_config)
         config = replace(config, **{role: str(folder)})
     return config
@@ -1332,10 +1335,8 @@ def resolve_config(given: dict) -> Config:
     if not preset and all(map(is_scratch, models_of(Config(**given)).values())):
         preset = "quickstart"  # without a model folder or a name on the Hub: all() of nothing is True
     config = Config(**{**PRESETS.get(preset, {}), **given, "preset": preset})
-    if not config.data_dir:
-        config.data_dir = f"data/{preset}"
-    if not config.out_dir:
-        config.out_dir = f"out/{preset}-{config.method}-{config.seed}"
+    config.data_dir = config.data_dir or f"data/{preset}"
+    config.out_dir = config.out_dir or f"out/{preset}-{config.method}-{config.seed}"
     return config
 
 

@@ -1,8 +1,8 @@
-"""One decoder-only transformer, for the teacher and the student alike.
+"""One decoder-only transformer, for the teacher and the student.
 
 The network comes first: configuration, families, rotary positions, attention, MLP, block, GPT. It is llama's; a row of
 FAMILIES says how another model type differs from it. Model folders follow, in Hugging Face's format: what is saved here
-opens in transformers with the same logits, and the other way round. At the end stands a program that generates text:
+opens in transformers with the same logits, and the other way round. At the end is a program that generates text:
 
     python model.py --model=out/quickstart-ddk-0/step_00000300 --prompt='def main('
 
@@ -209,7 +209,7 @@ class Attention(nn.Module):
             q = rotate(q, cos, sin)
             k = rotate(k, cos, sin)
 
-        # Attend to the tokens so far, or to those that the mask allows, and put the heads side by side again
+        # Attend to the tokens so far, or to the tokens that the mask allows, and put the heads side by side again
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -296,7 +296,7 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=idx.device)
         mask = None
 
-        # Tokens, with learned positions added or rotary ones at hand
+        # Tokens, with learned positions added, or with rotary tables
         x = self.embed_tokens(idx)
         rotary = None
         if config.family.learned_positions:
@@ -345,8 +345,8 @@ class GPT(nn.Module):
         """Read a Hugging Face folder, on the CPU, with weights as `dtype` (None: the file's). The network is built from
         `config`, or from config.json.
 
-        UserError if a file is missing, or if a tensor is missing, unexpected, of another shape, not finite or another
-        than the one that it is tied to. Nothing is unpickled, and no gap is filled. Memory is that of the model."""
+        UserError if a file is missing, or if a tensor is missing, unexpected, of another shape, not finite, or differs
+        from the tensor that it is tied to. Nothing is unpickled, no gap is filled, and no second copy is in memory."""
         folder = Path(folder)
         if config is None:
             config = read_config(folder)
@@ -360,8 +360,8 @@ class GPT(nn.Module):
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None):
         """Write `config.json` and `model.safetensors` as transformers does for this family, in the weights' dtype.
 
-        `state`: whole tensors under the names of `state_dict()`, for a model that itself holds only shards. Those of
-        `extra` are left out."""
+        `state`: whole tensors under the names of `state_dict()`, for a model that itself holds only shards. The modules
+        of `extra` are left out."""
         if state is None:
             state = self.state_dict()
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -371,7 +371,7 @@ class GPT(nn.Module):
 
 # ------------ Folders: config.json ------------------------------------------------------------------------------------
 
-# Fields of GPTConfig → keys of config.json, where they differ
+# Fields of GPTConfig → keys of config.json, if they differ
 CONFIG_KEYS = {
     "llama": {},
     "starcoder2": {"rms_norm_eps": "norm_epsilon", "attention_bias": "use_bias", "mlp_bias": "use_bias"},
@@ -432,7 +432,7 @@ def config_from_file(path):
 
 
 def write_config(folder, config, dtype):
-    """Write a config.json that transformers 4 and 5 read alike. Keys without a field of ours stay as they were read."""
+    """Write a config.json for transformers 4 and 5. Keys without a field of ours stay as they were read."""
     family = config.family
     keys = CONFIG_KEYS[family.layout]
     settings = dict(config.source)
@@ -456,7 +456,7 @@ def write_config(folder, config, dtype):
 
 # ------------ Folders: weights ----------------------------------------------------------------------------------------
 
-# Parts of our parameters' names → of the checkpoint's, where they differ
+# Parts of our parameters' names → parts of the checkpoint's, if they differ
 LLAMA_NAMES = {"embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm"}
 WEIGHT_NAMES = {
     "llama": LLAMA_NAMES,
@@ -467,7 +467,7 @@ WEIGHT_NAMES = {
         "self_attn": "attn", "qkv_proj": "c_attn", "o_proj": "c_proj", "up_proj": "c_fc", "down_proj": "c_proj",
     },
 }
-# Constants that older versions of transformers saved beside the weights
+# Constants that older versions of transformers saved with the weights
 BUFFERS = r"\battn\.(masked_)?bias$|rotary_emb\.inv_freq$"
 
 

@@ -1,4 +1,4 @@
-"""The data mixture of DDK: how much of each domain the student sees next, and which windows those are.
+"""The data mixture of DDK: how much of each domain the student sees next, and which windows they are.
 
 `discrepancy_factor` is Eq. 1, `smooth_update` is Eq. 2, RULES has the mixture rules, and `MixtureSampler` draws
 batches, without torch, models or ranks. As a program, this file draws from bins, replays r, and compares runs:
@@ -96,12 +96,12 @@ def natural_rule(state, student_ppl, teacher_ppl, natural, alpha):
 
 
 def equal_rule(state, student_ppl, teacher_ppl, natural, alpha):
-    """All domains alike from the first step: DDK (ES)."""
+    """Equal shares from the first step: DDK (ES)."""
     return np.full(len(natural), 1 / len(natural)), {}
 
 
 def ddk_rule(state, student_ppl, teacher_ppl, natural, alpha):
-    """Alg. 1: r_0 by Eq. 1, r_{t+1} by Eq. 2. The first K steps draw from the data as it is, not by r_0."""
+    """Alg. 1: r_0 by Eq. 1, r_{t+1} by Eq. 2. The first K steps draw in natural proportions, not by r_0."""
     if state is None:
         factor = discrepancy_factor(student_ppl, teacher_ppl)
         return natural, {"factor": factor.tolist()}
@@ -483,7 +483,7 @@ def main():
     if not args.data_dir and not args.metrics:
         parser.error("use --data_dir or --metrics")
     if min(args.block_size, args.batch_size, args.steps) < 1:
-        parser.error(f"--block_size={args.block_size} --batch_size={args.batch_size} --steps={args.steps}: 1 or more")
+        parser.error("--block_size, --batch_size and --steps must be 1 or more")
     if len(args.metrics) != 1 and (args.rule or args.alpha is not None or args.plot and not args.metrics):
         parser.error("--rule and --alpha require one --metrics, and --plot one or more")
     r = show_metrics(args) if args.metrics else {}
