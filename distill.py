@@ -724,11 +724,11 @@ def process_group(config: Config):
         return
     backend = "gloo"
     device_id = None
-    with user_errors("the processes cannot start", "start them with torchrun, one per GPU, or with --device=cpu"):
-        if resolve_device(config.device).type == "cuda":
-            backend = "nccl"
-            device_id = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device_id)
+    if resolve_device(config.device).type == "cuda":
+        backend = "nccl"
+        device_id = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device_id)
+    with user_errors("the processes cannot meet", "start them with torchrun --nproc_per_node=N, or unset RANK"):
         dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout), device_id=device_id)
     with open(os.devnull, "w") as nowhere, redirect_stdout(sys.stdout if rank() == 0 else nowhere):
         try:
@@ -1140,6 +1140,8 @@ def config_errors(config: Config) -> list[str]:
     arm = ARMS[config.method]
     makes_models = config.preset == "quickstart"
     world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else world_size()
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_cuda = config.device in ("auto", "cuda") and torch.cuda.is_available()
     errors = []
     for name, value in asdict(config).items():
         low, high = BOUNDS.get(name, (0, 1e15))
@@ -1158,6 +1160,8 @@ def config_errors(config: Config) -> list[str]:
         (config.batch_size % world != 0,
          f"--batch_size={config.batch_size}: must be a multiple of {world}, the number of processes"),
         (config.parallel == "none" and world > 1, f"--parallel=none: there are {world} processes; use ddp or fsdp"),
+        (on_cuda and processes_here > torch.cuda.device_count(),
+         f"--device={config.device}: more processes than GPUs here; start fewer, or --device=cpu"),
     ]
     return errors + [message for is_wrong, message in checks if is_wrong]
 

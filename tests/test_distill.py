@@ -1067,13 +1067,17 @@ MIXTURES = ["a", "letters=x", "letters=-1", "letters=0", "letters=1,,digits=1"]
     (["--batch_size=9"], TWO, "--batch_size=9: must be a multiple of 2, the number of processes"),
     (["--device=abacus"], {}, "--device=abacus"),
     (["--parallel=none"], TWO, "--parallel=none: there are 2 processes; use ddp or fsdp"),
-    ([], dict(RANK="0"), "the processes cannot start: "),
+    (["--device=auto"], dict(**TWO, GPUS="1"), "--device=auto: more processes than GPUs here"),
+    ([], dict(RANK="0"), "the processes cannot meet: "),
     (["--wandb"], dict(NO_PACKAGES="1"), "--wandb: "),
 ], ids=str)
 def test_what_contradicts_itself_is_refused_without_opening_a_file(program, monkeypatch, tmp_path, arguments,
                                                                    environment, message):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
+    if "GPUS" in environment:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: int(environment["GPUS"]))
     if "NO_PACKAGES" in environment:
         monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr(distill, "TokenBins", None)
