@@ -458,7 +458,6 @@ def show_draws(args: argparse.Namespace, r: dict):
     print(f"{args.steps} steps of {args.batch_size} windows of {args.block_size} tokens:\n")
     print_table(rows)
 
-    # The next window of each domain
     tokenizer = saved_tokenizer(bins.dir, bins.tokenizer)
     domain_ids = np.arange(len(bins.names))
     window_ids = sampler.windows(domain_ids, sampler.drawn)
@@ -482,8 +481,9 @@ def main():
     args = parser.parse_args()
     if not args.data_dir and not args.metrics:
         parser.error("use --data_dir or --metrics")
-    if min(args.block_size, args.batch_size, args.steps) < 1:
-        parser.error("--block_size, --batch_size and --steps must be 1 or more")
+    for key, value in vars(args).items():
+        if key in ("block_size", "batch_size", "steps") and value < 1:
+            parser.error(f"--{key}={value}: must be 1 or more")
     if len(args.metrics) != 1 and (args.rule or args.alpha is not None or args.plot and not args.metrics):
         parser.error("--rule and --alpha require one --metrics, and --plot one or more")
     r = show_metrics(args) if args.metrics else {}
