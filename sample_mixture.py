@@ -345,8 +345,7 @@ def show_metrics(args: argparse.Namespace) -> dict:
         if len(paths) > 1:
             raise UserError(f"--metrics: {key} differs: {paths}; compare runs that agree in it")
 
-    # The table is on the test windows if a run was measured there. Group the finished runs on these windows that differ
-    # only in the seed. If a seed was run twice, the last run counts.
+    # The table is on test windows if a run has them. A group differs only in the seed; a seed's last run counts.
     measured = max(runs, key=lambda run: run.windows == "test windows")
     by_seed = defaultdict(dict)  # experiment → seed → run
     for run in runs:
@@ -457,7 +456,6 @@ def show_draws(args: argparse.Namespace, r: dict):
         rows.append([name, *map(format, values, (",", ".2%", ".2%", ",", ".3f"))])
     print(f"{args.steps} steps of {args.batch_size} windows of {args.block_size} tokens:\n")
     print_table(rows)
-
     tokenizer = saved_tokenizer(bins.dir, bins.tokenizer)
     domain_ids = np.arange(len(bins.names))
     window_ids = sampler.windows(domain_ids, sampler.drawn)
@@ -484,8 +482,10 @@ def main():
     for key, value in vars(args).items():
         if key in ("block_size", "batch_size", "steps") and value < 1:
             parser.error(f"--{key}={value}: must be 1 or more")
-    if len(args.metrics) != 1 and (args.rule or args.alpha is not None or args.plot and not args.metrics):
-        parser.error("--rule and --alpha require one --metrics, and --plot one or more")
+    if len(args.metrics) != 1 and (args.rule or args.alpha is not None):
+        parser.error("--rule and --alpha require one --metrics")
+    if args.plot and not args.metrics:
+        parser.error("--plot requires --metrics")
     r = show_metrics(args) if args.metrics else {}
     if args.data_dir:
         show_draws(args, r)
