@@ -1238,7 +1238,6 @@ def test_a_dry_run_prints_what_a_run_takes_reads_no_weights_and_writes_nothing(
         folders[role] = copy_of(teacher, tmp_path / role, edit("config.json", num_hidden_layers=layers, **sizes))
     status, out, err = program(*words(folders), f"--max_steps={steps}", "--dry_run", *arguments)
     assert (status, err) == (0, "") and sorted(path.name for path in tmp_path.iterdir()) == ["student", "teacher"]
-
     matrices = 2 * d * d + 2 * d * kv + 3 * d * ff  # q and o, k and v, the MLP's three
     layer = matrices + (d + 2 * kv) + 2 * d  # biases of q, k and v; two norms
     for role, layers, n_bytes in (("teacher", L, width), ("student", 4, 16)):
@@ -1247,6 +1246,7 @@ def test_a_dry_run_prints_what_a_run_takes_reads_no_weights_and_writes_nothing(
     assert f"{steps} steps: {steps * B * T:,} tokens\n" in out
 
 
+@pytest.mark.slow
 def test_a_step_of_the_papers_pair_holds_the_bytes_that_a_dry_run_counts():
     """On fake tensors. bench_scale.py itself compares the bytes."""
     command = [sys.executable, str(Path(__file__).with_name("bench_scale.py")), "--preset=llama2-13b-tinyllama-1.1b",

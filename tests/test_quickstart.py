@@ -115,6 +115,7 @@ def test_the_commands_of_the_readme_work_as_written(checkout):
     assert (checkout / "mixture.png").is_file()
 
 
+@pytest.mark.slow
 def test_the_commands_that_apply_a_fork_work_as_written(checkout):
     blocks = readme_blocks("sh", "tests/forks/README.md")
     assert len(blocks) == 1
