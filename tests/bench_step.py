@@ -103,9 +103,9 @@ def prepare(args: argparse.Namespace):
     random = np.random.default_rng(0)
 
     def encode_batch(texts):
-        return [random.integers(0, args.vocab_size, len(text)).astype(np.uint32) for text in texts]
+        return [random.integers(1, args.vocab_size, len(text)).astype(np.uint32) for text in texts]
 
-    tokenizer = Tokenizer("random", args.vocab_size, 0, "<|endoftext|>", "random", encode_batch=encode_batch,
+    tokenizer = Tokenizer("random", args.vocab_size, 0, "<|endoftext|>", "as tiktoken", encode_batch=encode_batch,
                           decode=str)
     documents = [(name, f"{name} {i} " * 2000) for name in ("one", "two") for i in range(60)]
     build_bins(folder / "bins", tokenizer, documents, val_fraction=0.2)
