@@ -47,8 +47,7 @@ import torch
 import distill
 from data import TokenBins, Tokenizer, build_bins
 from distill import (count_parameters, dense_distillation_loss, distillation_loss, make_optimizers, prepare_layers,
-                     resolve_auto,
-                     resolve_config, train)
+                     resolve_auto, resolve_config, train)
 from model import GPT, GPTConfig, checkpoint_name, write_config
 from sample_mixture import MixtureSampler
 
@@ -105,7 +104,8 @@ def prepare(args: argparse.Namespace):
     def encode_batch(texts):
         return [random.integers(1, args.vocab_size, len(text)).astype(np.uint32) for text in texts]
 
-    tokenizer = Tokenizer("random", args.vocab_size, 0, "<|endoftext|>", "as tiktoken", encode_batch=encode_batch,
+    # The fingerprint begins like that of an encoding of tiktoken, since a run does not load such a tokenizer.
+    tokenizer = Tokenizer("random", args.vocab_size, 0, "<|endoftext|>", "tiktoken:random", encode_batch=encode_batch,
                           decode=str)
     documents = [(name, f"{name} {i} " * 2000) for name in ("one", "two") for i in range(60)]
     build_bins(folder / "bins", tokenizer, documents, val_fraction=0.2)

@@ -108,9 +108,6 @@ def program(run_main):
 
 
 RECORDS = "".join(json.dumps({"text": text, "body": text.upper()}) + "\n" for text in ("one é", "two\nlines\0"))
-FILES = len(three()) * 4
-
-
 TEXTS_OF_SPLITS = [text for i in range(4) for text in three(f"{i} ")]  # four for each split
 
 
