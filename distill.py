@@ -43,15 +43,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DeviceMesh, DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from data import (MODEL_FILES, SUMS, TOKENIZER_FILES, TOKENIZER_META, TokenBins, UserError, build_quickstart_bins,
                   damaged_files, digest, fsync, import_optional, model_folder, model_tokenizer, print_table, published,
-                  run_program, save_tokenizer, saved_tokenizer, user_errors, write_json)
+                  run_program, save_tokenizer, user_errors, write_json)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
 from sample_mixture import RULES, MixtureSampler, differing_keys, parse_mixture, read_metrics
 
@@ -523,10 +522,10 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     """Return (loss, ce, kl) of Eq. 3 from hidden states (…, d) and heads (V, d), without (tokens, V) logits in memory.
 
     The logits of `chunk_size` tokens are made at a time, and `dense_distillation_loss` is differentiated on each chunk,
-    so the forward pass makes the gradients too. `equation` is that function's keywords. A tensor among them is a single
-    number, or has a value (…) or a row (…, n) per target, where (…) may be broadcast. loss.backward() gives the gradients of
-    student_hidden and student_head, once. teacher_hidden and teacher_head may both be None. The default chunk has 2²⁸
-    logits on CUDA; on other devices 2²⁶ and at most 512 tokens."""
+    so the forward pass makes the gradients too. loss.backward() gives the gradients of student_hidden and student_head,
+    once. `equation` is the keywords of dense_distillation_loss. A tensor among them is a single number, or has a value
+    (…) or a row (…, n) per target; (…) may be broadcast. teacher_hidden and teacher_head may both be None. The default
+    chunk has 2²⁸ logits on CUDA; on other devices 2²⁶ and at most 512 tokens."""
     assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
     hidden = student_hidden.flatten(0, -2)
     if equation.get("num_tokens") is None:
@@ -811,10 +810,9 @@ def load_models(config: Config, model_configs: dict, resumed: Path | None) -> di
 
         # A fork makes modules that it trains along with the student here, on every rank, if role is "student":
         # model.extra["name"] = … They are saved next to the model. Under FSDP non-persistent buffers would be garbage.
-        extra = model.extra
-        if extra and resumed is not None:
-            on_rank_0(read_saved, resumed / "extra.safetensors", lambda path: extra.load_state_dict(load_file(path)),
-                      share=False)
+        if model.extra and resumed is not None:
+            on_rank_0(read_saved, resumed / "extra.safetensors",
+                      lambda path: model.extra.load_state_dict(load_file(path)), share=False)
 
         # Before the next model is read, so that rank 0 never has two in its memory
         prepare_layers(model, config)
@@ -1025,7 +1023,6 @@ def write_checkpoint(folder, state, student, weights, optimizer_state, bins, kee
         if extra:
             save_file(extra, temporary / "extra.safetensors")
         save_tokenizer(temporary, bins)
-        torch.serialization.set_crc32_options(False)  # SHA256SUMS is a better checksum
         torch.save(optimizer_state, temporary / "optimizer.pt")
         write_json(temporary / "train_state.json", asdict(state))
         fsync(folder.with_name("metrics.jsonl"))  # all lines before a checkpoint are on the disk
@@ -1078,8 +1075,6 @@ def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, st
 def preflight(config: Config) -> tuple[TokenBins, dict]:
     """Return the bins, and role → GPTConfig of the models, checked before a weight is read. Raise UserError."""
     bins = TokenBins(config.data_dir, config.block_size, config.domains.split(",") if config.domains else None)
-    if "tiktoken" not in bins.tokenizer["fingerprint"]:  # tiktoken may have to download an encoding
-        saved_tokenizer(bins.dir, bins.tokenizer)
     fixed_windows(bins, "val", config.val_samples)
     fixed_windows(bins, "test", config.test_samples)
     with user_errors(f"--mixture={config.mixture}", f"give each domain of {config.data_dir} a weight"):
@@ -1247,18 +1242,15 @@ def print_domains(domains: dict, r: dict, first: dict):
 
 # ------------ Quickstart ----------------------------------------------------------------------------------------------
 
-# The keys of the runs that make the quickstart's models: without a teacher, evaluated at the start and the end
-PRETRAINING = dict(preset="quickstart", method="cpt", interval=10**9, test_samples=0, dtype="float32", keep=1,
-                   log_every=50)
-
-
 def quickstart_models(pretrain_steps: int) -> dict:
-    """Return the other keys of these runs, role → keys. The teacher learns all domains equally, the student base hardly
-    any C++: small models are strong in some domains and weak in others."""
-    return {"teacher": dict(student="scratch:4x128", max_steps=pretrain_steps, warmup_steps=pretrain_steps // 24,
-                            lr=3e-3, min_lr=3e-4, mixture="python=1,cpp=1,math=1,prose=1"),
-            "student": dict(student="scratch:2x96", max_steps=pretrain_steps // 4, warmup_steps=pretrain_steps // 40,
-                            lr=2e-3, min_lr=2e-4, mixture="python=.50,cpp=.01,math=.25,prose=.24")}
+    """Return the keys of the runs that train the quickstart's two models, role → keys. The teacher learns all domains
+    equally, the student base hardly any C++: small models are strong in some domains and weak in others."""
+    shared = dict(preset="quickstart", method="cpt", test_samples=0, dtype="float32", keep=1, log_every=50,
+                  interval=10**9)  # evaluated at the start and the end only
+    return {"teacher": dict(shared, student="scratch:4x128", max_steps=pretrain_steps, lr=3e-3, min_lr=3e-4,
+                            warmup_steps=pretrain_steps // 24, mixture="python=1,cpp=1,math=1,prose=1"),
+            "student": dict(shared, student="scratch:2x96", max_steps=pretrain_steps // 4, lr=2e-3, min_lr=2e-4,
+                            warmup_steps=pretrain_steps // 40, mixture="python=.50,cpp=.01,math=.25,prose=.24")}
 
 
 def quickstart(config: Config) -> Config:
@@ -1274,7 +1266,7 @@ def quickstart(config: Config) -> Config:
         if getattr(config, role) or config.dry_run:
             continue
         shared = {key: getattr(config, key) for key in ("data_dir", "device", "compile", "timeout")}
-        pretrain_config = resolve_config({**PRETRAINING, **keys, **shared, "out_dir": f"{config.data_dir}/{role}"})
+        pretrain_config = resolve_config({**keys, **shared, "out_dir": f"{config.data_dir}/{role}"})
         folder = on_rank_0(finished_run, Path(pretrain_config.out_dir))
         if folder is not None:
             print(f"The {role} was made before, with the --pretrain_steps of that time: {folder}")

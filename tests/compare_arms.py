@@ -329,7 +329,7 @@ def main():
             raise UserError(f"--code={CODE}: {name} would be kept as a run of the project's own code; give a --label")
 
     def pretrained(keys: dict, seed: int, folder: Path) -> Path:
-        config = distill.resolve_config({**distill.PRETRAINING, **keys, "seed": seed, "out_dir": str(folder)})
+        config = distill.resolve_config({**QUICKSTART["student"], **keys, "seed": seed, "out_dir": str(folder)})
         if args.steps:
             config.max_steps = args.steps
             config.warmup_steps = 0
@@ -346,7 +346,7 @@ def main():
             teacher_seed = seed
         make_bins(setting, Path(keys["data_dir"]), args.teacher, seed)
         if keys["test_samples"] == 0:
-            block_size = distill.resolve_config({**distill.PRETRAINING, **keys}).block_size
+            block_size = distill.resolve_config({**keys, "preset": "quickstart"}).block_size
             keys["test_samples"] = most_test_windows(keys["data_dir"], block_size)
         windows = {"rule": WINDOW_RULE, "bins": TokenBins(keys["data_dir"], 1).content()}
         teacher = args.teacher
