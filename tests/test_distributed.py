@@ -234,7 +234,7 @@ def main_with_event(folder: Path, rank: int, keys: dict, event: dict):
 def do_fork(folder: Path, rank: int, world: int, port: int, keys: dict, event: dict):
     """The same of a fork, in which a module is trained along that is no part of the student's model."""
     places = {  # function → the line before which the fork adds its own
-        "load_models": ("        extra = model.extra\n", """\
+        "load_models": ("        if model.extra and resumed is not None:\n", """\
         if role == "student":
             torch.manual_seed(rank())  # another module on each rank: rank 0's has to be taken
             model.extra["filter"] = nn.Linear(32, 32)

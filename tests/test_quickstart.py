@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import read_lines
 
+import distill
 from distill import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -64,25 +66,31 @@ def test_another_arm_uses_the_same_bins_and_models(checkout):
     assert runs[0]["domains"] == runs[1]["domains"]  # both start from the same student and teacher
 
 
-def test_models_that_were_made_are_taken_whatever_their_steps_were_and_by_many_runs_at_once(checkout):
-    other_steps = SMALL.replace("--pretrain_steps=4", "--pretrain_steps=8") + " --max_steps=0 --warmup_steps=0"
+def test_models_that_were_made_are_taken_whatever_their_steps_were_and_by_many_runs_at_once(
+        checkout, monkeypatch, capsys):
+    trained = []
+
+    def record(config):
+        trained.append(config)
+        return Path(config.out_dir, "step_00000008")
+
+    monkeypatch.setattr(distill, "train", record)
+    monkeypatch.chdir(checkout)
+    config = distill.parse_config([*SMALL.split(), "--pretrain_steps=8"])
     with RunFolder(checkout / "data/quickstart/teacher") as run_folder:  # of another run
         run_folder.lock()
-        printed = run(checkout, f"python distill.py {other_steps} --out_dir=out/others")
-    assert "The teacher was made before" in printed and "teacher/step_00000004" in printed
+        ready = distill.quickstart(config)
+    assert not trained and ready.teacher == "data/quickstart/teacher/step_00000004"
+    assert "The teacher was made before" in capsys.readouterr().out
 
-    # A damaged one is made again
-    for folder in ("teacher", "student"):
-        shutil.copytree(checkout / "data/quickstart" / folder, checkout / "data/damaged" / folder)
-    for path in (checkout / "data/quickstart").iterdir():
-        if path.is_file():
-            shutil.copy(path, checkout / "data/damaged")
+    # A damaged model is trained again
+    shutil.copytree(checkout / "data/quickstart", checkout / "data/damaged")
     weights = checkout / "data/damaged/teacher/step_00000004/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    printed = run(checkout, f"python distill.py {SMALL} --max_steps=0 --warmup_steps=0 --data_dir=data/damaged "
-                            "--out_dir=out/damaged")
-    assert "corrupt_step_00000004" in printed and "The student was made before" in printed
-    assert (checkout / "data/damaged/teacher/step_00000004").is_dir()
+    ready = distill.quickstart(replace(config, data_dir="data/damaged"))
+    assert [(run.out_dir, run.max_steps) for run in trained] == [("data/damaged/teacher", 8)]
+    assert ready.teacher == "data/damaged/teacher/step_00000008"
+    assert ready.student == "data/damaged/student/step_00000001"
 
 
 def readme_blocks(kind: str, path: str = "README.md") -> list[list[str]]:
