@@ -154,8 +154,9 @@ class Watch:
         signal.signal(signal.SIGUSR2, lambda *_: None)
         signal.set_wakeup_fd(writer.fileno())
         path = self.folder / f"paused.{self.rank}"
-        path.with_suffix(".tmp").write_text(str(os.getpid()))
-        path.with_suffix(".tmp").rename(path)
+        temporary = self.folder / f"pid.{self.rank}"
+        temporary.write_text(str(os.getpid()))
+        temporary.rename(path)
         reader.recv(1)
 
 
