@@ -14,13 +14,11 @@ from pathlib import Path
 import compare_arms
 import pytest
 import torch
-from compare_arms import (ABLATIONS, ALL_ARMS, ARMS, chosen_arms, fixed_mixture, other_runs, register_kd_first,
-                          shuffled_files)
+from compare_arms import ALL_ARMS, chosen_arms, fixed_mixture, other_runs, register_kd_first, shuffled_files
 from conftest import read_lines
-from report_arms import (ALL, CHANGES, CLAIMS, COMPARISONS, REGISTERED, REPLICATED, SPEED, alphas_table, arms_table,
-                         decided, holm, interval, make_tables, mean_and_error, measured, numbers_without_source,
-                         p_value, paired, pairs_table, setting_figure, share_of_gain, sign_flip_p, sizes_table,
-                         temperatures_table, with_tables)
+from report_arms import (CHANGES, CLAIMS, NOVEMBER, REGISTERED, arms_table, claims_table, course_table, decided, draw,
+                         holm, interval, make_tables, mean_and_error, measured, paired, runs_of, share_of_gain,
+                         sign_flip_p, t_p, with_tables)
 from test_forks import patched
 
 import distill
@@ -41,7 +39,6 @@ def made_up(**arms) -> dict:
             end = {"code": domain, "prose": domain}
             results[arm][str(seed)] = {
                 "worst_ratio": value, "mean_ratio": value, "end": end, "steps": [0, 5, 10, 15],
-                "experiment": {"keys": {"max_steps": 15, "batch_size": 2, "val_samples": 4}},
                 "ratio": {"code": [5.0, 1.2 * value, 1.1 * value, value], "prose": [3.0, value, value, value]},
                 "r": {"code": [0.5, 0.6, 0.6, 0.6], "prose": [0.5, 0.4, 0.4, 0.4]}}
     return results
@@ -57,7 +54,7 @@ def test_the_mean_by_size_weighs_domains_by_their_train_tokens():
     one = made_up(ddk=[1.0])["ddk"]["0"]
     one["end"] = {"code": {"test_ratio": 2.0, "tokens": 60, "epochs": 2.0},
                   "prose": {"test_ratio": 4.0, "tokens": 40, "epochs": 4.0}}
-    assert measured(one, "size_ratio") == 2.5 and measured(one, "ratio_range") == 2.0
+    assert measured(one, "size_ratio") == 2.5
 
 
 def test_seeds_are_paired():
@@ -68,24 +65,13 @@ def test_seeds_are_paired():
     assert changes == pytest.approx([-0.05 * 0.5, -0.05 * 0.5])
 
 
-# Student's t, two-sided 95 %, of 1 to 9 degrees of freedom
-T95 = (12.706, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
-
-
-@pytest.mark.parametrize("degrees, t", list(enumerate(T95, 1)))
-def test_p_values_are_students(degrees, t):
-    deviations = [math.cos(2 * math.pi * k / (degrees + 1)) for k in range(degrees + 1)]  # whose mean is 0
-    error = mean_and_error(deviations)[1]
-    for sign in (1, -1):
-        assert p_value([sign * (deviation / error + t) for deviation in deviations]) == pytest.approx(0.05, abs=1e-5)
-
-
-@pytest.mark.parametrize("degrees, t", list(enumerate(T95, 1)))
-def test_intervals_are_students(degrees, t):
-    numbers = [math.cos(2 * math.pi * k / (degrees + 1)) for k in range(degrees + 1)]
-    low, high = interval([number + 5 for number in numbers])
+def test_intervals_and_p_values_are_students():
+    numbers = [math.cos(2 * math.pi * k / 5) + 5 for k in range(5)]  # whose mean is 5
+    low, high = interval(numbers)
     assert (high + low) / 2 == pytest.approx(5)
-    assert (high - low) / 2 == pytest.approx(t * mean_and_error(numbers)[1], 1e-4)
+    assert (high - low) / 2 == pytest.approx(2.7764 * mean_and_error(numbers)[1], 1e-4)  # of 4 degrees of freedom
+    for shift in (low, high):
+        assert t_p([number - shift for number in numbers]) == pytest.approx(0.05)
 
 
 def test_the_sign_flip_test_counts_all_choices_of_signs():
@@ -109,10 +95,10 @@ def test_holms_correction_stops_at_the_first_that_is_not_rejected():
 @pytest.mark.parametrize("kd, cell", [([1.5, 2.501, 3.499], "-0.500 ± 0.001 **holds**"),
                                       ([0.5, 1.501, 2.499], "+0.500 ± 0.001 **reversed**"),
                                       ([1.1, 2.3, 3.2], "-0.200 ± 0.058 not decided")])
-def test_a_pair_is_decided_by_holms_correction_of_students_t(kd, cell):
+def test_a_claim_is_decided_by_holms_correction_of_students_t(kd, cell):
     results = made_up(ddk=[1.0, 2.0, 3.0], kd=kd)
     two_seeds = made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0])  # which have no cell
-    table = pairs_table({"one": results, "two": two_seeds}, CLAIMS)
+    table = claims_table({"one": results, "two": two_seeds})
     both = "worst ratio; mean ratio"
     assert table.splitlines()[2:] == [f"| DDK better than KD (Tables 1, 2) | {both} | {cell}; {cell} |  |"]
 
@@ -120,62 +106,39 @@ def test_a_pair_is_decided_by_holms_correction_of_students_t(kd, cell):
 def test_more_claims_make_each_harder_to_decide():
     one = made_up(ddk=[1.0, 2.0, 3.0], kd=[1.2, 2.26, 3.26])
     key = ("ddk", "kd", "worst_ratio")
-    assert 0.05 / 10 < p_value(paired(one, *key)) < 0.05 / 2
-    assert decided(one, CLAIMS)[key][1]
+    assert 0.05 / 10 < t_p(paired(one, *key)) < 0.05 / 2
+    assert decided(one, CLAIMS)[key][2]
     more = one | made_up(cpt=[1.0, 2.0, 3.5], minillm=[1.0, 2.0, 3.5], ted=[1.0, 2.0, 3.5], ddk_es=[1.0, 2.0, 3.5])
-    assert not decided(more, CLAIMS)[key][1]
+    assert not decided(more, CLAIMS)[key][2]
 
 
-def test_the_table_has_a_line_for_each_arm_that_ran():
+def test_the_table_has_a_line_for_each_arm_that_ran_and_the_base_that_was_measured():
     lines = arms_table({"one": made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0], cpt=[3.0])}).splitlines()
     assert lines[0].endswith("| code | prose |")
-    assert lines[2:] == [
-        "| student base → `ddk`, validation windows | 2 | 5.000 ± 0.000 → 1.500 ± 0.500 | 4.000 ± 0.000 → 1.500 ± 0.500 "
-        "| 5.00 → 1.50 | 3.00 → 1.50 |",
-        "| `ddk` | 2 | 1.500 ± 0.500 | 1.500 ± 0.500 | 1.50 | 1.50 |",
-        "| `kd` | 2 | 3.000 ± 1.000 | 3.000 ± 1.000 | 3.00 | 3.00 |",
-        "| `cpt` | 1 | 3.000 | 3.000 | 3.00 | 3.00 |"]
-    measured_on_test_windows = made_up(kd=[2.0])
-    measured_on_test_windows["kd"]["0"]["base_ratio"] = {"code": 4.5, "prose": 2.5}
-    lines = arms_table({"one": made_up(ddk=[1.0]), "two": measured_on_test_windows}).splitlines()
-    assert [line.split(" | ")[0] for line in lines[2:]] == [
-        "| one: student base → `ddk`, validation windows", "| one: `ddk`", "| two: student base", "| two: `kd`"]
-    assert lines[4] == "| two: student base | 1 | 4.500 | 3.500 | 4.50 | 2.50 |"
+    assert lines[2:] == ["| `ddk` | 2 | 1.500 ± 0.500 | 1.500 ± 0.500 | 1.50 | 1.50 |",
+                         "| `kd` | 2 | 3.000 ± 1.000 | 3.000 ± 1.000 | 3.00 | 3.00 |",
+                         "| `cpt` | 1 | 3.000 | 3.000 | 3.00 | 3.00 |"]
+    with_base = made_up(kd=[2.0])
+    with_base["kd"]["0"]["base_ratio"] = {"code": 4.5, "prose": 2.5}
+    lines = arms_table({"one": made_up(ddk=[1.0]), "two": with_base}).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| one: `ddk`", "| two: student base", "| two: `kd`"]
+    assert lines[3] == "| two: student base | 1 | 4.500 | 3.500 | 4.50 | 2.50 |"
 
 
-def test_a_value_of_alpha_is_compared_with_ddk_at_the_seeds_that_both_have():
-    results = made_up(**{"ddk": [1.0, 2.0, 9.0], "interval=15": [3.0], "alpha=0.25": [2.0], "alpha=1.0": [1.5, 3.5]})
-    assert alphas_table(results).splitlines()[2:] == [
-        "| `alpha=0.25` | 1 | 2.000 | +1.000 | 2.000 | +1.000 |",
-        "| `alpha=1.0` | 2 | 2.500 ± 1.000 | +1.000 ± 0.500 | 2.500 ± 1.000 | +1.000 ± 0.500 |"]
-    decided_too = made_up(**{"ddk": [1.0, 2.0, 3.0], "alpha=0.25": [1.5, 1.5, 4.5], "alpha=1.0": [1.5, 2.501, 3.499]})
-    assert [line.count("**+0.500") for line in alphas_table(decided_too).splitlines()[2:]] == [0, 2]
-    assert len(pairs_table({"one": decided_too}, COMPARISONS).splitlines()) == 2
+def test_the_time_course_is_of_differences_at_the_same_seed():
+    lines = course_table(made_up(ddk=[1.0, 2.0], ddk_es=[2.0, 2.6]), every=10).splitlines()
+    assert lines[0] == "| step | DDK − `ddk_es`, worst | DDK − `ddk_es`, mean |" and len(lines) == 3
+    assert lines[2].startswith("| 10 | -0.880 [")  # code: 1.1 · (1 − 2) and 1.1 · (2 − 2.6)
 
 
-def test_temperatures_are_compared_from_best_to_worst_with_t_squared_and_without():
-    arms = {"ddk": [2.0, 2.0, 2.0]}
-    for value, plain, squared in ((0.1, 3.0, 2.2), (0.2, 2.5, 2.0), (0.5, 2.0, 2.1), (2.0, 2.1, 2.0)):
-        arms |= {f"temperature={value}": [plain] * 3, f"t2_temperature={value}": [squared] * 3}
-    lines = temperatures_table(made_up(**arms)).splitlines()[2:]
-    assert lines[0] == ("| worst ratio, without T² | **3.000 ± 0.000** | **2.500 ± 0.000** | 2.000 ± 0.000 | "
-                        "2.000 ± 0.000 | **2.100 ± 0.000** | 50.0% |")
-    assert lines[2] == ("| worst ratio, with T² | 2.200 ± 0.000 | 2.000 ± 0.000 | 2.100 ± 0.000 | 2.000 ± 0.000 | "
-                        "2.000 ± 0.000 | 10.0% |")
-
-
-def test_a_page_gets_its_tables_and_each_number_of_its_text_has_to_stand_in_one():
-    page = ("At T = 0.5, 1.25; at γ ∈ {0.1, .2} it is 0.01.\n<!-- one -->\n| 9.99 |\n<!-- end -->\n"
-            "And at α = 0.75 3.75 ± 0.01, `k=7.7`.\n")
-    tables = {"one": "| 1.25 ± 0.01 |"}
-    page = with_tables(page, tables)
-    assert "<!-- one -->\n| 1.25 ± 0.01 |\n<!-- end -->" in page and "9.99" not in page
-    assert numbers_without_source(page, tables) == ["3.75"]
+def test_a_page_gets_its_tables():
+    page = with_tables("Before\n<!-- one -->\n| 9.99 |\n<!-- end -->\nafter\n", {"one": "| 1.25 ± 0.01 |"})
+    assert page == "Before\n<!-- one -->\n| 1.25 ± 0.01 |\n<!-- end -->\nafter\n"
 
 
 def test_a_figure_is_drawn(tmp_path):
     results = made_up(ddk=[1.0, 2.0], kd=[2.0, 3.0])
-    setting_figure(results, tmp_path / "setting.png")
+    draw(results, tmp_path / "setting.png")
     assert (tmp_path / "setting.png").stat().st_size > 5000
 
 
@@ -211,11 +174,11 @@ def test_the_controls_draw_ddks_mean_mixture_at_all_other_seeds(monkeypatch):
 
 def test_speed_is_the_first_evaluation_with_a_worst_ratio_below_2_or_an_interval_after_the_end():
     one = made_up(ddk=[1.0])["ddk"]["0"]  # code 5.0, 1.2, 1.1, 1.0 at 0, 5, 10, 15
-    assert measured(one, SPEED) == 5
+    assert measured(one, "speed") == 5
     one["ratio"]["prose"] = [3.0, 2.0, 1.9, 1.0]
-    assert measured(one, SPEED) == 10
+    assert measured(one, "speed") == 10
     one["ratio"]["prose"] = [3.0] * 4
-    assert measured(one, SPEED) == 20
+    assert measured(one, "speed") == 20
 
 
 def test_the_share_of_a_gain_is_of_means():
@@ -223,11 +186,6 @@ def test_the_share_of_a_gain_is_of_means():
     whole, of_replicates = share_of_gain(results, "ddk_es", "worst_ratio")
     assert whole == pytest.approx(0.5)
     assert statistics.mean(of_replicates) == pytest.approx(0.5, abs=1e-3)
-
-
-def test_the_sizes_of_a_setting_are_those_of_its_runs():
-    results = made_up(ddk=[1.0])
-    assert sizes_table({"one": results}).splitlines()[2] == "| one | 50.0 : 50.0 | 0.50 : 0.50 | 30 | 32 |"
 
 
 def test_changes_are_counted_from_the_first_r_that_draws_or_later():
@@ -239,45 +197,39 @@ def test_changes_are_counted_from_the_first_r_that_draws_or_later():
 
 
 def test_the_replicates_tables_come_once_all_have_run():
-    arms = {pair.first for pair in REPLICATED} | {pair.second for pair in REPLICATED}
-    replicates = made_up(**{arm: [1.0 + place + seed % 3 / 10 for seed in range(24)] for place, arm in enumerate(arms)})
-    for runs in replicates.values():
-        for one in runs.values():
-            one["end"] = {"python": one["end"]["code"], "prose": one["end"]["prose"]}
-            for key in ("r", "ratio"):
-                one[key] = {"python": [*one[key]["code"], 1.0], "prose": [*one[key]["prose"], 1.0]}
-    quickstart = {"quickstart": made_up(ddk=[1.0, 2.0, 3.0])}
-    tables = make_tables(quickstart, replicates)
-    assert len(tables["replicates"].splitlines()) == 6 and len(tables["replicated_changes"].splitlines()) == 6
-    assert len(tables["replicates_arms"].splitlines()) == 2 + len(arms) + 2
-    n_rows = sum(pair.measures == ALL for pair in REPLICATED)
-    assert len(tables["replicated"].splitlines()) == 2 + n_rows
-    assert tables["replicated"].count("p < 0.0001") == 3 * n_rows + 3
-    del replicates["kd_fixed"]["0"]
-    assert "replicates" not in make_tables(quickstart, replicates)
+    for family in (NOVEMBER, REGISTERED):
+        arms = {pair.first for pair in family} | {pair.second for pair in family}
+        replicates = made_up(**{arm: [1.0 + place + seed % 3 / 10 for seed in range(24)]
+                                for place, arm in enumerate(sorted(arms))})
+        for runs in replicates.values():
+            for one in runs.values():
+                one["steps"] = [0, 50, 100, 150, 200]
+                one["end"] = {"python": one["end"]["code"], "prose": one["end"]["prose"]}
+                for key in ("r", "ratio"):
+                    one[key] = {"python": [*one[key]["code"], 1.0], "prose": [*one[key]["prose"], 1.0]}
+        settings = {"quickstart": made_up(ddk=[1.0, 2.0, 3.0])}
+        tables = make_tables(settings, replicates)
+        assert len(tables["replicates"].splitlines()) == 6 and len(tables["course"].splitlines()) == 6
+        assert len(tables["replicates_arms"].splitlines()) == 2 + len(arms)
+        assert len(tables["family"].splitlines()) == 2 + sum(pair.text != "" for pair in family)
+        n_tests = sum(len(pair.measures) for pair in family)
+        assert tables["family"].count("p < 0.0001") + tables["family"].count("p = ") == n_tests
+        del replicates["kd_fixed"]["0"]
+        assert "replicates" not in make_tables(settings, replicates)
 
 
-def test_arms_and_ablations_by_name():
-    own = ["ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"]
-    arms = chosen_arms("arms")
-    assert [name for name in arms if name in own] == own and chosen_arms("all") == [*arms, *ABLATIONS]
-    assert chosen_arms("kd,gamma=0.5") == ["kd", "gamma=0.5"]
-    for pair in CLAIMS + COMPARISONS + REPLICATED + REGISTERED:
-        assert {pair.first, pair.second} <= ALL_ARMS.keys()
+def test_all_arms_that_are_compared_can_be_run():
+    assert chosen_arms("kd,gamma=0.5,kd") == ["kd", "gamma=0.5"]
+    arms = ALL_ARMS.keys() | {"ted", "cpt_doremi"}
+    for pair in CLAIMS + REGISTERED + NOVEMBER:
+        assert {pair.first, pair.second} <= arms
 
 
-def test_an_arm_that_is_a_fork_is_asked_for_with_its_diff_and_runs_where_the_code_has_it(monkeypatch):
-    for method in ("ted", "doremi_proxy"):
-        monkeypatch.delitem(distill.ARMS, method, raising=False)
-    with pytest.raises(UserError) as error:
-        chosen_arms("kd,ted,cpt_doremi,best")
-    lines = str(error.value).splitlines()
-    for line, fork in zip(lines[:2], ("ted", "doremi")):
-        assert line.endswith(f"git apply --directory={fork} tests/forks/{fork}.diff, then --code={fork}")
-    assert len(lines) == 3 and "best is none of ddk" in lines[2]
-    for method in ("ted", "doremi_proxy"):
-        monkeypatch.setitem(distill.ARMS, method, distill.ARMS["kd"])
-    assert chosen_arms("arms") == list(ARMS) and chosen_arms("ted,cpt_doremi") == ["ted", "cpt_doremi"]
+@pytest.mark.parametrize("arm, fork", [("ted", "ted"), ("cpt_doremi", "doremi")])
+def test_an_arm_that_is_a_fork_is_asked_for_with_its_diff(monkeypatch, arm, fork):
+    monkeypatch.delitem(compare_arms.ALL_ARMS, arm, raising=False)
+    with pytest.raises(UserError, match=f"git apply --directory={fork} tests/forks/{fork}.diff, then --code={fork}$"):
+        chosen_arms(f"kd,{arm}")
 
 
 @pytest.fixture
@@ -295,6 +247,10 @@ def compare(tmp_path):
     return compare
 
 
+def read_runs(folder: Path) -> dict:
+    return runs_of(json.loads((folder / "out" / "results.json").read_text()))
+
+
 @pytest.mark.slow
 def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(compare, tmp_path):
     assert "2/2  kd, seed 0" in compare("--arms=ddk,kd", "--seeds=1")
@@ -303,15 +259,15 @@ def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(compare, 
     assert "1/1  cpt_doremi, seed 0" in compare(f"--code={fork}", "--arms=ddk,kd,cpt_doremi", "--seeds=1")
     printed = compare("--arms=ddk,kd", "--seeds=2")
     assert "2/2  kd, seed 1" in printed and "seed 0" not in printed and "Collecting" not in printed
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = read_runs(tmp_path)
     assert {arm: list(runs) for arm, runs in results.items()} == {"ddk": ["0", "1"], "kd": ["0", "1"],
                                                                   "cpt_doremi": ["0"]}
-    first = [results["ddk"][seed]["first_worst_ratio"] for seed in ("0", "1")]
-    assert first[0] != first[1] and results["kd"]["0"]["first_worst_ratio"] == first[0]  # a base for each seed
+    first = [results["ddk"][seed]["base_ratio"] for seed in ("0", "1")]
+    assert first[0] != first[1] and results["kd"]["0"]["base_ratio"] == first[0]  # a base for each seed
     assert "holds runs of ddk with other keys" in compare("--arms=ddk", "--keys=lr=0.1", status=2)
     assert "| `ddk` | 2 |" in printed and "| `kd` | 2 |" in printed
     assert "1/1  again_kd, seed 0" in compare("--arms=kd", "--seeds=1", "--label=again_")
-    again = json.loads((tmp_path / "out" / "results.json").read_text())
+    again = read_runs(tmp_path)
     assert again["again_kd"]["0"]["end"] == again["kd"]["0"]["end"]
 
     # The proxy's mixture is what CPT&DoReMi drew by
@@ -332,10 +288,11 @@ def test_each_replicate_has_its_own_text_and_teacher_and_the_fixed_mixture_is_th
     compare(*words, "--first=1", "--arms=ddk")
     assert "2/2  kd, seed 1" not in compare(*words, "--arms=ddk,kd")
     compare(*words, "--arms=kd_fixed,kd_first")
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    for key in ("windows", "teacher_sha256", "base_ratio"):
+    results = read_runs(tmp_path)
+    for key in ("same", "base_ratio"):
         first, second = [results["ddk"][seed][key] for seed in ("0", "1")]
-        assert first != second and first == results["kd"]["0"][key]
+        assert first == results["kd"]["0"][key]
+        assert all(first[name] != second[name] for name in first if name != "test_samples")
     config = read_lines(tmp_path / "out" / "kd_fixed-0", "run")[0]["config"]
     assert config["mixture"] == fixed_mixture([results["ddk"]["1"]])
     other = {name: shares[1] for name, shares in results["ddk"]["1"]["r"].items()}
@@ -352,20 +309,20 @@ def test_a_pretrained_teacher_may_be_given(compare, tmp_path, teacher):
     for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer_meta.json"):
         shutil.copy(teacher / name, folder)
     compare("--setting=real", f"--teacher={folder}", "--seeds=2", "--arms=ddk,kd")
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    first = [results[arm][seed]["first_worst_ratio"] for arm in ("ddk", "kd") for seed in ("0", "1")]
+    results = read_runs(tmp_path)
+    first = [results[arm][seed]["base_ratio"] for arm in ("ddk", "kd") for seed in ("0", "1")]
     assert first[:2] == first[2:]  # a base for each seed
     config = read_lines(tmp_path / "out" / "base-0", "run")[0]["config"]
     assert config["method"] == "kd" and config["student"].endswith("ten-layers")
     assert len(GPT.from_pretrained(tmp_path / "out" / "base-0" / "step_00000002").layers) == 10
 
 
-@pytest.mark.parametrize("argument, named", [("--setting=real", "--teacher=: name the folder of a model"),
-                                             ("--teacher=.", "for --setting=real alone"),
+@pytest.mark.parametrize("argument, named", [("--setting=real", "--teacher=: use the folder of a model"),
+                                             ("--teacher=.", "only with --setting=real"),
                                              ("--arms=best", "best is none of ddk"),
                                              ("--keys=lr=x", "argument --lr: invalid float value: 'x'"),
                                              ("--keys=alpha=2", "--alpha=2.0: must be a number from 0 to 1"),
-                                             ("--keys=seed=1", "seed is no key of distill.py, or each run's own")])
+                                             ("--keys=seed=1", "seed is no key of distill.py, or differs from run to run")])
 def test_mistakes_are_named_at_once(run_main, argument, named):
     status, _, err = run_main(compare_arms, argument)
     assert status == 2 and named in err and err.startswith("error: ")
