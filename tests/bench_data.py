@@ -1,15 +1,16 @@
-"""How fast data.py makes bins, beside two usual ways to make them; and in how much memory.
+"""Compare data.py with two usual ways to make bins: time and memory.
 
     python tests/bench_data.py [--mb=100] [--tokenizer=TOK …]    a trained BPE of 16k ids and bytes, or each TOK
     python tests/bench_data.py --memory [--tokenizer=TOK]        1 GiB of text: the peak memory of data.py
 
-The usual ways are nanoGPT's, a map of Hugging Face's datasets, and Megatron's, a pool of processes that take lines in
-turn; each with the tokenizer itself, one text a call, and a process a core. A way whose packages are not installed is
-left out. TOK is bytes, a tiktoken encoding, or a folder with a tokenizer.json and a tokenizer_config.json.
+nanoGPT maps Hugging Face's datasets, and Megatron has a pool of processes that take lines in turn. Both call the
+tokenizer for one text at a time, with a process per core. The program skips a way whose packages are not installed. TOK
+is bytes, a tiktoken encoding, or a folder with a tokenizer.json and a tokenizer_config.json.
 
-The text is Python's standard library, repeated with other names, as jsonl. Every way is timed as a whole: start-up, its
-pass over the file, and bins written. CPU seconds are those of all its processes. Each run is a fresh process. The first
-run of each way is a warm-up; then they alternate. The same run checks that all ways write the same documents.
+The text is Python's standard library, repeated with other names, as jsonl. The time is that of
+the whole program: start-up, its pass over the file, and writing. CPU seconds include all its processes. Each run is a
+fresh process. The first run of each way is a warm-up; then they alternate. The same run checks that all ways write the
+same documents.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def train_bpe(text: str, folder: str):
 
 
 def load_encode(tokenizer: str):
-    """What encodes a text, and the id that ends a document, by the tokenizer's own library."""
+    """Return a function that encodes a text with the tokenizer's own library, and the id that ends a document."""
     if tokenizer == "bytes":
         return (lambda text: list(text.encode())), 256
     if not os.path.isdir(tokenizer):

@@ -1,24 +1,23 @@
-"""Eq. 3 from hidden states to gradients, beside the matrix products that it cannot avoid; in time and in memory.
+"""Compare Eq. 3, from hidden states to gradients, with the matrix products that it cannot avoid: time and memory.
 
     python tests/bench_loss.py                                   about ten minutes on two cores
     python tests/bench_loss.py --device=cuda                     bfloat16, several chunks; 80 GB for the dense equation
 
-The floor is four products: the logits of student and teacher, and the gradients of hidden states and head, written
-into memory that is there already. Every implementation runs in a fresh process of its own, where it takes turns with
-the floor, so that what else the machine does slows both. A ratio is the median over the pairs, with the least and the
-most. On a machine that is not quiet, `--threads=1` tells more: one thread, and its CPU time.
+The floor is four products, written into allocated memory: the logits of student and teacher, and the gradients of
+hidden states and head. Every implementation runs in a fresh process and takes turns with the floor, so that other work
+on the machine slows both. A ratio is the median over the pairs, with the minimum and the maximum. On a busy machine use
+`--threads=1`: one thread, and its CPU time.
 
 - dense: the logits of all tokens, `dense_distillation_loss`, and autograd.
 - ours: `distillation_loss`. ours eager: the same where torch.compile does not work.
 - liger: LigerFusedLinearJSDLoss of liger-kernel, if it is installed, compiled; beta = 0 is forward KL, 1 reverse. It
   knows no padded rows.
 
-The processes keep the memory that they free, as CUDA's allocator does: where glibc gives large blocks back to the
-kernel at once, and a hypervisor to its host, the faults of fetching them again can take longer than the passes over
-the logits, whichever the implementation.
+The processes keep the memory that they free, as CUDA's allocator does. Otherwise glibc gives large blocks back to the
+kernel, and the page faults of fetching them again can take longer than the passes over the logits.
 
-Memory is the peak above inputs and gradients. The errors are those of the loss, and of the gradients relative to their
-largest entry, against the dense equation in float32, computed last in the same process.
+Memory is the peak above inputs and gradients. Errors are relative to the dense equation in float32, computed last in
+the same process: the loss's, and the gradients' in terms of their largest entry.
 """
 
 import argparse
@@ -104,7 +103,7 @@ def loss_functions(args: argparse.Namespace) -> dict:
 
 
 class PeakMemory:
-    """MiB by which memory rises above what is held when this is made; on a CPU, as Linux counts a process's pages."""
+    """Measures by how many MiB memory rises from now on. On a CPU, Linux counts the pages of the process."""
 
     def __init__(self, device: str):
         self.on_cuda = device == "cuda"
@@ -113,7 +112,7 @@ class PeakMemory:
             self.held = torch.cuda.memory_allocated() / 2**20
         else:
             ctypes.CDLL(None).malloc_trim(0)  # what is freed, but kept, would hide a rise
-            Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
+            Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark to the resident memory
             self.held = self.read_mib("VmRSS")
 
     def read_mib(self, key: str) -> float:

@@ -1,10 +1,10 @@
-"""What DDK's own work costs beside a training step: sampling, reading, and the evaluations that r requires.
+"""Measure the cost of DDK's own work: sampling, reading, and the evaluations that r requires.
 
     python tests/bench_mixture.py      about two minutes on two cores
 
-Sampling and reading are timed beside a step of the quickstart, with four domains and a thousand, with 1e9 windows each,
-and from bins of 4 GB, for which the resident memory is taken before and after. An evaluation's price is given at the
-paper's proportions: 10 domains × 500 windows every 1000 steps of 256 windows, beside KD, which requires none.
+It compares sampling and reading with a training step of the quickstart: with four domains and a thousand, with 1e9
+windows each, and from bins of 4 GB, whose resident memory it prints. It prices evaluations at the paper's proportions:
+10 domains × 500 windows every 1000 steps of 256 windows. KD requires none.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def main():
         print_row(f"sampling and reading, {gb} GB", seconds, step_s)
     print(f"\nResident memory before and after: {'; '.join(memory)}")
 
-    # Evaluations, at the paper's proportions: seconds per window, over those of a run
+    # Evaluations, at the paper's proportions, as a share of a run
     run_s = 30_000 * 256 / B * step_s
     evaluated = 10 * 500 / B
     print(f"Evaluating {B} windows: student {1e3 * student_s:.1f} ms, teacher {1e3 * teacher_s:.1f} ms. At the paper's "

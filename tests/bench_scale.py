@@ -1,16 +1,16 @@
-"""A training step at its full size, simulated: memory, traffic and FLOPs of one of many GPUs, without any.
+"""Simulate a training step at full size: memory, traffic and FLOPs of one of many GPUs, without a GPU.
 
     python tests/bench_scale.py                                     the paper's pairs on 8 GPUs, ten minutes
     python tests/bench_scale.py --preset=qwen1.5-14b-1.8b --world=16 --micro_batch_size=4 --checkpoint_activations
 
-Rank 0 runs `load_models` and `training_step` of distill.py on fake tensors, which have shapes but no memory, in a fake
-process group, which answers each collective at once. How that differs from a run:
+Rank 0 runs `load_models` and `training_step` of distill.py on fake tensors: they have shapes but no memory. A fake
+process group answers each collective at once. Differences from a run:
 
-- Blocks run uncompiled, and as on a CPU, where RMSNorm keeps float32 copies of what it reads. Compiled, they keep about
-  a third less for the backward pass.
-- The compiled Eq. 3 is replaced by what it allocates: a float32 for each of a chunk's logits.
-- Fragmentation, and the buffers of CUDA, cuBLAS and NCCL, are not counted: leave several GiB free.
-- Seconds are FLOPs and bytes over the rates below, as if nothing were ever waited for.
+- Blocks run uncompiled, and as on a CPU, where RMSNorm keeps float32 copies of its input. Compiled blocks keep about a
+  third less for the backward pass.
+- The compiled Eq. 3 is replaced by its allocations: a float32 for each of a chunk's logits.
+- Fragmentation, and the buffers of CUDA, cuBLAS and NCCL, are missing: leave several GiB free.
+- Seconds are FLOPs and bytes over the rates below, as if nothing ever waited.
 - Nothing is loaded, evaluated or saved.
 
 The same run checks that the bytes of weights, gradients and optimizer which `--dry_run` prints are right to 2 %.
@@ -87,17 +87,17 @@ def parse_arguments() -> argparse.Namespace:
 
 
 class Tracker(TorchDispatchMode):
-    """The bytes of all tensors that are alive, and their peak, by what the program did when each was made; the bytes
-    of collectives."""
+    """Counts the bytes of all live tensors, by the activity in which each was made, and their peak; and the bytes of
+    collectives."""
 
     def __init__(self):
         super().__init__()
         self.doing = "activations"
-        self.live = {}  # storage → its bytes, and what the program did when it was made
+        self.live = {}  # storage → its bytes, and the activity in which it was made
         self.total = 0
         self.start_step()
 
-        # FSDP2 frees and allocates gathered weights by resizing their storage, which no operator shows.
+        # FSDP2 frees and allocates gathered weights by resizing their storage. No operator shows that.
         def resize_(storage, size):
             RESIZE(storage, size)
             if storage._cdata in self.live:
@@ -141,7 +141,7 @@ class Tracker(TorchDispatchMode):
         self.total -= n_bytes
 
     def watch(self, tensor, kind: str):
-        """Count the storage of `tensor` from now on, unless it is counted already."""
+        """Start to count the storage of `tensor`, unless it has been counted before."""
         if isinstance(tensor, DTensor):
             tensor = tensor._local_tensor
         if not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta":
@@ -152,7 +152,7 @@ class Tracker(TorchDispatchMode):
             weakref.finalize(storage, self.forget, storage._cdata)
 
     def relabel(self, tensor, kind: str):
-        """Count what is counted already as another kind."""
+        """Count a storage as another kind from now on."""
         if isinstance(tensor, DTensor):
             tensor = tensor._local_tensor
         key = tensor.untyped_storage()._cdata
@@ -249,7 +249,7 @@ def simulate(preset: str, micro_batch_size: int, args: argparse.Namespace, mesh)
         optimizer.register_step_pre_hook(lambda *_: held.update(tracker.by_kind()))
         optimizer.step = tracker.wrap(optimizer.step, "optimizer")
 
-        # What the step of a fork takes besides: something for each window of the batch
+        # A fork's step may have more arguments: a value for each window of the batch
         known = {"step", "student", "teacher", "optimizers", "windows", "vocab_size", "config"}
         names_of_added = inspect.signature(training_step).parameters.keys() - known
         added = {name: torch.zeros(config.batch_size, dtype=torch.long) for name in names_of_added}

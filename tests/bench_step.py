@@ -1,4 +1,4 @@
-"""A whole training step beside the sum of its parts, transformers loops with and without Liger, and TRL's GKDTrainer.
+"""Compare a training step with the sum of its parts, transformers loops with and without Liger, and TRL's GKDTrainer.
 
     python tests/bench_step.py                                                    about five minutes on two cores
     python tests/bench_step.py --device=cuda --dtype=bfloat16 --teacher=12x5120 --student=24x2048 --vocab_size=151936 \\
@@ -7,8 +7,8 @@
 All of them train the same student from the same teacher on the same windows. Each runs in a fresh process, in turns,
 `--rounds` times over. A step's time is the median after warm-up.
 
-- parts: what no step can do without, each measured alone: the teacher's forward pass, the student's forward and
-  backward pass, the loss from hidden states to gradients, and the optimizer; compiled where ours is.
+- parts: the unavoidable parts of a step, each measured separately: the teacher's forward pass, the student's forward
+  and backward pass, the loss from hidden states to gradients, and the optimizer; compiled if ours is.
 - ours: `distill.train`, as a run logs it: reading the data and clipping included.
 - fsdp: the same under torchrun, sharded by FSDP2 over all GPUs, or two processes that share the CPU, each with as many
   windows as the others have; tokens/s are of all of them.
@@ -16,9 +16,9 @@ All of them train the same student from the same teacher on the same windows. Ea
 - liger: the same with LigerFusedLinearJSDLoss on the models' hidden states, in chunks.
 - trl: GKDTrainer with lmbda = 0 and beta = 0, so forward KL on the given text; it has no cross-entropy beside it.
 
-The first step's loss (not trl's) is checked against the dense equation in the same run. What is not installed is left
-out, and named; what runs out of memory is a row that says so, as is another program's failure. The models have random
-weights, which each process draws anew on its device: nothing large is written or read.
+The same run checks the first step's loss (not trl's) against the dense equation. It skips packages that are not
+installed, and names them. A row says if an implementation runs out of memory, or if another program fails. Each process
+draws the models' random weights on its device, so that nothing large is written or read.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def prepare(args: argparse.Namespace):
     def encode_batch(texts):
         return [random.integers(1, args.vocab_size, len(text)).astype(np.uint32) for text in texts]
 
-    # The fingerprint begins like that of an encoding of tiktoken, since a run does not load such a tokenizer.
+    # A fingerprint of tiktoken's kind: a run does not load such a tokenizer.
     tokenizer = Tokenizer("random", args.vocab_size, 0, "<|endoftext|>", "tiktoken:random", encode_batch=encode_batch,
                           decode=str)
     documents = [(name, f"{name} {i} " * 2000) for name in ("one", "two") for i in range(60)]
@@ -145,7 +145,7 @@ def median(times: list[float]) -> float:
 
 
 def hidden_and_head(hidden, head):
-    """A loss_fn for GPT that returns what it is given."""
+    """A loss_fn for GPT that returns its arguments."""
     return hidden, head
 
 
@@ -357,7 +357,7 @@ def share_of_peak(args: argparse.Namespace, seconds: float) -> str:
 
 
 def run_in_a_process(name: str, args: argparse.Namespace) -> dict:
-    """What an implementation measured, or why it did not: {"failed": reason}."""
+    """Return the numbers of an implementation, or {"failed": reason}."""
     keys = [f"--{key}={value}" for key, value in vars(args).items() if key != "run"]
     program = [__file__, *keys, f"--run={name}"]
     if name == "fsdp":
@@ -394,7 +394,7 @@ def compare(args: argparse.Namespace):
                 results[name].append(run_in_a_process(name, args))
         whole_logits = run_in_a_process("dense", args)
 
-    # What has failed has no numbers.
+    # A failed run has no numbers.
     expected = whole_logits.get("loss", math.nan)
     ran = {name: runs for name, runs in results.items() if all("seconds" in run for run in runs)}
 

@@ -13,7 +13,7 @@ teacher.
 
 Runs are distill.py's own (`train`), one after the other, in `out_dir`. The same command continues where it was stopped,
 and commands with different --first may run at the same time. results.json there keeps the numbers of each run, of which
-report_arms.py makes tables and figures. Ratios at the end are measured on test windows, which never update r.
+report_arms.py makes tables and figures. Ratios at the end are measured on test windows. These never update r.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-# The four files are imported from --code, so this argument is read before the others.
+# The four files are imported from --code, so this argument is read first.
 CODE_PARSER = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
 CODE_PARSER.add_argument("--code", default=str(Path(__file__).parents[1]),
                          help="folder of a fork's four files (default: the project's own)")
@@ -51,7 +51,7 @@ OWN_KEYS = ("method", "seed", "teacher", "student", "out_dir")  # differ from ru
 
 
 def extra_keys(text: str, given: dict) -> dict:
-    """Return key=value,… of distill.py's keys, with their types, checked together with those `given`."""
+    """Return key=value,… of distill.py's keys, with their types, checked together with the `given` keys."""
     pairs = dict(pair.partition("=")[::2] for pair in text.split(",") if pair)
     for name in pairs:
         if name not in distill.Config.__dataclass_fields__ or name in OWN_KEYS:
@@ -60,11 +60,11 @@ def extra_keys(text: str, given: dict) -> dict:
     return {name: getattr(config, name) for name in pairs}
 
 
-# arm → the keys that differ from DDK's, which has the paper's values but for the quickstart's K
+# arm → the keys that differ from DDK's. DDK has the paper's values but for the quickstart's K.
 METHODS = {name: {"method": name} for name in distill.ARMS if name != "doremi_proxy"}
 ABLATIONS = {name: extra_keys(name, {}) for name in SWEPT}
-# KD in DDK's mean mixture over the other seeds: that of the whole run, or, after a first interval in natural
-# proportions, as DDK has it, that of the later steps
+# KD in DDK's mean mixture over the other seeds: kd_fixed in the mean of the whole run; kd_first in natural proportions
+# for the first interval, as DDK, then in the mean of the later steps
 CONTROLS = {"kd_fixed": {"method": "kd"}, "kd_first": {"method": "kd_first"}}
 # arms that need a fork → the diff in tests/forks. CPT&DoReMi draws by the mixture of the fork's proxy, see run_arm.
 FORKS = {"ted": "ted", "cpt_doremi": "doremi"}
@@ -87,8 +87,8 @@ QUICKSTART = distill.quickstart_models(distill.Config().pretrain_steps)
 SETTINGS = {
     "quickstart": Setting(QUICKSTART_BYTES, QUICKSTART["teacher"], QUICKSTART["student"],
                           keys={"test_samples": 128}),  # of 165 that every domain has, on Python 3.11
-    # About four fifths of the Python files, and as much of the other domains as the quickstart has. test_samples=0
-    # stands for as many as every domain has.
+    # About four fifths of the Python files, and as much of the other domains as the quickstart has. With test_samples=0
+    # a run takes as many windows as every domain has.
     "replicates": Setting({**QUICKSTART_BYTES, "python": 5_600_000}, QUICKSTART["teacher"], QUICKSTART["student"],
                           keys={"test_samples": 0}, own_text=True),
     # The student is ten of the teacher's layers. They first learn to work together, by KD on little but source code.
@@ -164,8 +164,8 @@ def fixed_mixture(others: list[dict]) -> str:
 
 
 def register_kd_first(others: list[dict]):
-    """Make kd_first a method of this process: natural proportions in the first interval, then the mean of the r that
-    the others' later intervals drew by. The r after the last step draws nothing."""
+    """Make kd_first a method of this process: natural proportions in the first interval, then the others' mean r of
+    the later intervals. The r after the last step draws nothing."""
     mean_r = []
     for name in others[0]["r"]:
         mean_r.append(statistics.mean(share for one in others for share in one["r"][name][1:-1]))
@@ -185,7 +185,7 @@ def run_arm(name: str, keys: dict, others: list[dict]):
         keys["mixture"] = fixed_mixture(others)
     elif name == "kd_first":
         register_kd_first(others)
-    elif name == "cpt_doremi":  # three runs: the reference, which is the cpt arm; the proxy; CPT in its mixture
+    elif name == "cpt_doremi":  # three runs: the cpt arm as the reference, the proxy, and CPT in its mixture
         out_dir = Path(keys["out_dir"])
         seed = keys["seed"]
         reference = run({**keys, "out_dir": str(out_dir.with_name(f"cpt-{seed}"))})

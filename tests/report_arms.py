@@ -2,8 +2,8 @@
 
     python tests/report_arms.py        makes them anew; a test fails if they do not follow from the files
 
-A results file, SETTING.json, is what `compare_arms.py --setting=SETTING` kept of its runs. A table stands between
-<!-- NAME --> and <!-- end -->.
+`compare_arms.py --setting=SETTING` has written SETTING.json. On a page, a table goes between <!-- NAME --> and
+<!-- end -->.
 
 Two arms are compared by their differences at the seeds that both have: what the arms share drops out. A p-value is by
 Student's t of the differences, or, for the replicates, by the exact sign-flip test. Holm's correction over all rows of
@@ -62,7 +62,7 @@ def claim(first: str, second: str, text: str, where: str, measures: tuple = BOTH
     return Pair(first, second, text, where, measures, "holds", "reversed")
 
 
-# The family of `quickstart`, and that of `real`
+# The comparisons of `quickstart` and `real`
 CLAIMS = [
     *[claim("ddk", arm, f"DDK better than {other}", "Tables 1, 2") for other, arm in
       (("CPT", "cpt"), ("CPT&DoReMi", "cpt_doremi"), ("KD", "kd"), ("TED", "ted"), ("MiniLLM", "minillm"))],
@@ -146,7 +146,7 @@ def measured(one: dict, measure: str) -> float:
 
 
 def drawn_share(end: dict, name: str) -> float:
-    """Return a domain's share of the tokens that a run drew, from what it measured at its end."""
+    """Return a domain's share of the tokens that a run drew, from its last measurement."""
     return end[name]["tokens"] / sum(domain["tokens"] for domain in end.values())
 
 
@@ -165,7 +165,7 @@ def paired(runs: dict, first: str, second: str, measure: str) -> list[float]:
 
 
 def mean_and_error(numbers: list[float]) -> tuple[float, float]:
-    """Return mean and standard error, which is NaN for one number."""
+    """Return mean and standard error. The error of a single number is NaN."""
     if len(numbers) < 2:
         return statistics.mean(numbers), math.nan
     return statistics.mean(numbers), statistics.stdev(numbers) / math.sqrt(len(numbers))
@@ -187,8 +187,8 @@ def interval(numbers: list[float]) -> tuple[float, float]:
 
 
 def sign_flip_p(differences: list[float]) -> float:
-    """Return the exact two-sided p-value: the share of all choices of signs that make the sum of the differences as far
-    from 0 as it is. The 2^n sums are those of the first half of the differences and of the second, each with each."""
+    """Return the exact two-sided p-value: the share of all 2^n choices of signs for which the sum of the differences is
+    at least as far from 0. Each such sum is a sum over the first half of the differences plus one over the second."""
     half = len(differences) // 2
     sums = []
     for part in (differences[:half], differences[half:]):
@@ -228,8 +228,8 @@ def decided(runs: dict, family: list[Pair], test=t_p) -> dict:
 
 
 def share_of_gain(runs: dict, arm: str, measure: str) -> tuple[float, list[float]]:
-    """Return the share that `arm` has of DDK's gain over CPT: of the means, and the jackknife's value of each
-    replicate, whose mean and spread give the share's interval."""
+    """Return the share that `arm` has of DDK's gain over CPT: that of the means, and the jackknife's value of each
+    replicate, for the share's interval."""
     seeds = common_seeds(runs, "ddk", arm)
 
     def share(left_out):
@@ -427,7 +427,7 @@ def draw(runs: dict, path: Path):
 
 
 def runs_of(results: dict) -> dict:
-    """Return arm → seed → numbers of what compare_arms.py kept."""
+    """Return arm → seed → numbers of a results file."""
     return {arm: kept["runs"] for arm, kept in results.items()}
 
 

@@ -1,4 +1,4 @@
-"""The comparison of arms: what it computes from runs, and a whole one in miniature."""
+"""The comparison of arms: its statistics and tables, and a whole comparison in miniature."""
 
 import functools
 import itertools
@@ -270,7 +270,7 @@ def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(compare, 
     again = read_runs(tmp_path)
     assert again["again_kd"]["0"]["end"] == again["kd"]["0"]["end"]
 
-    # The proxy's mixture is what CPT&DoReMi drew by
+    # CPT&DoReMi draws in the proxy's mixture
     mixture = (tmp_path / "out" / "doremi_proxy-0" / "mixture.txt").read_text().strip()
     config = read_lines(tmp_path / "out" / "cpt_doremi-0", "run")[0]["config"]
     assert config["method"] == "cpt" and config["mixture"] == mixture
@@ -322,7 +322,7 @@ def test_a_pretrained_teacher_may_be_given(compare, tmp_path, teacher):
                                              ("--arms=best", "best is none of ddk"),
                                              ("--keys=lr=x", "argument --lr: invalid float value: 'x'"),
                                              ("--keys=alpha=2", "--alpha=2.0: must be a number from 0 to 1"),
-                                             ("--keys=seed=1", "seed is no key of distill.py, or differs from run to run")])
+                                             ("--keys=seed=1", "seed is no key of distill.py, or differs from")])
 def test_mistakes_are_named_at_once(run_main, argument, named):
     status, _, err = run_main(compare_arms, argument)
     assert status == 2 and named in err and err.startswith("error: ")

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest -m cuda`. Skipped where there is none."""
+"""Tests that need a GPU: `pytest -m cuda`. Skipped without one."""
 
 import json
 import math
@@ -71,7 +71,7 @@ def test_eq3_of_a_large_vocabulary_is_that_of_float64(rows, dtype, within):
 
 
 def test_the_loss_holds_little_more_than_its_chunk():
-    """4,096 tokens × 151,936 ids: the logits of one model alone are 2.3 GiB in float32."""
+    """4,096 tokens × 151,936 ids: the logits of one model are 2.3 GiB in float32."""
     if DEVICE != "cuda":
         pytest.skip("counts CUDA memory")
     hidden, head, teacher_hidden, teacher_head, targets = loss_inputs(4096, 151_936, torch.bfloat16)
@@ -91,7 +91,7 @@ def test_the_loss_holds_little_more_than_its_chunk():
 
 @pytest.fixture
 def nan_in_new_memory(monkeypatch):
-    """What torch allocates holds NaN at first, in the code of Inductor too: the shapes that the latter made."""
+    """New memory of torch holds NaN at first, in Inductor's code too. Returns the shapes that Inductor made."""
     name = f"_empty_strided_{DEVICE}"
     allocate = getattr(torch._C._dynamo.guards, name)
     made = []

@@ -179,7 +179,7 @@ def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
     (ZeroDivisionError(), "0", 1, "Traceback")], ids=repr)
 def test_what_ends_a_program_is_its_status_and_message_without_a_traceback(
         capsys, monkeypatch, error, rank, status, message):
-    """As torchrun starts it: it leaves at once, and ranks other than 0 let that one speak first."""
+    """As torchrun starts it: rank 0 exits at once, and the other ranks wait so that it prints first."""
     def main():
         raise error
     waited = []
@@ -442,7 +442,7 @@ def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings,
     assert model_tokenizer(model) is None
     save_tokenizer(model, TokenBins(tmp_path / "bins", 8))
     assert model_tokenizer(model).fingerprint == meta["tokenizer"]["fingerprint"]
-    # Documents end with the bins' end of text, and begin with what the model had, or with that too.
+    # Documents end with the bins' end of text, and begin with the model's own bos token, or with the end of text.
     eot = meta["tokenizer"]["eot"]
     for name in ("generation_config.json", "config.json"):
         ids = json.loads((model / name).read_text())
@@ -501,7 +501,7 @@ def compressed(name: str, raw: bytes) -> bytes:
     return raw
 
 
-MARK = b"\xef\xbb\xbf"  # of byte order, which is no text
+MARK = b"\xef\xbb\xbf"  # of byte order: no part of the text
 
 
 @pytest.mark.parametrize("mark", [b"", MARK])
@@ -852,7 +852,7 @@ def test_a_stopped_build_leaves_no_folder_but_after_kill_9_and_starts_again(tmp_
 
 
 def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
-    """A limit on the size of files stands for it: of bins, and of what is written after them."""
+    """A limit on the size of files simulates it, for bins and for the files that follow them."""
     resource = pytest.importorskip("resource")
     write_records(tmp_path / "a.jsonl", [{"text": text} for text in ARTICLES])
     command = [sys.executable, data.__file__, f"x={tmp_path}/a.jsonl", f"--out_dir={tmp_path}/bins",

@@ -1,7 +1,7 @@
-"""The loop: Alg. 1 and its arms, what a run writes, how it is stopped and resumed, and what is refused.
+"""The loop: Alg. 1 and its arms, a run's files, stopping and resuming, and mistakes of the user.
 
-Runs are watched through Weights & Biases: what stands for it here gets each line of metrics.jsonl as soon as it is
-logged, and can have something happen at any of them.
+The tests watch runs through a fake Weights & Biases. It gets each line of metrics.jsonl as soon as it is logged, and
+can make something happen there.
 """
 
 import inspect
@@ -66,14 +66,14 @@ class Sink:
 
 @pytest.fixture
 def sinks(monkeypatch):
-    """The `runs` of Weights & Biases that are opened; `at`: (kind, step) → what is to happen at that line."""
+    """The fake wandb: `runs` are the runs that it opened; `at`: (kind, step) → a function to call at that line."""
     opened = types.SimpleNamespace(at={}, runs=[])
 
     def init(**keywords):
         opened.runs.append(Sink(opened.at, **keywords))
         return opened.runs[-1]
 
-    package = types.ModuleType("wandb")  # with a __spec__: other packages ask whether this one is installed
+    package = types.ModuleType("wandb")  # with a __spec__: other packages ask whether wandb is installed
     package.__spec__ = ModuleSpec("wandb", None)
     package.init = init
     monkeypatch.setitem(sys.modules, "wandb", package)
@@ -161,7 +161,7 @@ def exact_softmax(weights: list, exponents: list) -> list[Decimal]:
 
 
 def exact_factors(lines: list[dict], alpha: str) -> list[list[float]]:
-    """r_0 by Eq. 1 and then r_t by Eq. 2, from the perplexities of mixture lines alone."""
+    """r_0 by Eq. 1 and then r_t by Eq. 2, only from the perplexities of mixture lines."""
     factors = []
     for line in lines:
         ratios = [Decimal(d["student_ppl"]) / Decimal(d["teacher_ppl"]) for d in line["domains"].values()]
@@ -203,18 +203,18 @@ def test_a_whole_run_follows_alg_1(config, data_dir, tmp_path):
     factors = exact_factors(lines, "0.7")
     for line, factor in zip(lines, factors):
         assert list(line["domains"]) == list(line["r"]) == NAMES
-        r = factor if line["t"] > 0 else natural(data_dir)  # the first interval draws from the data as it is
+        r = factor if line["t"] > 0 else natural(data_dir)  # the first interval draws in natural proportions
         assert list(line["r"].values()) == pytest.approx(r, abs=1e-12)
     assert read_state(folder)["rule_state"]["factor"] == pytest.approx(factors[-1], abs=1e-12)
 
-    # What was drawn in an interval follows the r that stood at its start, to within one window a step.
+    # The draws of an interval follow the r at its start, to within one window a step.
     for before, after in zip(lines, lines[1:]):
         for name in NAMES:
             drawn = (after["domains"][name]["tokens"] - before["domains"][name]["tokens"]) / T
             assert abs(drawn - 2 * B * before["r"][name]) < 2
     assert all(sum(d["tokens"] for d in line["domains"].values()) == line["step"] * B * T for line in lines)
 
-    # The student is trained, by Eq. 3, and measured anew; the teacher stays as it is.
+    # Eq. 3 trains the student, which is measured again; the teacher does not change.
     for name in NAMES:
         domains = [line["domains"][name] for line in lines]
         assert all(domain["ratio"] == domain["student_ppl"] / domain["teacher_ppl"] for domain in domains)
@@ -224,7 +224,7 @@ def test_a_whole_run_follows_alg_1(config, data_dir, tmp_path):
     for line in read_lines(tmp_path / "run", "train"):
         assert line["kl"] > 0 and line["loss"] == pytest.approx(line["ce"] + 0.3 * line["kl"], rel=1e-5)
 
-    # What is counted
+    # Tokens and epochs
     windows = TokenBins(data_dir, T).n_windows
     for line in lines:
         for name, domain in line["domains"].items():
@@ -285,7 +285,7 @@ def test_three_updates_equal_three_written_out(config, data_dir, teacher, tmp_pa
                           student="scratch:1x32" if rows == 257 else str(tmp_path / "padded"), weight_decay=0.5, seed=1,
                           max_steps=3, interval=100))
 
-    # Perplexities are over the tokenizer's ids alone, for both models.
+    # Perplexities are over the tokenizer's ids only, for both models.
     bins = TokenBins(data_dir, T)
     (line,) = read_lines(tmp_path / "run", "mixture")
     for name in NAMES:
@@ -983,7 +983,7 @@ def test_the_papers_presets_have_its_values_and_its_pairs(preset, teacher, stude
     folders = dict(teacher=teacher, student=student, data_dir=f"data/{preset}", out_dir=f"out/{preset}-ddk-0")
     assert asdict(config) == asdict(config) | PAPER | folders
     assert config.batch_size * config.block_size == pytest.approx(15e9 / 30_000, rel=0.05)  # 15 B tokens in all
-    assert resolve_config({"preset": preset, "lr": 1.0, "teacher": "x"}).lr == 1.0  # what is given counts
+    assert resolve_config({"preset": preset, "lr": 1.0, "teacher": "x"}).lr == 1.0  # a given key wins
 
 
 @pytest.mark.parametrize("given", [{}, {"student": "scratch:1x32"}, {"lr": 1.0}], ids=str)
@@ -991,7 +991,7 @@ def test_the_quickstart_is_the_default_where_no_folder_is_named(given):
     config = resolve_config(given)
     assert config.preset == "quickstart" and config_errors(config) == []
     assert config.interval == 10 and config.warmup_steps < config.max_steps
-    assert config.batch_size % 8 == 0  # torchrun --nproc_per_node=8 works as it is
+    assert config.batch_size % 8 == 0  # for torchrun --nproc_per_node=8
 
 
 def small_bins(folder: Path, domains=QUICKSTART_BYTES, repeats: int = 99) -> Path:
@@ -1181,7 +1181,7 @@ def hub_cache(folder: Path, cache: Path, name: str):
 def hub(monkeypatch, tmp_path, teacher):
     """huggingface_hub without a network, its cache with the model you/teacher."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    constants = pytest.importorskip("huggingface_hub.constants")  # which the package does not import by itself
+    constants = pytest.importorskip("huggingface_hub.constants")  # a submodule that the package does not import
     hub_cache(teacher, tmp_path / "hub", "you/teacher")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     download = partial(huggingface_hub.snapshot_download, cache_dir=tmp_path / "hub")

@@ -1,8 +1,8 @@
 """Many processes and faults: the same run whatever the layout, resumed under another, and nothing lost.
 
-Most processes here are forks of a server that has imported torch once (multiprocessing's forkserver), given the
-environment that torchrun would give them: a run takes half a second. The launcher itself is tested further down. What
-happens to a run, and what is seen of it from inside, goes through its training steps: see Watch.
+Most processes here are forks of a server that has imported torch once (multiprocessing's forkserver), with the
+environment that torchrun would give them: a run takes half a second. The launcher itself is tested further down. Tests
+watch a run, and make faults happen, in its training steps: see Watch.
 """
 
 import inspect
@@ -41,8 +41,8 @@ from sample_mixture import MixtureSampler, read_metrics
 ROOT = Path(__file__).parent.parent
 TIMEOUT = 300  # seconds after which something hangs
 
-# 12 windows divide by 1, 2 and 3 processes. 7 validation windows by neither: two processes with micro-batches of 3 take
-# 6 and 1, three with 2 the same, so that one process and then two have none of the last.
+# 1, 2 and 3 processes divide 12 windows, but not 7 validation windows. Two processes with micro-batches of 3 take 6 and
+# then 1, and so do three with micro-batches of 2: at the end one process, or two, have no window.
 GIVEN = dict(student="scratch:2x32", batch_size=12, val_samples=7, test_samples=5, interval=5, max_steps=20,
              save_every=10, keep=0, timeout=10)
 SHORT = dict(interval=4, max_steps=8, save_every=2, batch_size=4, val_samples=2)
@@ -57,7 +57,7 @@ def given(tiny):
 
 
 class Watch:
-    """What is seen of a run from inside, and what happens to it: its `training_step` stands in for distill's.
+    """Watches a run from inside and makes faults happen: its `training_step` replaces distill's.
 
     `event` is {what, at: the number of the update that it comes before, rank: on which (default: on all), …}."""
 
@@ -89,7 +89,7 @@ class Watch:
         return self.original(step, student, teacher, optimizers, windows, *args, config=config, **kwargs)
 
     def count_graphs(self):
-        """What Dynamo has traced before this step since the first one. A limit on recompilations that is hit fails."""
+        """Return how many graphs Dynamo has traced since the first step. Too many recompilations fail."""
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         counters = torch._dynamo.utils.counters
         if len(self.windows) == 1:
@@ -161,7 +161,7 @@ class Watch:
 
 
 def not_finite(original, *arguments, **keywords):
-    """A loss that is NaN, while its gradient stays finite: only a sum over ranks tells the others."""
+    """A loss that is NaN, while its gradient stays finite: the other ranks notice only by the sum over ranks."""
     loss, ce, kl = original(*arguments, **keywords)
     return loss + math.nan, ce, kl
 
@@ -195,7 +195,7 @@ def start_process(folder: Path, rank: int, world: int, port: int):
 
 
 def do_jobs(folder: Path, rank: int, world: int, port: int, jobs: list[dict]):
-    """Runs of distill.train, one after the other in one process group. What came of each is written to a file."""
+    """Runs of distill.train, one after the other in one process group. A file gets the outcome of each."""
     start_process(folder, rank, world, port)
     run_program(partial(run_jobs, folder, rank, jobs))
 
@@ -438,7 +438,7 @@ def test_fsdp_shards_all_parameters_and_ddp_none(runs, name):
     for rank in runs[name][1]:
         roles = {"student", "teacher"}
         if keys.get("method") == "cpt":
-            roles = {"student"}  # training does without the teacher, which has been measured
+            roles = {"student"}  # training does not need the teacher: it has been measured
         assert rank["models"].keys() == roles
         for role in roles:
             seen = rank["models"][role]
@@ -479,7 +479,7 @@ def test_stopped_or_on_a_full_disk_and_resumed_under_one_layout_equals_straight_
     assert [rank["outcome"] for rank in resumed] == ["step_00000020"] * 2
     assert whole_windows(stopped)[:saved] + whole_windows(resumed) == whole_windows(straight)
     assert_same_run(out_dir, straight_dir)
-    if "no room" in stop:  # on rank 0, which writes: all stop with its message
+    if "no room" in stop:  # on rank 0, the rank that writes: all stop with its message
         for rank in stopped:
             assert rank["outcome"].startswith(f"{out_dir / 'step_00000020'}: cannot be written: ")
             assert rank["left"] == ["metrics.jsonl", "step_00000010"]
@@ -630,7 +630,7 @@ GONE = (r"error: another process is gone, or silent for .* minutes \(.*\); the s
     ("fsdp", dict(what="killed in an evaluation", at=3, rank=1), [2]),
 ], ids=str)
 def test_a_rank_that_is_killed_ends_the_others_without_a_false_save(start, tmp_path, parallel, event, done):
-    """Without torchrun, which would help."""
+    """Without torchrun, since it would end the other rank."""
     killed = event["rank"]
     other = 1 - killed
     statuses, _, err = start(event, world=2, parallel=parallel)
@@ -649,7 +649,7 @@ def test_an_id_that_only_rank_1_reads_ends_the_job_and_names_the_bin(start, give
         domain_ids, window_ids = sampler.next_batch()
     path = bins / f"{NAMES[domain_ids[-1]]}.train.bin"
     with open(path, "r+b") as file:
-        file.seek(2 * (16 * int(window_ids[-1]) + 5))  # within this window alone
+        file.seek(2 * (16 * int(window_ids[-1]) + 5))  # only in this window
         file.write((999).to_bytes(2, "little"))
     statuses, _, err = start(world=2, data_dir=bins)
     assert statuses == [2, 2] and "Traceback" not in err
@@ -677,7 +677,7 @@ def test_a_rank_that_hangs_ends_the_job_within_the_timeout(begin_run, tmp_path):
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_compiled_blocks_are_the_same_training_without_a_break_or_a_recompilation(
         start, teacher, tmp_path, world, parallel, recomputed):
-    """With a teacher of another family, whose head_dim and number of key-value heads are others than the student's."""
+    """The teacher is of another family, with another head_dim and number of key-value heads than the student."""
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     with torch.random.fork_rng():
@@ -720,7 +720,7 @@ def assert_gone(pids: list[int]):
 @pytest.mark.parametrize("number", [signal.SIGTERM, *(
     pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGINT))], ids=lambda n: n.name)
 def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(torchrun, start, tmp_path, number):
-    """SIGTERM to torchrun alone, the others to its process group: a scheduler's SIGUSR1, a terminal's Ctrl-C."""
+    """SIGTERM goes to torchrun only; a scheduler's SIGUSR1 and a terminal's Ctrl-C go to its process group."""
     launcher = torchrun(dict(what="pause", at=5), "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", parallel="ddp")
     pids = paused(tmp_path)
     if number == signal.SIGTERM:

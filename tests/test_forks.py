@@ -1,6 +1,6 @@
-"""The worked forks: each diff of tests/forks is put on a copy of the four files, which then does what it promises.
+"""The worked forks: each diff of tests/forks is applied to a copy of the four files, and the copy keeps its promises.
 
-The copies are imported into this process, beside the project's own."""
+This process imports the copies next to the project's own files."""
 
 import functools
 import importlib
@@ -43,7 +43,7 @@ def patched(name: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory):
-    """A function: the folder of a fork, which is made once."""
+    """A function that returns the folder of a fork, made once."""
     return functools.cache(lambda name: patched(name, tmp_path_factory.mktemp(name)))
 
 
@@ -92,7 +92,7 @@ def run_in_two_processes(folder: Path, keys: dict):
 
 
 def resumed(folder: Path, trained, fork, **given) -> Path:
-    """A copy of a finished run, which has lost its last checkpoint, `folder`, and was continued from the one before."""
+    """Copy a finished run without its last checkpoint, `folder`, and continue it from the previous checkpoint."""
     out_dir = folder.parent.with_name("resumed")
     shutil.copytree(folder.parent, out_dir)
     shutil.rmtree(out_dir / folder.name)
@@ -228,7 +228,7 @@ def test_teds_loss_adds_the_distance_of_evenly_spaced_layers(ted, trained, data_
     (line,) = read_lines(folder.parent, "train")
     distance = torch.stack(distances).mean().item()
     assert distance > 0.1
-    assert line["distance"] == pytest.approx(0.5 * distance, rel=1e-4)  # a term that stands in `terms` is logged
+    assert line["distance"] == pytest.approx(0.5 * distance, rel=1e-4)  # each entry of `terms` is logged
     assert line["loss"] == pytest.approx(line["ce"] + 0.2 * line["kl"] + 0.5 * distance, rel=1e-4)
 
 
@@ -297,7 +297,7 @@ def test_doremis_update_raises_what_lags_and_keeps_a_floor(doremi):
 
 
 def test_a_doremi_proxy_weighs_the_loss_by_its_excess(doremi, trained, data_dir, teacher):
-    """The first step, written out; signs is left out of the data, so that its λ stays 0."""
+    """The first step, written out. The mixture has no signs, so that their λ stays 0."""
     folder = trained(doremi, method="doremi_proxy", mixture="letters=3,digits=1,signs=0", max_steps=1,
                      micro_batch_size=4)
     ids, windows = first_batch(data_dir, {"letters": 3, "digits": 1, "signs": 0})
@@ -327,7 +327,7 @@ def test_a_domain_that_is_not_drawn_keeps_its_excess(doremi, keys, data_dir, tea
 
 
 def test_cpt_and_doremi_is_three_commands_and_the_proxy_resumes_to_the_bit(doremi, trained, run_main, keys, tmp_path):
-    """A reference, a proxy, and the student in the mixture that the proxy found. The fork is for the proxy alone."""
+    """A reference, a proxy, and the student in the mixture that the proxy found. Only the proxy needs the fork."""
     def command(module, **given):
         status, _, err = run_main(module, *words({**keys, **given}))
         assert (status, err) == (0, "")

@@ -245,7 +245,7 @@ def test_tokens_come_in_any_shape_and_count_as_in_the_dense_loss(shape, ignored,
 
 @pytest.mark.parametrize("shape", [(2, 5), (5,), (2, 1), (1,), (), (2, 5, 13), (2, 1, 13)], ids=str)
 def test_a_value_or_a_row_for_each_target_goes_with_the_tokens_without_a_name_in_distillation_loss(monkeypatch, shape):
-    """Here a factor of the student's logits, which Eq. 3 does not have: a row of them has one for each id."""
+    """Here a factor of the student's logits, foreign to Eq. 3: one per target, or a row with one per id."""
     def with_factor(student_logits, teacher_logits, targets, *, factor, **equation):
         if 0 < factor.dim() <= targets.dim():  # a value for each target
             factor = factor.expand_as(targets).unsqueeze(-1)
@@ -306,7 +306,7 @@ def test_bfloat16_gradients_of_many_chunks_add_up_in_float32():
     head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.zeros(600, dtype=torch.int64)
     distillation_loss(hidden, head, None, None, targets, num_tokens=1, chunk_size=1)[0].backward()
-    assert head.grad.flatten().tolist() == [-300, 300]  # each adds 1/2, which 256 in bfloat16 would swallow
+    assert head.grad.flatten().tolist() == [-300, 300]  # each adds 1/2: bfloat16 would lose it at 256
 
 
 def test_the_padding_of_logits_is_0_whatever_stood_there(monkeypatch):
@@ -397,7 +397,7 @@ def test_compiled_it_is_dense(fresh_compiler):
 
 
 def test_what_changes_between_steps_compiles_nothing_anew(fresh_compiler, monkeypatch):
-    # Dynamo alone decides whether to compile anew, so its eager backend and few logits will do.
+    # Only Dynamo decides whether to compile again, so its eager backend and few logits suffice.
     compiled = torch.compile(distill.eq3_of_chunk, dynamic=False, backend="eager")
     monkeypatch.setattr(distill, "eq3_of_chunk", compiled)
     stance = "default"

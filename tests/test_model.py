@@ -142,7 +142,7 @@ ROPE_KEYS = ("rope_parameters", "rope_theta", "rope_scaling")
 NULLS = dict.fromkeys(("rope_scaling", "partial_rotary_factor"))
 EDITED = {  # what is edited in a config.json → (model, keys that are removed, keys that are set)
     "rope_theta, as of transformers 4": ("llama", ROPE_KEYS, dict(rope_theta=500000, rope_scaling=None)),
-    # What is added by hand to a file of transformers 5 to stretch the context
+    # A key that users add by hand to a file of transformers 5 to stretch the context
     "rope_scaling before rope_parameters": ("llama rope_theta", (), dict(rope_scaling=dict(LLAMA3_ROPE,
                                                                                            rope_theta=100.0))),
     "rope_scaling without rope_theta": ("llama rope_theta", (), dict(rope_scaling=LLAMA3_ROPE)),
@@ -273,13 +273,13 @@ def test_more_tokens_than_the_window_or_the_learned_positions_are_refused(family
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_fork_masks_the_documents_of_a_window_with_positions_and_a_mask(family):
-    """Two documents in one window give what each gives alone."""
+    """Two documents in one window give the logits that they give in separate windows."""
     gpt, idx = tiny(family), tokens(30, 2, 12)
     separate = torch.cat((gpt(idx[:, :7]), gpt(idx[:, 7:])), dim=1)
     document = torch.tensor([0] * 7 + [1] * 5)
     mask = (document[:, None] == document) & torch.ones(12, 12).bool().tril()
     positions = torch.cat((torch.arange(7), torch.arange(5)))
-    for positions in (positions, positions.expand(2, -1)):  # alike for all sequences, or each its own
+    for positions in (positions, positions.expand(2, -1)):  # the same for all sequences, or one row each
         x, rotary = gpt.embed_tokens(idx), None
         if family == "gpt2":
             x = x + gpt.embed_positions(positions)

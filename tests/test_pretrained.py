@@ -247,8 +247,8 @@ TEXT = "The year 2023, it's 12345 cafe\u0301 na\u00efve\n\n  x = Y + 10\t DON'T"
 
 @pytest.fixture(scope="module")
 def own_bins(tmp_path_factory):
-    """A function that makes bins of an own tokenizer, which splits digits and lowers letters; `named` is what its
-    tokenizer_config.json says of a class."""
+    """A function that makes bins with a tokenizer of our own: it splits digits and lowers letters. `named` is the class
+    in its tokenizer_config.json."""
     @functools.cache
     def make(named: str) -> TokenBins:
         folder = tmp_path_factory.mktemp("own")

@@ -21,7 +21,7 @@ SMALL = "--pretrain_steps=4 --max_steps=4 --interval=2 --val_samples=2 --test_sa
 
 
 def run(folder: Path, command: str) -> str:
-    """What a command line prints, as pasted into a shell; fails with it if the command does."""
+    """Return the output of a command, pasted into a shell. Fails with it if the command fails."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True,
                             env={**os.environ, "PATH": path})
@@ -31,7 +31,7 @@ def run(folder: Path, command: str) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of what a clone holds, in which the quickstart has run once."""
+    """A copy of a clone's files, in which the quickstart has run once."""
     folder = tmp_path_factory.mktemp("checkout")
     for path in ROOT.glob("*.*"):
         if path.is_file():

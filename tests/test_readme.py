@@ -1,4 +1,4 @@
-"""What the README says of the code: its tables, its links, its worked forks."""
+"""The README agrees with the code: its tables, its links, its worked forks."""
 
 import re
 from pathlib import Path

@@ -55,7 +55,7 @@ def test_eq1_and_eq2_are_those_of_exact_arithmetic_and_stay_within_their_bounds(
     N = len(student)
     assert_close(discrepancy_factor(student, teacher), exact_eq2([1] * N, student, teacher, 1), student, teacher)
     factors = [[1 / N] * N, list(range(1, N + 1)), discrepancy_factor(student, teacher), [1e-300] * N]
-    if N > 1:  # a factor of 0, that of the largest ratio too
+    if N > 1:  # a factor of 0, also for the largest ratio
         factors += [[0.0] + [1.0] * (N - 1), [1.0] * (N - 1) + [0.0]]
     for factor in factors:
         r = smooth_update(factor, student, teacher, alpha)
@@ -307,7 +307,7 @@ def make_run(tmp_path):
 
 
 def shares(stdout: str) -> dict[int, list[float]]:
-    """step → r, from what --metrics prints."""
+    """Return step → r from the output of --metrics."""
     rows = [line.split() for line in stdout.splitlines()]
     return {int(row[0]): list(map(float, row[1:])) for row in rows if row and row[0].isdigit()}
 
