@@ -1220,7 +1220,7 @@ def report(config: Config, folder: Path):
     state = read_state(folder)
     lines = read_metrics(folder.with_name("metrics.jsonl"))
     first = next(line["domains"] for line in lines if line["kind"] == "mixture")
-    print(f"\n{config.method}, seed {config.seed}, step {state.step}. r never follows the test windows.\n")
+    print(f"\n{config.method}, seed {config.seed}, step {state.step}. The test windows never influence r.\n")
     print_domains(state.domains, state.sampler["probs"], first)
     if config.teacher:
         print(f"worst ratio: {worst_ratio(first):.2f} → {worst_ratio(state.domains):.2f}")
