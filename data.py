@@ -49,7 +49,7 @@ class UserError(ValueError):
 
 @contextmanager
 def user_errors(source: str | Path, fix: str):
-    """Turn any exception into a UserError with `source`, the exception's own words and the `fix`."""
+    """Turn any other exception into a UserError with `source`, the exception's own words and the `fix`."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -195,7 +195,7 @@ SPLITS = ("train", "val", "test")
 
 
 def read_meta(data_dir: str | Path) -> dict:
-    """Return meta.json of a bins folder, checked against the sizes of the bins. Raises UserError."""
+    """Return meta.json of a bins folder, checked against the sizes of the bins. UserError if they differ."""
     path = Path(data_dir, "meta.json")
     if not path.is_file():
         raise UserError(f"--data_dir={data_dir}: has no meta.json; make bins with data.py --out_dir={data_dir}")
@@ -273,7 +273,7 @@ class TokenBins:
         return self._windows(name, split, np.arange(n) * available // n)
 
     def content(self) -> str:
-        """Return the identity of the tokens: of the bins' lines in SHA256SUMS and the tokenizer's fingerprint."""
+        """Return a digest of the bins' lines in SHA256SUMS and of the tokenizer's fingerprint."""
         files = [entry[split]["file"] for entry in self.domains.values() for split in SPLITS if split in entry]
         with user_errors(self.dir / SUMS, "copy the folder again"):
             by_file = {line.split("  ", 1)[1]: line for line in (self.dir / SUMS).read_text("utf-8").splitlines()}
@@ -298,7 +298,7 @@ TOKENIZER_META = "tokenizer_meta.json"  # in a model folder: the tokenizer's ent
 # The files of a tokenizer. data.py copies them to the bins, and a run copies them from there to the student.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "vocab.json", "merges.txt", "tokenizer.model", "chat_template.jinja")
-# What to download of a model on the Hub
+# Files to download for a model on the Hub
 MODEL_FILES = ("config.json", "model*.safetensors", "model.safetensors.index.json", TOKENIZER_META, *TOKENIZER_FILES)
 
 
@@ -309,7 +309,7 @@ class Tokenizer:
     vocab_size: int  # largest id + 1, added tokens included
     eot_id: int  # ends each document
     eot_token: str
-    fingerprint: str  # of everything that decides the encoding; begins with "tiktoken:" for an encoding of tiktoken
+    fingerprint: str  # of everything that decides the encoding; begins with "tiktoken:" for a named encoding
     encode_batch: Callable[[list[str]], list[np.ndarray]]
     decode: Callable[[list[int]], str]
     files: tuple[Path, ...] = ()  # empty: it is loaded by its name
@@ -317,7 +317,7 @@ class Tokenizer:
 
 def load_tokenizer(source: str | Path, eot_token: str = "") -> Tokenizer:
     """Load "bytes", a tiktoken encoding, a tokenizer.json or the folder that has one, or a model's tokenizer from the
-    Hugging Face Hub. Each document ends with `eot_token`; the default is the tokenizer's own eos_token."""
+    Hugging Face Hub. Each document ends with `eot_token`; the default is its eos_token, or <|endoftext|>."""
     names = ["bytes", *tiktoken.list_encoding_names()]
     if source in names:  # even if a folder has the same name
         return _tiktoken_tokenizer(source, eot_token)
@@ -326,7 +326,7 @@ def load_tokenizer(source: str | Path, eot_token: str = "") -> Tokenizer:
         path = path / "tokenizer.json"
     if path.name != "tokenizer.json":
         raise UserError(f"--tokenizer={source}: use a folder with a tokenizer.json, OWNER/MODEL, or {' '.join(names)}")
-    name = path.resolve().parent.name if Path(source).exists() else str(source)
+    name = path.resolve().parent.name if Path(source).exists() else str(source)  # the folder's, or the Hub's
     return _huggingface_tokenizer(path, eot_token, name)
 
 
@@ -359,7 +359,7 @@ def _tiktoken_tokenizer(name: str, eot_token: str) -> Tokenizer:
 
 def _huggingface_tokenizer(path: Path, eot_token: str, name: str) -> Tokenizer:
     tokenizers = import_optional("tokenizers", f"--tokenizer={path}")
-    with user_errors(f"--tokenizer={path}", "transformers' AutoTokenizer makes it: from_pretrained, save_pretrained"):
+    with user_errors(f"--tokenizer={path}", "save it again with transformers' AutoTokenizer"):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
         config = path.with_name("tokenizer_config.json")
         if config.is_file() and not eot_token:
@@ -391,7 +391,7 @@ def settings_digest(settings: dict) -> str:
     model = dict(settings["model"])
     merges = model.pop("merges", None) or []
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
-    # How a special token would be matched in text decides nothing, since no text is searched for it.
+    # No text is searched for special tokens, so how they would match does not matter.
     unused = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     added = [{**token, **unused} if token["special"] else token for token in settings["added_tokens"]]
     return digest(model, pairs, added, settings["normalizer"], settings["pre_tokenizer"])
@@ -471,8 +471,8 @@ RECORDS = (".json", ".jsonl", ".jsonlines", ".ndjson", ".parquet")  # suffixes o
 
 
 def expand_sources(sources: list[str], labeled: bool) -> dict[str, list[Path]]:
-    """Return the files of NAME=GLOB words, domain → sorted paths. Records that are `labeled` may be a GLOB, under the
-    name "". UserError if a word matches no file, or a table."""
+    """Return the files of NAME=GLOB words, domain → sorted paths. If `labeled`, a plain GLOB is allowed too; its files
+    are under the name "". UserError if a word matches no file, or a .csv or .tsv."""
     domains = defaultdict(dict)  # name → real path → path
     for word in sources:
         named = None if labeled and os.path.exists(word) else re.fullmatch(r"([\w+#][\w+#-]*)=(.*)", word)
@@ -482,7 +482,7 @@ def expand_sources(sources: list[str], labeled: bool) -> dict[str, list[Path]]:
         paths = find_files(os.path.expanduser(pattern))
         if not paths:
             raise UserError(f"{word}: no file matches {pattern!r}; use a file, a folder or a glob")
-        # Each file once, by the last of its names: in the Hub's cache snapshots/… is it, and blobs/… has no suffix.
+        # A file with several names counts once, under the last. In the Hub's cache that is snapshots/…, with a suffix.
         for path in sorted(paths):
             if suffix_of(path) in (".csv", ".tsv"):
                 raise UserError(f"{path}: write its rows to .jsonl or .parquet, or leave it out")
@@ -498,7 +498,7 @@ def find_files(pattern: str) -> list[Path]:
     for path in paths:
         if not os.path.isdir(path):
             files.append(path)
-        for folder, subfolders, names in os.walk(path):
+        for folder, subfolders, names in os.walk(path):  # of a file it yields nothing
             subfolders[:] = [name for name in subfolders if not name.startswith(".")]
             files += [os.path.join(folder, name) for name in names if not name.startswith(".")]
     return [Path(file) for file in files if os.path.isfile(file)]
@@ -514,7 +514,7 @@ def suffix_of(path: Path) -> str:
 def read_documents(files: dict[str, list[Path]], text_key: str, domain_key: str,
                    skipped: Counter) -> Iterator[tuple[str, str]]:
     """Yield (domain, text) of all documents. Under the name "" each record has its domain at `domain_key`. `skipped`
-    counts the others by reason. UserError if a file is damaged."""
+    counts the skipped documents by reason. UserError if a file is damaged."""
     labels = {}  # label of a record → domain
     for name, paths in files.items():
         for path in paths:
@@ -651,7 +651,7 @@ def batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, by
     for name, text in documents:
         document = text.encode(errors="replace")  # a lone surrogate becomes "?"
         batch.append((name, document))
-        size += len(document) + 300  # what Python needs for a document besides its text, about
+        size += len(document) + 300  # plus Python's overhead per document, roughly
         if size >= BATCH_BYTES:
             yield batch
             batch = []
@@ -664,7 +664,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                val_fraction: float = 0.05, required: Iterable[str] | None = None, made_by: dict | None = None) -> dict:
     """Write the bins of a stream of (domain, text) in one pass, as a published folder, and return its meta.json.
 
-    The split of a document depends on nothing but its text (see split_of): val_fraction is the expected share of
+    The split of a document depends only on its text (see split_of) and on val_fraction, the expected share of
     validation, and again of test. So no state is kept, copies of a document are in one split, and parts of a corpus
     that are built on several machines agree. Their bins can be joined with `cat`, and write_meta makes meta.json.
 
@@ -674,7 +674,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         raise UserError(f"--val_fraction={val_fraction}: must lie above 0 and below 0.5")
     dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
     end = np.array([tokenizer.eot_id], dtype=dtype)
-    domains = {name: new_entry(name, dtype) for name in required or ()}  # name → entry of meta.json
+    domains = {name: new_domain(name, dtype) for name in required or ()}  # name → entry of meta.json
     n_bytes = 0
     n_with_end = 0
     with published(Path(out_dir)) as folder:
@@ -694,7 +694,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                     n_with_end += 1
                     continue
                 if name not in domains:
-                    domains[name] = new_entry(name, dtype)
+                    domains[name] = new_domain(name, dtype)
                 entry = domains[name][split_of(document, val_fraction)]
                 entry["tokens"] += len(ids) + 1
                 entry["documents"] += 1
@@ -703,15 +703,15 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
 
             # Append to the bins. None stays open, since domains may be many.
             for file, arrays in parts.items():
-                with open(folder / file, "ab") as bin:
-                    bin.write(np.concatenate(arrays, dtype=np.dtype(dtype).newbyteorder("<"), casting="same_kind"))
+                with open(folder / file, "ab") as stream:
+                    stream.write(np.concatenate(arrays, dtype=np.dtype(dtype).newbyteorder("<"), casting="same_kind"))
             print(f"{n_bytes / 1e6:,.1f} MB of text", flush=True)
         if n_with_end:
             print(f"note: skipped {n_with_end:,} documents that hold {tokenizer.eot_token}, the end of text")
 
         # A domain needs a document in each split.
         for name in list(domains):
-            problem = empty_split(name, domains[name], val_fraction)
+            problem = split_problem(name, domains[name], val_fraction)
             if problem and (required is None or name in required):
                 raise UserError(problem)
             if problem:
@@ -724,7 +724,7 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
         return write_meta(folder, tokenizer, domains, made_by)
 
 
-def new_entry(name: str, dtype: str) -> dict:
+def new_domain(name: str, dtype: str) -> dict:
     """Return the entry of meta.json of a domain without documents."""
     bins = {split: {"file": f"{name}.{split}.bin", "tokens": 0, "documents": 0, "bytes": 0} for split in SPLITS}
     return {"dtype": dtype, **bins}
@@ -741,7 +741,7 @@ def note_change(texts: list[str], ids_of_texts: list[np.ndarray], tokenizer: Tok
             return
 
 
-def empty_split(name: str, domain: dict, val_fraction: float) -> str:
+def split_problem(name: str, domain: dict, val_fraction: float) -> str:
     """Return the message for a domain without a document in one of its splits, "" if it has them all."""
     documents = {split: domain[split]["documents"] for split in SPLITS}
     if all(documents.values()):
@@ -789,7 +789,7 @@ def docstrings(text: str) -> Iterator[str]:
             yield ast.get_docstring(node) or ""
 
 
-# The text of each domain: files below the folder of a module that comes with Python, torch, or what torch requires.
+# The text of each domain: files below the folder of a module that comes with Python or the requirements.
 # `exclude` is a regular expression of paths. `extract` makes documents of a file, and only those up to `longest`
 # characters are used, so that the windows of validation are of many texts. math is sympy's formulas and examples.
 QUICKSTART = {
@@ -808,7 +808,7 @@ QUICKSTART_BYTES = {"python": 7_000_000, "cpp": 800_000, "math": 800_000, "prose
 
 
 def quickstart_files(name: str) -> Iterator[list[str]]:
-    """Yield the files of a domain, each as a list of documents."""
+    """Yield the documents of each file of a domain."""
     if name == "prose":
         for topic in pydoc_data.topics.topics.values():
             yield topic.split("\n\n\n")
@@ -860,24 +860,24 @@ def main():
     add("--val_fraction", type=float, default=0.05, help="share of documents for validation, and the same again for "
         "test (default: %(default)s)")
     add("--verify", default="", type=os.path.expanduser, metavar="DIR", help="only check the files of this folder")
-    arguments = parser.parse_intermixed_args()
-    if bool(arguments.verify) == bool(arguments.sources) or arguments.sources and not arguments.out_dir:
+    args = parser.parse_intermixed_args()
+    if bool(args.verify) == bool(args.sources) or args.sources and not args.out_dir:
         parser.error("requires --out_dir=DIR and NAME=GLOB for each domain, or only --verify=DIR")
-    if arguments.verify:
-        verify(arguments.verify)
+    if args.verify:
+        verify(args.verify)
         return
 
     # Find all files and the tokenizer before reading the first document.
-    files = expand_sources(arguments.sources, bool(arguments.domain_key))
-    tokenizer = load_tokenizer(arguments.tokenizer, arguments.eot)
+    files = expand_sources(args.sources, bool(args.domain_key))
+    tokenizer = load_tokenizer(args.tokenizer, args.eot)
     print(f"each document ends with {tokenizer.eot_token}, id {tokenizer.eot_id}", flush=True)
 
-    # Build the bins. After an error too, print what was skipped: it may be the reason.
+    # Build the bins. Print what was skipped even after an error: it may be the reason.
     skipped = Counter()  # reason → number
-    documents = read_documents(files, arguments.text_key, arguments.domain_key, skipped)
+    documents = read_documents(files, args.text_key, args.domain_key, skipped)
     try:
-        meta = build_bins(arguments.out_dir, tokenizer, documents, required=[name for name in files if name],
-                          val_fraction=arguments.val_fraction, made_by=vars(arguments))
+        meta = build_bins(args.out_dir, tokenizer, documents, required=[name for name in files if name],
+                          val_fraction=args.val_fraction, made_by=vars(args))
     finally:
         for reason, count in skipped.items():
             print(f"note: skipped {count:,} {reason}")
@@ -888,9 +888,9 @@ def main():
         rows.append([name, *[f"{domain[split][unit]:,}" for split in SPLITS for unit in ("documents", "tokens")]])
         val = domain["val"]
         if val["documents"] < 20 or val["tokens"] < 20_000:
-            print(f"note: {name} has only {val['documents']} validation documents, and r follows these; give it more")
+            print(f"note: {name}: {val['documents']} validation documents of {val['tokens']:,} tokens are few for r")
     print_table(rows)
-    print(f"wrote {arguments.out_dir}")
+    print(f"wrote {args.out_dir}")
 
 
 if __name__ == "__main__":

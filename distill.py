@@ -1,14 +1,14 @@
 """DDK: distil a large language model (the teacher) into a small student, domain by domain.
 
     python distill.py                                        the quickstart: text, teacher, student, DDK, a table
-    python distill.py --method=kd                            another arm on the same bins and models
+    python distill.py --method=kd                            another method on the same bins and models
     torchrun --nproc_per_node=8 distill.py --preset=paper --teacher=DIR --student=DIR --data_dir=DIR
 
 The method is Alg. 1 of arXiv 2407.16154. Every K steps (`interval`) the student's perplexity is measured in each
 domain and divided by the teacher's. Domains in which the student is further behind get more of the next K steps' data.
 The loss of each step is cross-entropy plus γ times the KL divergence from the teacher's predictions (Eq. 3).
 
-The first part of this file is the paper: configuration, arms, Eq. 3, perplexities, one training step, Alg. 1. The
+The first part of this file is the paper: configuration, methods, Eq. 3, perplexities, one training step, Alg. 1. The
 second part, below the double line, has the functions that the first part calls: processes, checkpoints, checks, prints.
 """
 
@@ -95,9 +95,9 @@ ARMS = {
 
 @dataclass
 class Config:
-    """The keys of the command line. The comment behind a key is its --help. Defaults are the paper's, if it has any."""
+    """The keys of the command line. The comment behind a key is its --help. Defaults are the paper's, if given."""
     # Models, data and folders
-    preset: Literal[("", *PRESETS)] = ""  # set of defaults; quickstart unless teacher or student names a model
+    preset: Literal[("", *PRESETS)] = ""  # set of defaults; quickstart, unless you give a model folder or Hub name
     teacher: str = ""  # folder of the teacher in Hugging Face's format, or its name on the Hub: OWNER/MODEL
     student: str = ""  # the same; or scratch:LxD, a new model of L layers, D wide
     data_dir: str = ""  # folder of the bins, made by data.py; left out: data/PRESET
@@ -105,7 +105,7 @@ class Config:
     domains: str = ""  # name,name,… of the bins' domains; left out: all
 
     # The method
-    method: Literal[tuple(ARMS)] = "ddk"  # the arm, see above
+    method: Literal[tuple(ARMS)] = "ddk"  # see above
     gamma: float = 0.2  # γ, weight of the divergence from the teacher
     temperature: float = 1.0  # T, divides the logits of both models in the divergence
     alpha: float = 0.5  # α, the share of r that follows the discrepancies; 1 − α is uniform
@@ -129,8 +129,8 @@ class Config:
     # How it is computed
     micro_batch_size: int = 0  # windows per forward pass, fewer in the last one; 0: all of a rank's windows
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on cuda, else float32
-    compile: Literal["auto", "true", "false"] = "auto"  # the blocks; auto: on cuda. A large loss is compiled anyway
-    device: str = "auto"  # cuda, mps or cpu; auto: the first of these that there is
+    compile: Literal["auto", "true", "false"] = "auto"  # the blocks; auto: on cuda. A large loss always is
+    device: str = "auto"  # cuda, mps or cpu; auto: the first one available
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # under torchrun; auto: fsdp (FSDP2) on GPUs, ddp on CPUs
     shard_teacher: bool = True  # with fsdp, shard the teacher too; false: whole on every device
     checkpoint_activations: bool = False  # recompute activations in the backward pass, to save memory
@@ -145,11 +145,11 @@ class Config:
     pretrain_steps: int = 1200  # quickstart: steps of its teacher; the student base gets a quarter
 
 
-# The range of a key that is a number, if it is not 0 and more
+# Ranges of numeric keys. The others must be at least 0.
 BOUNDS = {"alpha": (0, 1), "lr": (0, 1), "temperature": (1e-3, 1e15), "interval": (1, 1e15), "val_samples": (1, 1e15),
           "block_size": (1, 1e15), "batch_size": (1, 1e15), "timeout": (0.1, 1e6), "log_every": (1, 1e15),
           "pretrain_steps": (4, 1e15)}
-# The keys that may change when a run is resumed. Of teacher, student and data_dir the content is compared instead.
+# The keys that may change when a run is resumed. For teacher, student and data_dir, it compares the content instead.
 MAY_CHANGE = {"preset", "teacher", "student", "data_dir", "out_dir", "micro_batch_size", "compile", "device",
               "parallel", "shard_teacher", "checkpoint_activations", "timeout", "save_every", "keep", "log_every",
               "wandb", "dry_run", "pretrain_steps"}
@@ -201,7 +201,7 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
         if temperature != 1:  # at T = 1 torch.compile makes fewer passes over the logits without a division
             logits = logits / temperature
         if vocab_size < shared_rows:
-            logits = torch.where(ids[:shared_rows] < vocab_size, logits, -1e30)
+            logits = torch.where(ids[:shared_rows] < vocab_size, logits, -1e30)  # -inf would make NaN in the KL
         return F.log_softmax(logits, dim=-1)
 
     log_p = log_probabilities(z_T)
@@ -226,7 +226,7 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
 @torch.no_grad()
 def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_size: int,
                  config: Config) -> dict[str, float | None]:
-    """The paper's ℓ, name → exp of the mean next-token cross-entropy over a domain's windows (n, block_size + 1).
+    """Return the paper's ℓ: name → exp of the mean next-token cross-entropy over windows (n, block_size + 1).
 
     It is over the tokenizer's ids only (`vocab_size`), for teacher and student. All ranks call it and get the same
     result. Without a model each is None. Draws no random number. UserError if a loss is not finite."""
@@ -252,7 +252,7 @@ def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_s
 
 
 def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampler, block_size: int) -> dict:
-    """name → numbers of each domain after an evaluation, for the log, the plots and the table at the end.
+    """Return name → numbers of each domain after an evaluation, for the log, the plots and the table at the end.
     Another number that follows from these arguments is one more line here."""
     domains = {}
     for i, name in enumerate(sampler.names):
@@ -265,7 +265,7 @@ def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampl
 
 
 def ppl_and_ratio(student_ppl: float, teacher_ppl: float | None, prefix: str = "") -> dict:
-    """The perplexities of a domain, and ℓ_S / ℓ_T, or None without a teacher."""
+    """Return the perplexities of a domain and ℓ_S / ℓ_T. Without a teacher it and teacher_ppl are None."""
     ratio = None if teacher_ppl is None else student_ppl / teacher_ppl
     return {f"{prefix}student_ppl": student_ppl, f"{prefix}teacher_ppl": teacher_ppl, f"{prefix}ratio": ratio}
 
@@ -286,7 +286,7 @@ class TrainState:
 
 
 def make_sampler(config: Config, bins: TokenBins) -> MixtureSampler:
-    """The sampler of training windows, in the natural proportions of the data, or --mixture's if it is set."""
+    """Return the sampler of training windows, in the natural proportions of the data, or --mixture's if it is set."""
     sampler = MixtureSampler(bins.n_windows, config.batch_size, config.seed)
     if config.mixture:
         sampler.probs = parse_mixture(config.mixture)
@@ -294,7 +294,7 @@ def make_sampler(config: Config, bins: TokenBins) -> MixtureSampler:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The rate of the update after `step` others: linear warm-up to lr, then cosine decay to min_lr at the last one."""
+    """Return the learning rate of update `step`, from 0: linear warm-up to lr, then cosine to min_lr at the end."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     decay_steps = config.max_steps - 1 - config.warmup_steps
@@ -305,8 +305,8 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def make_optimizers(model: GPT, config: Config) -> list:
-    """AdamW, with weight decay on matrices only. A list, so that other parameters may get another optimizer; each step
-    sets the learning rate of every group."""
+    """Return AdamW, with weight decay on matrices only. A list, so that other parameters may get another optimizer;
+    each step sets the learning rate of every group."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     betas = [0.9, 0.95]  # a checkpoint gives a tuple back as a list, so that a resumed run's file would differ
@@ -319,10 +319,10 @@ def make_optimizers(model: GPT, config: Config) -> list:
 
 def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers: list[torch.optim.Optimizer],
                   windows: torch.Tensor, *, vocab_size: int, config: Config) -> dict[str, float]:
-    """One update of the student by Eq. 3 → loss, ce, kl, lr and grad_norm, the same on all ranks.
+    """Make one update of the student by Eq. 3. Return loss, ce, kl, lr and grad_norm, the same on all ranks.
 
     student: in its DistributedDataParallel wrapper if it has one. windows: this rank's, (n, block_size + 1) int64.
-    Raises UserError, on all ranks and before the update, if the loss or the gradient is not finite."""
+    UserError, on all ranks and before the update, if the loss or the gradient is not finite."""
     arm = ARMS[config.method]
     num_tokens = config.batch_size * config.block_size
 
@@ -335,7 +335,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
         targets = windows[rows, 1:]
 
         # The teacher's hidden states; the loss makes the logits.
-        if arm.divergence is not None:
+        if arm.divergence is not None:  # FSDP2 keeps its root gathered, so the loss can still use the head
             with torch.no_grad(), autocast(config):
                 teacher_hidden, teacher_head = teacher(inputs, loss_fn=lambda hidden, head: (hidden, head))
 
@@ -387,7 +387,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
 # ------------ Alg. 1 --------------------------------------------------------------------------------------------------
 
 def train(config: Config) -> Path:
-    """Alg. 1, or the arm that `method` names. Returns the folder of the last checkpoint.
+    """Train by Alg. 1, or by another `method`. Return the folder of the last checkpoint.
 
     The loop runs max_steps + 1 times, so that the student is evaluated before the first update and after the last one.
     Each time it evaluates and updates r, if due; saves, if due; and makes one update, unless it was the last."""
@@ -419,7 +419,7 @@ def train(config: Config) -> Path:
         val_windows = fixed_windows(bins, "val", config.val_samples)
         test_windows = fixed_windows(bins, "test", config.test_samples)
         sampler = make_sampler(config, bins)
-        natural = sampler.probs
+        natural = sampler.probs  # or --mixture's weights
 
         # The teacher (None if there is none) and the student, on this rank's device, whole or sharded
         models = load_models(config, model_configs, resumed)
@@ -439,7 +439,7 @@ def train(config: Config) -> Path:
         if not arm.trains_with_teacher:  # it has been measured
             teacher = None
             models.clear()
-        gc.collect()  # frees its memory: a compiled or sharded model is in reference cycles
+        gc.collect()  # frees the teacher's memory: a compiled or sharded model is in reference cycles
 
         # DDP wraps the student for the forward passes of training only; FSDP has sharded it in place.
         wrapped_student = student
@@ -525,7 +525,7 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     so the forward pass makes the gradients too. loss.backward() gives the gradients of student_hidden and student_head,
     once. `equation` is the keywords of dense_distillation_loss. A tensor among them is a single number, or has a value
     (…) or a row (…, n) per target; (…) may be broadcast. teacher_hidden and teacher_head may both be None. The default
-    chunk has 2²⁸ logits on CUDA; on other devices 2²⁶ and at most 512 tokens."""
+    chunk has at most 2²⁸ logits on CUDA, and elsewhere 2²⁶ and 512 tokens."""
     assert student_hidden.shape[:-1] == targets.shape, (student_hidden.shape, targets.shape)
     hidden = student_hidden.flatten(0, -2)
     if equation.get("num_tokens") is None:
@@ -554,15 +554,15 @@ def distillation_loss(student_hidden, student_head, teacher_hidden, teacher_head
     for name, value in per_token.items():
         per_token[name] = add_rows(value, n_missing, fill=-100 if name == "targets" else 0)
 
-    # Cast to the dtype of the products once, not in each chunk. The gradients have the uncast dtypes.
-    products = [hidden.detach(), student_head.detach(), per_token.pop("teacher_hidden", None), teacher_head]
+    # Cast the operands of the products once, not in each chunk. The gradients are those of the uncast tensors.
+    operands = [hidden.detach(), student_head.detach(), per_token.pop("teacher_hidden", None), teacher_head]
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
-        products = [None if tensor is None else tensor.to(dtype) for tensor in products]
+        operands = [None if tensor is None else tensor.to(dtype) for tensor in operands]
 
     # torch.no_grad cannot be seen inside an autograd.Function.
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or student_head.requires_grad)
-    loss, ce, kl = ChunkedLoss.apply(hidden, student_head, products, per_token, chunk_size, equation, wants_gradient)
+    loss, ce, kl = ChunkedLoss.apply(hidden, student_head, operands, per_token, chunk_size, equation, wants_gradient)
     return loss, ce[:n_tokens].view_as(targets), kl[:n_tokens].view_as(targets)
 
 
@@ -583,7 +583,7 @@ class ChunkedLoss(torch.autograd.Function):
     """The chunks of distillation_loss. The forward pass makes the gradients as well, while it has the logits."""
 
     @staticmethod
-    def forward(ctx, hidden, head, products, per_token, chunk_size, equation, wants_gradient):
+    def forward(ctx, hidden, head, operands, per_token, chunk_size, equation, wants_gradient):
         # The gradient of the head is a sum over chunks, in float32 at least. Autograd casts it to the head's dtype once
         # per micro-batch, and FSDP reduces it over ranks in float32.
         if wants_gradient:
@@ -594,7 +594,7 @@ class ChunkedLoss(torch.autograd.Function):
         loss = ce.new_zeros(())
 
         # One buffer of logits for all chunks
-        hidden, head, teacher_hidden, teacher_head = products
+        hidden, head, teacher_hidden, teacher_head = operands
         student_logits = aligned_empty(hidden, chunk_size, len(head))
         teacher_logits = None
         if teacher_hidden is not None:
@@ -757,7 +757,7 @@ def evaluation_batches(windows: torch.Tensor, micro_batch_size: int, device) -> 
 # ------------ Models on devices ---------------------------------------------------------------------------------------
 
 def resolve_auto(config: Config) -> Config:
-    """Replace each `auto`, and micro_batch_size=0, by the choice for this machine and these processes."""
+    """Return `config` with this machine's choices in place of `auto` and micro_batch_size=0."""
     device = resolve_device(config.device)
     on_cuda = device.type == "cuda"
     parallel = "none"
@@ -808,8 +808,8 @@ def load_models(config: Config, model_configs: dict, resumed: Path | None) -> di
                 model = GPT(model_configs[role]).to(dtype)
         model.requires_grad_(role == "student")
 
-        # A fork makes modules that it trains along with the student here, on every rank, if role is "student":
-        # model.extra["name"] = … They are saved next to the model. Under FSDP non-persistent buffers would be garbage.
+        # If role is "student", a fork adds the modules that it trains with the student here, on every rank:
+        # model.extra["name"] = … They are saved next to the model. FSDP does not initialize non-persistent buffers.
         if model.extra and resumed is not None:
             on_rank_0(read_saved, resumed / "extra.safetensors",
                       lambda path: model.extra.load_state_dict(load_file(path)), share=False)
@@ -983,7 +983,7 @@ def check_same_experiment(out_dir: Path, record: dict):
         changed = differing_keys(record, {**lines[0], "config": saved})
     if changed:
         problems = [f"--{key}={record['config'][key]}: the run in {out_dir} has another, --{key}={saved[key]}"
-                    for key in changed]
+                    for key in changed]  # the same value twice if a folder's content has changed
         raise UserError("\n".join(problems) + f"\n--out_dir={out_dir}: keep the keys of its run, use another folder, "
                         "or delete this one. To train a finished student further, use its folder as --student")
 
@@ -1063,7 +1063,7 @@ def read_state(folder: Path) -> TrainState:
 
 def load_checkpoint(folder: Path, state: TrainState, sampler: MixtureSampler, student: GPT, optimizers: list):
     """Restore the sampler and the optimizers. Rank 0 reads; only tensors are unpickled."""
-    read_saved(folder / "train_state.json", lambda path: sampler.load_state_dict(state.sampler))
+    read_saved(folder / "train_state.json", lambda path: sampler.load_state_dict(state.sampler))  # for its message
     optimizer_state = on_rank_0(read_saved, folder / "optimizer.pt", lambda path: torch.load(path, weights_only=True),
                                 share=False)
     if state.step > 0:
@@ -1092,17 +1092,17 @@ def fixed_windows(bins: TokenBins, split: str, count: int) -> dict:
 
 
 def is_scratch(source: str) -> bool:
-    """Whether a student is a new model, scratch:LxD: see `config_errors`, `checked_model_config` and `read_model`."""
+    """Return whether a student is a new model: see `config_errors`, `checked_model_config` and `read_model`."""
     return source.startswith("scratch:")
 
 
 def checked_model_config(role: str, source: str, bins: TokenBins) -> GPTConfig:
-    """Return the GPTConfig of a model. UserError unless it can read the bins' windows and has their tokenizer."""
+    """Return the GPTConfig of a model. UserError if it cannot read the bins' windows or has another tokenizer."""
     if is_scratch(source):
         layers, width = source.removeprefix("scratch:").split("x")
         return GPTConfig.scratch(int(layers), int(width), bins.vocab_size, bins.block_size)
 
-    # A folder, or a name on the Hub, of whose files these are checked before the weights are downloaded
+    # From the Hub, download these files only, and check them before the weights.
     folder = model_folder(source, f"--{role}", ("config.json", TOKENIZER_META, *TOKENIZER_FILES))
     ours = bins.tokenizer
     try:
@@ -1155,6 +1155,8 @@ def config_errors(config: Config) -> list[str]:
         (config.batch_size % world != 0,
          f"--batch_size={config.batch_size}: must be a multiple of {world}, the number of processes"),
         (config.parallel == "none" and world > 1, f"--parallel=none: there are {world} processes; use ddp or fsdp"),
+        (config.parallel in ("ddp", "fsdp") and "RANK" not in os.environ and not dist.is_initialized(),
+         f"--parallel={config.parallel}: start the processes with torchrun --nproc_per_node=N"),
         (on_cuda and processes_here > torch.cuda.device_count(),
          f"--device={config.device}: more processes than GPUs here; start fewer, or --device=cpu"),
     ]
@@ -1168,8 +1170,8 @@ def print_cost(config: Config, model_configs: dict):
     with torch.device("meta"):
         parameters = count_parameters({role: GPT(model_config) for role, model_config in model_configs.items()})
     for role, n in parameters.items():
-        width = 16 if role == "student" else getattr(torch, config.dtype).itemsize
-        print(f"{role}: {n:,} parameters, {n * width / 2**30:.2f} GiB over all devices")
+        n_bytes = 16 if role == "student" else getattr(torch, config.dtype).itemsize
+        print(f"{role}: {n:,} parameters, {n * n_bytes / 2**30:.2f} GiB for one copy")
     print(f"{config.max_steps:,} steps: {config.max_steps * config.batch_size * config.block_size:,} tokens")
 
 
@@ -1190,13 +1192,13 @@ def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float],
 
 
 def worst_ratio(domains: dict) -> float:
-    """Return the largest ratio of the domains; infinite without a teacher."""
+    """Return the largest perplexity ratio of the domains; infinite without a teacher."""
     ratios = [domain["ratio"] for domain in domains.values()]
     return math.inf if None in ratios else max(ratios)
 
 
 def print_evaluation(state: TrainState, sampler: MixtureSampler, vocab_size: int):
-    """Print a line after an evaluation: the largest ratio, its domain, and r, the sampling weights of the next steps.
+    """Print a line after an evaluation: the worst ratio, its domain, and r, the sampling weights of the next steps.
     Before training, print a table of the domains, and warn of a teacher that has little to teach."""
     r = dict(zip(sampler.names, sampler.probs))
     has_teacher = worst_ratio(state.domains) < math.inf
@@ -1210,9 +1212,8 @@ def print_evaluation(state: TrainState, sampler: MixtureSampler, vocab_size: int
     text = f"evaluated at step {state.step}: "
     if has_teacher:
         ratio, name = max((domain["ratio"], name) for name, domain in state.domains.items())
-        text += f"largest ratio {ratio:.3f} ({name}), "
-    shares = "  ".join(f"{name} {share:.3f}" for name, share in r.items())
-    print(f"{text}r = {shares}", flush=True)
+        text += f"worst ratio {ratio:.3f} ({name}), "
+    print(text + "r = " + "  ".join(f"{name} {weight:.3f}" for name, weight in r.items()), flush=True)
 
 
 def report(config: Config, folder: Path):
@@ -1259,7 +1260,7 @@ def quickstart(config: Config) -> Config:
     on_rank_0(build_quickstart_bins, Path(config.data_dir))
     models = quickstart_models(config.pretrain_steps)
 
-    # Check the main run before minutes of training.
+    # Check the main run before minutes of training: a model that is not trained yet as scratch:LxD.
     recipes = {role: getattr(config, role) or keys["student"] for role, keys in models.items()}
     on_rank_0(preflight, replace(config, **recipes))
     for role, keys in models.items():
@@ -1269,7 +1270,7 @@ def quickstart(config: Config) -> Config:
         pretrain_config = resolve_config({**keys, **shared, "out_dir": f"{config.data_dir}/{role}"})
         folder = on_rank_0(finished_run, Path(pretrain_config.out_dir))
         if folder is not None:
-            print(f"The {role} was made before, with the --pretrain_steps of that time: {folder}")
+            print(f"The {role} was made before; delete {pretrain_config.out_dir} to train it again: {folder}")
         else:
             print(f"\nTraining the {role} as the student of a run without a teacher: {keys['student']}", flush=True)
             folder = train(pretrain_config)

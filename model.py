@@ -1,8 +1,8 @@
 """One decoder-only transformer, for the teacher and the student.
 
 The network comes first: configuration, families, rotary positions, attention, MLP, block, GPT. It is llama's; a row of
-FAMILIES says how another model type differs from it. Model folders follow, in Hugging Face's format: what is saved here
-opens in transformers with the same logits, and the other way round. At the end is a program that generates text:
+FAMILIES says how another model type differs from it. Model folders follow, in Hugging Face's format: transformers
+opens a saved model with the same logits, and vice versa. The program at the end generates text:
 
     python model.py --model=out/quickstart-ddk-0/step_00000300 --prompt='def main('
 
@@ -71,8 +71,8 @@ class GPTConfig:
 
     @classmethod
     def scratch(cls, layers: int, width: int, vocab_size: int, block_size: int) -> "GPTConfig":
-        """A llama with a tied head, for `--student=scratch:LxD`; D has to be even."""
-        # Heads of about width / 16, at least 32 and at most 128; fewer and wider ones until their width is even
+        """Return the config of a llama with a tied head, for `--student=scratch:LxD`; D has to be even."""
+        # Each head is about width / 16 wide, from 32 to 128. Then fewer, wider heads until their width is even
         head_dim = min(max(width // 16, 32), 128)
         heads = max(width // head_dim, 1)
         while heads > 1 and width % (2 * heads) != 0:
@@ -97,8 +97,8 @@ class Family:
     layout: str = "llama"  # row of CONFIG_KEYS and WEIGHT_NAMES
     transposed: bool = False  # the layers' matrices are stored as (in, out)
     optional_window: bool = False  # config.json's sliding_window counts only with use_sliding_window
-    fixed: dict = field(default_factory=dict)  # fields of GPTConfig that no key of config.json sets
-    defaults: dict = field(default_factory=dict)  # fields of GPTConfig where config.json lacks the key
+    fixed: dict = field(default_factory=dict)  # fields of GPTConfig that the family fixes, whatever config.json has
+    defaults: dict = field(default_factory=dict)  # fields of GPTConfig if config.json lacks the key
 
 
 GPT2_FIXED = dict(attention_bias=True, mlp_bias=True, num_key_value_heads=None, head_dim=None, rope_theta=10000.0,
@@ -135,7 +135,7 @@ LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 
 def rotary_tables(config, positions):
-    """cos and sin of position × frequency, for positions (T,) or (B, T): each (1, T, hd) or (B, 1, T, hd) in float32.
+    """Return cos and sin of position × frequency for positions (T,) or (B, T): (1, T, hd) or (B, 1, T, hd) in float32.
 
     RoFormer, in llama's layout of two halves."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
@@ -144,10 +144,10 @@ def rotary_tables(config, positions):
         # Llama-3's longer context: low frequencies are divided by `factor`, high ones kept, with a ramp in between
         rope = config.rope_scaling
         low = rope["low_freq_factor"]
-        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)  # in the original context
         kept = ((turns - low) / (rope["high_freq_factor"] - low)).clamp(0, 1)
         frequency = frequency * (kept + (1 - kept) / rope["factor"])
-    half = positions[..., None, :, None] * frequency
+    half = positions[..., None, :, None] * frequency  # the angles of half the dimensions: llama uses each one twice
     angle = torch.cat((half, half), dim=-1)
     return angle.cos(), angle.sin()
 
@@ -165,7 +165,7 @@ def make_norm(config):
 
 
 class Attention(nn.Module):
-    """Self-attention, causal unless there is a mask, in which H query heads share G key-value heads."""
+    """Self-attention in which H query heads share G key-value heads; causal unless a mask is given."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -251,7 +251,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model. With `tie_word_embeddings` it has no lm_head: the embedding's matrix is the head too.
 
-    `extra` is empty. It is the place for modules that are trained along with a student and are no part of its model."""
+    `extra` is empty. A fork puts modules there that are trained with a student but are not part of its model."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -277,18 +277,18 @@ class GPT(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, d)."""
+        """The head's matrix (V, d): lm_head's, or the tied embedding's."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, idx: Tensor, loss_fn: Callable | None = None):
-        """Token ids (B, T) int64 → logits (B, T, V); with `loss_fn`, loss_fn(hidden (B, T, d), head_weight (V, d)).
+        """Return logits (B, T, V) of ids (B, T); with `loss_fn`, loss_fn(hidden (B, T, d), head_weight (V, d)).
 
         `hidden` is after the final norm. A loss that multiplies with the head itself never has to hold all logits, and
         FSDP gathers the head for it. UserError if there are more tokens than learned positions, or than the sliding
         window holds."""
         config = self.config
         T = idx.shape[1]
-        bounded = config.family.learned_positions or config.sliding_window is not None
+        bounded = config.family.learned_positions or config.sliding_window is not None  # rotary positions go on
         if bounded and T > config.context:
             raise UserError(f"{T} tokens, but this {config.model_type} reads at most {config.context}")
 
@@ -316,11 +316,11 @@ class GPT(nn.Module):
     @torch.no_grad()
     def generate(self, idx: Tensor, max_new_tokens: int, *, temperature: float = 1.0, vocab_size: int | None = None,
                  eot: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """Continue ids (B, T) by up to `max_new_tokens`, or until every row has drawn `eot`: (B, T + n).
+        """Continue ids (B, T) by up to `max_new_tokens`, or until every row has drawn `eot`. Return (B, T + n).
 
-        `temperature` 0 takes the most likely id. Ids from `vocab_size` on, the padding rows of the head, are never
-        drawn. Random numbers come from `generator`, or from torch's global one."""
-        prompt = idx.shape[1]
+        A row goes on after its `eot` until all have ended. `temperature` 0 takes the most likely id. Ids from
+        `vocab_size` on, the head's padding rows, are never drawn. `generator` is None for torch's global one."""
+        prompt_length = idx.shape[1]
         for _ in range(max_new_tokens):
             # Logits of the next token, (B, V), from as many tokens as the context holds
             window = idx[:, -self.config.context:]
@@ -335,7 +335,7 @@ class GPT(nn.Module):
             idx = torch.cat((idx, new), dim=1)
 
             # Stop once every row has ended
-            if eot is not None and (idx[:, prompt:] == eot).any(dim=1).all():
+            if eot is not None and (idx[:, prompt_length:] == eot).any(dim=1).all():
                 break
         return idx
 
@@ -354,7 +354,7 @@ class GPT(nn.Module):
             with torch.device("meta"):  # without memory: each parameter is replaced by a tensor of the file
                 model = cls(config)
             model.load_state_dict(read_weights(folder, model, dtype), strict=True, assign=True)
-            # A file of several dtypes makes a model of one that holds them all.
+            # If the file has several dtypes, all weights get one that holds them all.
             return model.to(reduce(torch.promote_types, {parameter.dtype for parameter in model.parameters()}))
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None):
@@ -379,7 +379,7 @@ CONFIG_KEYS = {
              "num_attention_heads": "n_head", "max_position_embeddings": "n_positions",
              "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation_function"},
 }
-# Keys that would make it another network, with the values that are supported; None also where the key is absent
+# Keys that would make it another network, and their supported values. None: the key may be absent
 SUPPORTED = {"model_type": FAMILIES, "rope_type": ("default", "llama3"), "hidden_act": (None, *ACTIVATIONS),
              "activation_function": (None, *ACTIVATIONS), "scale_attn_weights": (None, True),
              "scale_attn_by_inverse_layer_idx": (None, False), "add_cross_attention": (None, False),
@@ -387,10 +387,10 @@ SUPPORTED = {"model_type": FAMILIES, "rope_type": ("default", "llama3"), "hidden
 
 
 def read_config(folder: Path) -> GPTConfig:
-    """The GPTConfig of a model folder. UserError names the file and what is wrong in it."""
+    """Return the GPTConfig of a model folder. UserError with the file and what is wrong in it."""
     path = folder / "config.json"
     if (folder / "metrics.jsonl").is_file():
-        raise UserError(f"{folder}: the folder of a run; name one of the step_ folders in it")
+        raise UserError(f"{folder}: the folder of a run; use one of the step_ folders in it")
     if not path.is_file():
         raise UserError(f"{folder}: no config.json; expected a whole model in Hugging Face's format, no adapter, or "
                         "OWNER/MODEL, a name on the Hub")
@@ -456,7 +456,7 @@ def write_config(folder, config, dtype):
 
 # ------------ Folders: weights ----------------------------------------------------------------------------------------
 
-# Parts of our parameters' names → parts of the checkpoint's, if they differ
+# Parts of our parameters' names → parts of the file's, if they differ
 LLAMA_NAMES = {"embed_tokens": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm"}
 WEIGHT_NAMES = {
     "llama": LLAMA_NAMES,
@@ -471,14 +471,14 @@ WEIGHT_NAMES = {
 BUFFERS = r"\battn\.(masked_)?bias$|rotary_emb\.inv_freq$"
 
 
-def checkpoint_name(name, config):
-    """The checkpoint's name of our parameter `name`, such as layers.3.mlp.up_proj.weight."""
+def stored_name(name, config):
+    """Return the file's name of our parameter `name`, such as layers.3.mlp.up_proj.weight."""
     names = WEIGHT_NAMES[config.family.layout]
     return ".".join(names.get(part, part) for part in name.split("."))
 
 
 def maybe_transpose(name, tensor, config):
-    """Our parameter `name` from the checkpoint's tensor, or the other way round: GPT-2 stores matrices as (in, out)."""
+    """Return our parameter `name` from the file's tensor, or vice versa: GPT-2 stores matrices as (in, out)."""
     if config.family.transposed and name.startswith("layers.") and tensor.dim() == 2:
         return tensor.T
     return tensor
@@ -488,21 +488,21 @@ def write_weights(folder, config, state):
     tensors = {}
     for name, tensor in state.items():
         if not name.startswith("extra."):
-            tensors[checkpoint_name(name, config)] = maybe_transpose(name, tensor.cpu(), config).contiguous()
+            tensors[stored_name(name, config)] = maybe_transpose(name, tensor.cpu(), config).contiguous()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only the owner read
 
 
 def read_weights(folder, model, dtype):
-    """Return a state_dict for `model` from the folder's files. Raises UserError or ValueError as from_pretrained."""
+    """Return a state_dict for `model` from the folder's files. ValueError on what from_pretrained rejects."""
     config = model.config
-    names = {checkpoint_name(name, config): name for name in model.state_dict()}  # the file's → ours
-    prefix = checkpoint_name("embed_tokens.weight", config).split(".")[0] + "."
+    names = {stored_name(name, config): name for name in model.state_dict()}  # the file's → ours
+    prefix = stored_name("embed_tokens.weight", config).split(".")[0] + "."
     state = {}
     for key, tensor in stored_tensors(folder):
         if key not in names and prefix + key in names:  # the gpt2 of the Hub was saved without "transformer."
             key = prefix + key
-        if not tensor.is_floating_point():  # aminmax rejects float8
+        if not tensor.is_floating_point():  # integers; aminmax rejects float8
             raise ValueError(f"{key} is {tensor.dtype}; quantized weights are not supported")
         if not all(bound.isfinite() for bound in tensor.aminmax()):
             raise ValueError(f"{key} has values that are not finite")
@@ -547,7 +547,7 @@ def stored_tensors(folder):
 # ------------ The program ---------------------------------------------------------------------------------------------
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device; `auto` is cuda, then mps, then cpu. UserError if this machine does not have it."""
+    """Return the device; `auto` is an accelerator (cuda, mps) or else cpu. UserError if it is not on this machine."""
     available = ["cpu"]
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is not None:
@@ -565,9 +565,9 @@ def main():
     add("--prompt", required=True, help="text to continue")
     add("--tokenizer", help="bytes, a tiktoken encoding, a tokenizer.json or a name on the Hub, if not in the folder")
     add("--eot", default="", help="token that ends a text, if not the tokenizer's own")
-    add("--max_new_tokens", type=int, default=200, help="of new tokens, at most (default: %(default)s)")
+    add("--max_new_tokens", type=int, default=200, help="most tokens to generate (default: %(default)s)")
     add("--temperature", type=float, default=0.8, help="0: the most likely token (default: %(default)s)")
-    add("--seed", type=int, default=0, help="selects the random numbers (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the random numbers (default: %(default)s)")
     add("--device", default="auto", help="cuda, mps, cpu or auto (default: %(default)s)")
     args = parser.parse_args()
 
@@ -583,7 +583,7 @@ def main():
     rows = read_config(folder).vocab_size
     tokenizer = load_tokenizer(args.tokenizer, args.eot) if args.tokenizer else model_tokenizer(folder, args.eot)
     if tokenizer is None:
-        raise UserError(f"--tokenizer: {folder} has no tokenizer files; name its tokenizer")
+        raise UserError(f"--tokenizer: {folder} has no tokenizer files; choose its tokenizer")
     if tokenizer.vocab_size > rows:
         raise UserError(f"--tokenizer: {tokenizer.name} has {tokenizer.vocab_size} ids, but the model only {rows}")
 

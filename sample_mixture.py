@@ -83,12 +83,12 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 
 # ------------ The table of mixture rules ------------------------------------------------------------------------------
-# A rule is called after each evaluation: at t = 0, before training, and after every K steps. It gets its own state
-# (None at t = 0), the perplexities just measured (the teacher's are None if the run has no teacher), the natural
-# proportions (or --mixture's) and α. It returns r for the next K steps, and its new state for the checkpoint: a dict of
-# lists and numbers. All lists are in the order of the domains. The loop and `--metrics` call it through RULES: a new
-# rule is one function and one line of the table. Its own coefficients are constants in it: another argument would
-# change every rule and both calls. The loop of distill.py may also set `sampler.probs` at every step.
+# A rule is called at t = 0, before training, and after every K steps. It gets its own state (None at t = 0), the
+# perplexities just measured (the teacher's are None without a teacher), the natural proportions (or --mixture's) and α.
+# It returns r for the next K steps, and its new state for the checkpoint: a dict of lists and numbers. All lists are in
+# the order of the domains. The loop and `--metrics` call it through RULES: a new rule is one function and one line of
+# the table. Its own coefficients are constants in it: another argument would change every rule and both calls. The loop
+# of distill.py may also set `sampler.probs` at every step.
 
 def natural_rule(state, student_ppl, teacher_ppl, natural, alpha):
     """The natural proportions throughout: KD, CPT and the other baselines."""
@@ -139,7 +139,7 @@ class MixtureSampler:
 
     def __init__(self, n_windows: dict[str, int], batch_size: int, seed: int):
         if not n_windows or min(n_windows.values()) < 1 or batch_size < 1:
-            raise ValueError(f"n_windows {n_windows} and batch_size {batch_size} must be positive, and not empty")
+            raise ValueError(f"n_windows {n_windows} and batch_size {batch_size} must not be empty, nor below 1")
         self.names = list(n_windows)
         self.n_windows = np.array(list(n_windows.values()), dtype=np.int64)
         self.batch_size = batch_size
@@ -178,12 +178,12 @@ class MixtureSampler:
         """Return (domain_ids, window_ids) of the next step, both (B,) int64."""
         B = self.batch_size
 
-        # Systematic sampling: B evenly spaced points with one random start, over the domains laid end to end. Every
-        # domain gets B · probs windows to within one at every step, not only on average.
+        # Systematic sampling over the domains laid end to end, with one random start: point i lies at (i + start) / B.
+        # Every domain gets B · probs windows to within one at every step, not only on average.
         top_bits = int(random_hash(self.seed, START, self.step)[0]) >> 32
         start = top_bits / 2**32  # in [0, 1), exact
         edges = np.append(0, np.cumsum(self.probs))
-        edges /= edges[-1]  # the last edge is exactly 1, and so is the one before if the last probability is 0
+        edges /= edges[-1]  # the last edge is exactly 1, and so is the edge before it if the last probability is 0
         points_below = np.ceil(B * edges - start)  # how many of the points lie below each edge
         counts = np.diff(points_below).astype(np.int64)
 
@@ -210,12 +210,12 @@ class MixtureSampler:
         return keyed_permutation(positions % n, n, keys).astype(np.int64)
 
     def state_dict(self) -> dict:
-        """Return all that the next batches depend on besides the constructor's arguments, as JSON: `probs` as set."""
+        """Return what the next batches depend on besides the constructor's arguments, for JSON; `probs` as set."""
         return {"step": self.step, "probs": dict(zip(self.names, self._weights.tolist())),
                 "drawn": dict(zip(self.names, self.drawn.tolist()))}
 
     def load_state_dict(self, state: dict):
-        """Continue from `state`. ValueError if it is of other domains."""
+        """Continue from `state`. ValueError if it has other domains."""
         self.probs = state["probs"]
         self.step = state["step"]
         self.drawn = np.array([state["drawn"][name] for name in self.names], dtype=np.int64)
@@ -247,16 +247,16 @@ def keyed_permutation(index: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.n
     rows = np.ceil(np.sqrt(n)).astype(np.uint64)
     columns = (n + rows - 1) // rows
 
-    # Permute its cells. The number of turns is even, so that left and right end up where they began.
+    # Permute its cells. The number of rounds is even, so that left and right end up where they began.
     left = index // columns
     right = index % columns
-    for turn in range(8):
-        shifted = (left + random_hash(key, turn, right) % rows) % rows
+    for round_id in range(8):
+        shifted = (left + random_hash(key, round_id, right) % rows) % rows
         left, right = right, shifted
         rows, columns = columns, rows
     permuted = left * columns + right
 
-    # A cell outside 0 … n−1 is permuted again. That is rare: fewer than 1/√n of the cells lie outside.
+    # Cycle walking: a cell outside 0 … n−1 is permuted again. That is rare: fewer than 1/√n of the cells lie outside.
     outside = permuted >= n
     if outside.any():
         permuted[outside] = keyed_permutation(permuted[outside], n[outside], key[outside])
@@ -273,13 +273,13 @@ def read_metrics(path: Path) -> list[dict]:
 
 
 def experiment_values(record: dict) -> dict:
-    """Return what makes an experiment, from a run line: keys that may not change on resume, and content."""
+    """Return the values that define a run line's experiment: keys that may not change on resume, and content."""
     values = {key: value for key, value in record["config"].items() if key not in record["may_change"]}
     return {**values, **record["content"]}
 
 
 def differing_keys(record: dict, other: dict) -> list[str]:
-    """Return the keys in which two run lines are of different experiments. `other` may lack contents added later."""
+    """Return the keys that make two run lines different experiments. `other` may lack contents added later."""
     values = experiment_values(record)
     others = experiment_values(other)
     return [key for key in values if values[key] != others.get(key, values[key])]
@@ -310,34 +310,34 @@ class Run:
         self.path = path
         self.name = Path(path).absolute().parent.name
         with user_errors(f"--metrics={path}", "use the metrics.jsonl of a run that has been evaluated"):
-            self.start, *lines = read_metrics(path)
+            self.run_line, *lines = read_metrics(path)
             self.mixture_lines = [line for line in lines if line["kind"] == "mixture"]
             self.evaluations = [line for line in lines if "domains" in line]
             self.r_curves = {f"r of {self.name}": [line["r"] for line in self.mixture_lines]}
             last = self.evaluations[-1]
             self.step = last["step"]
             self.is_finished = last["kind"] == "end"
-            self.domains = list(last["domains"])
-            self.config = {**self.start["config"], **self.start["content"], "domains": ",".join(self.domains)}
-            self.experiment = digest({**experiment_values(self.start), "seed": None})  # the same for every seed
+            self.names = list(last["domains"])
+            self.config = {**self.run_line["config"], **self.run_line["content"], "domains": ",".join(self.names)}
+            self.experiment = digest({**experiment_values(self.run_line), "seed": None})  # the same for every seed
 
             # The last numbers of each domain, (N,). Only a finished run has been measured on the test windows.
-            self.windows = "validation windows"
+            self.measured_on = "validation windows"
             prefix = ""
             if self.is_finished and self.config["test_samples"] > 0:
-                self.windows = "test windows"
+                self.measured_on = "test windows"
                 prefix = "test_"
             self.student_ppl = column(last, prefix + "student_ppl")
             self.teacher_ppl = column(last, prefix + "teacher_ppl")
             self.ratios = column(last, prefix + "ratio")
-            self.summary = [self.ratios.max(), self.ratios.mean()]
+            self.worst_and_mean = [self.ratios.max(), self.ratios.mean()]
 
 
 def show_metrics(args: argparse.Namespace) -> dict:
     """Print a table of runs, and plot them. Replay r of a single run, and return its last r."""
     runs = [Run(path) for path in args.metrics]
 
-    # Runs can be compared if they agree in bins, teacher and windows, of which a run may have no test windows.
+    # Runs can be compared if bins, teacher and windows agree. A run may have no test windows.
     for key in ("data_dir", "teacher", "domains", "block_size", "val_samples", "test_samples"):
         paths = {run.config[key]: run.path for run in runs}
         if key == "test_samples":
@@ -345,65 +345,65 @@ def show_metrics(args: argparse.Namespace) -> dict:
         if len(paths) > 1:
             raise UserError(f"--metrics: {key} differs: {paths}; compare runs that agree in it")
 
-    # The table is on test windows if a run has them. A group differs only in the seed; a seed's last run counts.
-    measured = max(runs, key=lambda run: run.windows == "test windows")
+    # The table is on test windows if a run has them. Runs of a group differ only in the seed.
+    reference = max(runs, key=lambda run: run.measured_on == "test windows")
     by_seed = defaultdict(dict)  # experiment → seed → run
     for run in runs:
-        if run.is_finished and run.windows == measured.windows:
+        if run.is_finished and run.measured_on == reference.measured_on:
             by_seed[run.experiment][run.config["seed"]] = run
     groups = [list(group.values()) for group in by_seed.values()]
-    print_runs(runs, groups, measured)
-    last_r = show_replay(measured, args) if len(runs) == 1 else {}
+    print_runs(runs, groups, reference)
+    last_r = show_replay(reference, args) if len(runs) == 1 else {}
     if args.plot:
-        plot(args.plot, runs, groups, measured)
+        plot(args.plot, runs, groups, reference)
     return last_r
 
 
-def print_runs(runs: list[Run], groups: list[list[Run]], measured: Run):
+def print_runs(runs: list[Run], groups: list[list[Run]], reference: Run):
     """Print a row for each run, for the teacher, and for the mean ± standard error of each group."""
-    rows = [["", "method", "seed", "step", *measured.domains, "worst ratio", "mean ratio", ""]]
+    rows = [["", "method", "seed", "step", *reference.names, "worst ratio", "mean ratio", ""]]
     for run in runs:
         row = [run.name, run.config["method"], str(run.config["seed"]), str(run.step)]
         row += map("{:.2f} ({:.2f})".format, run.student_ppl, run.ratios)
-        row += map("{:.3f}".format, run.summary)
+        row += map("{:.3f}".format, run.worst_and_mean)
         mark = "" if run.is_finished else "unfinished"
-        if run.windows != measured.windows:
-            mark += f" on {run.windows}"
+        if run.measured_on != reference.measured_on:
+            mark += f" on {run.measured_on}"
         rows.append([*row, mark])
-    rows.append(["teacher", "", "", "", *map("{:.2f}".format, measured.teacher_ppl), "", "", ""])
+    rows.append(["teacher", "", "", "", *map("{:.2f}".format, reference.teacher_ppl), "", "", ""])
     for group in groups:
         n = len(group)
         if n > 1:
-            results = np.array([[*run.student_ppl, *run.summary] for run in group])
+            results = np.array([[*run.student_ppl, *run.worst_and_mean] for run in group])
             errors = results.std(axis=0, ddof=1) / np.sqrt(n)
             cells = map("{:.3f} ± {:.3f}".format, results.mean(axis=0), errors)
             rows.append([f"{group[0].name} …: {n} seeds", "", "", "", *cells, ""])
-    print(f"perplexity (ratio to the teacher's) on the {measured.windows}:\n")
+    print(f"perplexity (ratio to the teacher's) on the {reference.measured_on}:\n")
     print_table(rows)
 
 
 def show_replay(run: Run, args: argparse.Namespace) -> dict:
-    """Print r as a rule and α (default: the run's) make it from the logged perplexities. Return the last r."""
+    """Print r replayed from the logged perplexities by a rule and α (default: the run's). Return the last r."""
     with user_errors(f"--metrics={run.path}", "use a run with a teacher, another --rule, or an --alpha from 0 to 1"):
-        rule = args.rule or run.start["rule"]
+        rule = args.rule or run.run_line["rule"]
         alpha = run.config["alpha"] if args.alpha is None else args.alpha
-        replayed = replay(run.mixture_lines, rule, run.start["natural"], alpha)
+        replayed = replay(run.mixture_lines, rule, run.run_line["natural"], alpha)
     title = f"r replayed with α = {alpha}, rule {rule}"
     run.r_curves[title] = replayed
 
-    rows = [["step", *run.domains]]
-    largest = 0.0
+    rows = [["step", *run.names]]
+    largest_difference = 0.0
     for line, r in zip(run.mixture_lines, replayed):
         rows.append([str(line["step"]), *map("{:.4f}".format, r.values())])
         for name in r:
-            largest = max(largest, abs(line["r"][name] - r[name]))
+            largest_difference = max(largest_difference, abs(line["r"][name] - r[name]))
     print(f"\n{title}:")
     print_table(rows)
-    print(f"largest difference from the run's own r: {largest:.1e}\n")
+    print(f"largest difference from the run's own r: {largest_difference:.1e}\n")
     return replayed[-1]
 
 
-def plot(path: str, runs: list[Run], groups: list[list[Run]], measured: Run):
+def plot(path: str, runs: list[Run], groups: list[list[Run]], reference: Run):
     """Draw the paper's Fig. 1, and for each run Fig. 3 and r."""
     matplotlib_figure = import_optional("matplotlib.figure", f"--plot={path}")
     n_panels = 1 + sum(1 + len(run.r_curves) for run in runs)
@@ -414,24 +414,24 @@ def plot(path: str, runs: list[Run], groups: list[list[Run]], measured: Run):
     bars = [("student base, validation windows", column(runs[0].evaluations[0], "student_ppl"))]
     for group in groups:
         bars.append((group[0].name, np.mean([run.student_ppl for run in group], axis=0)))
-    bars.append(("teacher", measured.teacher_ppl))
+    bars.append(("teacher", reference.teacher_ppl))
     panel = next(panels)
     width = 0.8 / len(bars)
-    left = np.arange(len(measured.domains))
+    left = np.arange(len(reference.names))
     for i, (label, heights) in enumerate(bars):
         panel.bar(left + i * width, heights, width, align="edge", label=label)
-    panel.set_xticks(left + 0.4, measured.domains)
-    panel.set(title="last evaluation", ylabel=f"perplexity, {measured.windows}")
+    panel.set_xticks(left + 0.4, reference.names)
+    panel.set(title="last evaluation", ylabel=f"perplexity, {reference.measured_on}")
 
-    # Fig. 3: the ratio of each domain over tokens. And r, which holds until the next evaluation
+    # Fig. 3: the ratio of each domain over tokens. r is a step curve: it holds until the next evaluation
     for run in runs:
         panel = next(panels)
         tokens = [column(line, "tokens").sum() for line in run.evaluations]
-        panel.plot(tokens, [column(line, "ratio") for line in run.evaluations], label=run.domains)
+        panel.plot(tokens, [column(line, "ratio") for line in run.evaluations], label=run.names)
         panel.set(title=run.name, xlabel="tokens", ylabel="ratio, validation windows")
         for title, r in run.r_curves.items():
             panel = next(panels)
-            panel.step(range(len(r)), [list(shares.values()) for shares in r], where="post", label=run.domains)
+            panel.step(range(len(r)), [list(shares.values()) for shares in r], where="post", label=run.names)
             panel.set(title=title, xlabel="evaluation", ylabel="r")
     for panel in figure.axes:
         panel.legend(fontsize="small", ncols=2)
@@ -483,7 +483,7 @@ def main():
         if key in ("block_size", "batch_size", "steps") and value < 1:
             parser.error(f"--{key}={value}: must be 1 or more")
     if len(args.metrics) != 1 and (args.rule or args.alpha is not None):
-        parser.error("--rule and --alpha require one --metrics")
+        parser.error("--rule and --alpha require exactly one file in --metrics")
     if args.plot and not args.metrics:
         parser.error("--plot requires --metrics")
     r = show_metrics(args) if args.metrics else {}

@@ -48,7 +48,7 @@ import distill
 from data import TokenBins, Tokenizer, build_bins
 from distill import (count_parameters, dense_distillation_loss, distillation_loss, make_optimizers, prepare_layers,
                      resolve_auto, resolve_config, train)
-from model import GPT, GPTConfig, checkpoint_name, write_config
+from model import GPT, GPTConfig, stored_name, write_config
 from sample_mixture import MixtureSampler
 
 
@@ -223,7 +223,7 @@ def their_models(args: argparse.Namespace):
         with torch.device(args.device):
             model = AutoModelForCausalLM.from_config(config, dtype=model_dtype(args, role))
         weights = random_model(args, role).state_dict()
-        model.load_state_dict({checkpoint_name(name, model_config(args, role)): weights[name] for name in weights})
+        model.load_state_dict({stored_name(name, model_config(args, role)): weights[name] for name in weights})
         models.append(model)
         del weights
     if args.device == "cuda":  # the weights were there twice

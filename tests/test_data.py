@@ -138,7 +138,7 @@ def test_the_program_writes_bins_and_prints_what_it_skipped(program, tmp_path):
                      "note: skipped 1 empty documents of mine",
                      "note: skipped 2 records without text under the key body"]
     assert "each document ends with <|endoftext|>, id 256\n" in stdout
-    assert "note: mine has only 4 validation documents, " in stdout  # thin validation
+    assert "note: mine: 4 validation documents of " in stdout  # thin validation
 
 
 @pytest.mark.parametrize("arguments, named", [

@@ -486,7 +486,7 @@ def test_r_is_seen_after_each_evaluation_as_the_next_steps_draw_by_it(program, t
         worst = ""
         if "--teacher=" not in arguments:
             ratio, name = max((domain["ratio"], name) for name, domain in line["domains"].items())
-            worst = f"largest ratio {ratio:.3f} ({name}), "
+            worst = f"worst ratio {ratio:.3f} ({name}), "
         r = "  ".join(f"{name} {share:.3f}" for name, share in zip(NAMES, drawn_by[min(line["step"], 4)]))
         assert text == f"evaluated at step {line['step']}: {worst}r = {r}"
 
@@ -1242,7 +1242,7 @@ def test_a_dry_run_prints_what_a_run_takes_reads_no_weights_and_writes_nothing(
     layer = matrices + (d + 2 * kv) + 2 * d  # biases of q, k and v; two norms
     for role, layers, n_bytes in (("teacher", L, width), ("student", 4, 16)):
         parameters = layers * layer + 2 * V * d + d
-        assert f"{role}: {parameters:,} parameters, {parameters * n_bytes / 2**30:.2f} GiB over all devices\n" in out
+        assert f"{role}: {parameters:,} parameters, {parameters * n_bytes / 2**30:.2f} GiB for one copy\n" in out
     assert f"{steps} steps: {steps * B * T:,} tokens\n" in out
 
 

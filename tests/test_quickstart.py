@@ -51,7 +51,7 @@ def test_the_quickstart_makes_bins_teacher_base_and_student(checkout):
                    checkout / "data/quickstart/student/step_00000001", out_dir / "step_00000004"):
         assert (folder / "model.safetensors").is_file(), folder
     assert [line["t"] for line in read_lines(out_dir, "mixture")] == [0, 1, 2]
-    for wanted in ("ETA", "worst ratio", "evaluated at step 4: largest ratio", "out/quickstart-ddk-0/step_00000004"):
+    for wanted in ("ETA", "worst ratio", "evaluated at step 4: worst ratio", "out/quickstart-ddk-0/step_00000004"):
         assert wanted in printed
     for name in meta["domains"]:
         assert len(re.findall(rf"(?m)^ *{name}\b", printed)) >= 2  # before training, and at the end

@@ -517,8 +517,8 @@ def test_a_figure_is_written_without_a_warning_or_its_file_is_named(program, mak
 
 @pytest.mark.parametrize("arguments, named", [
     ([], "--data_dir or --metrics"),
-    (["--data_dir=x", "--alpha=0"], "one --metrics"),
-    (["--metrics", "x", "y", "--rule=ddk"], "one --metrics"),
+    (["--data_dir=x", "--alpha=0"], "exactly one file in --metrics"),
+    (["--metrics", "x", "y", "--rule=ddk"], "exactly one file in --metrics"),
     (["--metrics=x", "--alph=1"], "--alph=1"),
     (["--data_dir=x", "--steps=0"], "--steps=0"),
     (["--data_dir=x", "--plot=x.png"], "--plot"),
