@@ -72,8 +72,8 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A method that the paper compares. The defaults are DDK's; a row of ARMS has the differences."""
+class Method:
+    """A method that the paper compares. The defaults are DDK's; a row of METHODS has the differences."""
     help: str
     rule: str = "ddk"  # the mixture rule, a key of sample_mixture.RULES
     divergence: str | None = "forward"  # `direction` of Eq. 3; None: cross-entropy only
@@ -83,13 +83,13 @@ class Arm:
         return self.divergence is not None
 
 
-ARMS = {
-    "ddk": Arm("r by Eq. 2 after every K steps"),
-    "ddk_no_fs": Arm("without factor smoothing: r by Eq. 1 after every K steps", rule="ddk_no_fs"),
-    "ddk_es": Arm("equal sampling: all domains alike", rule="equal"),
-    "kd": Arm("knowledge distillation in the natural mixture", rule="natural"),
-    "minillm": Arm("KD with teacher-forced reverse KL", rule="natural", divergence="reverse"),
-    "cpt": Arm("continued pre-training: the student alone", rule="natural", divergence=None),
+METHODS = {
+    "ddk": Method("r by Eq. 2 after every K steps"),
+    "ddk_no_fs": Method("without factor smoothing: r by Eq. 1 after every K steps", rule="ddk_no_fs"),
+    "ddk_es": Method("equal sampling: all domains alike", rule="equal"),
+    "kd": Method("knowledge distillation in the natural mixture", rule="natural"),
+    "minillm": Method("KD with teacher-forced reverse KL", rule="natural", divergence="reverse"),
+    "cpt": Method("continued pre-training: the student alone", rule="natural", divergence=None),
 }
 
 
@@ -105,7 +105,7 @@ class Config:
     domains: str = ""  # name,name,… of the bins' domains; left out: all
 
     # The method
-    method: Literal[tuple(ARMS)] = "ddk"  # see above
+    method: Literal[tuple(METHODS)] = "ddk"  # see above
     gamma: float = 0.2  # γ, weight of the divergence from the teacher
     temperature: float = 1.0  # T, divides the logits of both models in the divergence
     alpha: float = 0.5  # α, the share of r that follows the discrepancies; 1 − α is uniform
@@ -323,7 +323,7 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
 
     student: in its DistributedDataParallel wrapper if it has one. windows: this rank's, (n, block_size + 1) int64.
     UserError, on all ranks and before the update, if the loss or the gradient is not finite."""
-    arm = ARMS[config.method]
+    method = METHODS[config.method]
     num_tokens = config.batch_size * config.block_size
 
     # Forward and backward passes, one micro-batch at a time
@@ -335,13 +335,13 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
         targets = windows[rows, 1:]
 
         # The teacher's hidden states; the loss makes the logits.
-        if arm.divergence is not None:  # FSDP2 keeps its root gathered, so the loss can still use the head
+        if method.divergence is not None:  # FSDP2 keeps its root gathered, so the loss can still use the head
             with torch.no_grad(), autocast(config):
                 teacher_hidden, teacher_head = teacher(inputs, loss_fn=lambda hidden, head: (hidden, head))
 
         # Eq. 3, as a share of the whole batch: the losses of all micro-batches and ranks are sums over their tokens,
         # divided by the tokens of the batch. So they, and their gradients, add up to Eq. 3's mean.
-        equation = dict(gamma=config.gamma, temperature=config.temperature, direction=arm.divergence,
+        equation = dict(gamma=config.gamma, temperature=config.temperature, direction=method.divergence,
                         vocab_size=vocab_size, num_tokens=num_tokens)
         terms = {}  # name → value, detached, of a term besides Eq. 3, for the log
 
@@ -394,7 +394,7 @@ def train(config: Config) -> Path:
     for error in config_errors(config):  # the quickstart and tests call train directly
         raise UserError(error)
     config = resolve_auto(config)
-    arm = ARMS[config.method]
+    method = METHODS[config.method]
 
     with RunFolder(Path(config.out_dir)) as run:
         # Rank 0 checks everything that is cheap, and shares what it found.
@@ -434,9 +434,9 @@ def train(config: Config) -> Path:
         else:
             state.teacher_ppl = measure(teacher, val_windows)
             state.test_teacher_ppl = measure(teacher, test_windows)
-            run.log("run", 0, **record, rule=arm.rule, natural=dict(zip(bins.names, natural.tolist())),
+            run.log("run", 0, **record, rule=method.rule, natural=dict(zip(bins.names, natural.tolist())),
                     versions=environment(), parameters=count_parameters(models))
-        if not arm.trains_with_teacher:  # it has been measured
+        if not method.trains_with_teacher:  # it has been measured
             teacher = None
             models.clear()
         gc.collect()  # frees the teacher's memory: a compiled or sharded model is in reference cycles
@@ -462,8 +462,8 @@ def train(config: Config) -> Path:
                 student_ppl = measure(student, val_windows)
                 state.domains = measured_domains(student_ppl, state.teacher_ppl, sampler, config.block_size)
                 if steps_since_update == 0:
-                    r, state.rule_state = RULES[arm.rule](state.rule_state, list(student_ppl.values()),
-                                                          list(state.teacher_ppl.values()), natural, config.alpha)
+                    r, state.rule_state = RULES[method.rule](state.rule_state, list(student_ppl.values()),
+                                                             list(state.teacher_ppl.values()), natural, config.alpha)
                     sampler.probs = r
                     # r of the next K steps: for ddk at t = 0 the natural proportions, not the r_0 of its state.
                     run.log("mixture", state.step, t=t, r=dict(zip(bins.names, r.tolist())), domains=state.domains)
@@ -797,7 +797,7 @@ def load_models(config: Config, model_configs: dict, resumed: Path | None) -> di
         if role == "student":
             dtype = torch.float32
             source = str(resumed or source)
-        elif resumed is not None and not ARMS[config.method].trains_with_teacher:
+        elif resumed is not None and not METHODS[config.method].trains_with_teacher:
             continue  # it has been measured
 
         # Rank 0 reads the whole model. The other ranks make it on the meta device, without memory.
@@ -1132,7 +1132,7 @@ def config_errors(config: Config) -> list[str]:
     resolve_device(config.device)
     if config.wandb:
         import_optional("wandb", "--wandb")
-    arm = ARMS[config.method]
+    method = METHODS[config.method]
     makes_models = config.preset == "quickstart"
     world = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else world_size()
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -1148,7 +1148,7 @@ def config_errors(config: Config) -> list[str]:
          f"--student={config.student}: write scratch:LxD with D even, such as scratch:4x128"),
         (is_scratch(config.teacher), f"--teacher={config.teacher}: use the folder of a trained model"),
         (not makes_models and not config.student, "--student: use a model folder or scratch:LxD"),
-        (not makes_models and arm.trains_with_teacher and not config.teacher,
+        (not makes_models and method.trains_with_teacher and not config.teacher,
          f"--teacher: --method={config.method} requires a model folder"),
         (makes_models and not (config.teacher and config.student) and config.block_size > 2048,
          f"--block_size={config.block_size}: the models that the quickstart makes read at most 2048 tokens"),
@@ -1303,8 +1303,8 @@ def true_or_false(text: str) -> bool:
 def parse_config(argv: list[str] | None = None) -> Config:
     """Return the Config of a command line. The last value of a repeated key wins. Raise UserError on a mistake."""
     # A key for each field of Config. Its help is the comment on the same line: a second line would not be seen.
-    arms = "\n".join(f"    {name:10} {arm.help}" for name, arm in ARMS.items())
-    parser = Parser(description=f"{__doc__}\nThe methods:\n\n{arms}", allow_abbrev=False,
+    methods = "\n".join(f"    {name:10} {method.help}" for name, method in METHODS.items())
+    parser = Parser(description=f"{__doc__}\nThe methods:\n\n{methods}", allow_abbrev=False,
                     argument_default=argparse.SUPPRESS, formatter_class=argparse.RawDescriptionHelpFormatter)
     helps = dict(re.findall(r"(\w+): .*  # (.*)", inspect.getsource(Config)))
     for entry in fields(Config):

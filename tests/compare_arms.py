@@ -61,7 +61,7 @@ def extra_keys(text: str, given: dict) -> dict:
 
 
 # arm → the keys that differ from DDK's. DDK has the paper's values but for the quickstart's K.
-METHODS = {name: {"method": name} for name in distill.ARMS if name != "doremi_proxy"}
+METHODS = {name: {"method": name} for name in distill.METHODS if name != "doremi_proxy"}
 ABLATIONS = {name: extra_keys(name, {}) for name in SWEPT}
 # KD in DDK's mean mixture over the other seeds: kd_fixed in the mean of the whole run; kd_first in natural proportions
 # for the first interval, as DDK, then in the mean of the later steps
@@ -69,7 +69,7 @@ CONTROLS = {"kd_fixed": {"method": "kd"}, "kd_first": {"method": "kd_first"}}
 # arms that need a fork → the diff in tests/forks. CPT&DoReMi draws by the mixture of the fork's proxy, see run_arm.
 FORKS = {"ted": "ted", "cpt_doremi": "doremi"}
 ALL_ARMS = METHODS | ABLATIONS | CONTROLS
-if "doremi_proxy" in distill.ARMS:
+if "doremi_proxy" in distill.METHODS:
     ALL_ARMS["cpt_doremi"] = {"method": "cpt"}
 
 
@@ -175,7 +175,7 @@ def register_kd_first(others: list[dict]):
         return (natural if state is None else fixed), {}
 
     RULES["kd_first"] = kd_first_rule
-    distill.ARMS["kd_first"] = distill.Arm("KD in DDK's mean r after a natural first interval", rule="kd_first")
+    distill.METHODS["kd_first"] = distill.Method("KD in DDK's mean r after a natural first interval", rule="kd_first")
 
 
 def run_arm(name: str, keys: dict, others: list[dict]):

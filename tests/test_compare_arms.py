@@ -163,10 +163,10 @@ def test_the_controls_draw_ddks_mean_mixture_at_all_other_seeds(monkeypatch):
         other_runs(runs, 0, 4)
 
     # kd_first draws naturally in the first interval, and the r after the last step has drawn nothing.
-    monkeypatch.setattr(distill, "ARMS", dict(distill.ARMS))
+    monkeypatch.setattr(distill, "METHODS", dict(distill.METHODS))
     monkeypatch.setattr(compare_arms, "RULES", {})
     register_kd_first(other_runs(runs, 0, 3))
-    rule = compare_arms.RULES[distill.ARMS["kd_first"].rule]
+    rule = compare_arms.RULES[distill.METHODS["kd_first"].rule]
     natural, state = rule(None, [2.0, 3.0], [1.0, 1.0], [0.7, 0.3], 0.5)
     later, _ = rule(state, [9.0, 1.0], [1.0, 1.0], natural, 0.5)
     assert natural == [0.7, 0.3] and later.tolist() == pytest.approx([0.4, 0.6])

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from report_arms import make_tables, read_runs, with_tables
 
-from distill import ARMS, Config
+from distill import METHODS, Config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,11 +19,11 @@ def test_nothing_is_left_to_be_filled_in():
 
 
 def test_the_table_of_arms_is_the_codes():
-    """A fork's arm does not have to be in it."""
+    """A fork's method does not have to be in it."""
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (\w+) \| (.*) \|$", README, re.MULTILINE)
     assert {name for name, *_ in rows} >= {"ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"}
     for name, *row in rows:
-        assert row == [ARMS[name].rule, ARMS[name].divergence or "none", ARMS[name].help]
+        assert row == [METHODS[name].rule, METHODS[name].divergence or "none", METHODS[name].help]
 
 
 def test_each_key_that_the_readme_names_is_there():
