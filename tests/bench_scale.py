@@ -268,7 +268,8 @@ def simulate(preset: str, micro_batch_size: int, args: argparse.Namespace, mesh)
              "optimizer": ("student", 8)}
     n_parameters = count_parameters(models)
     for kind, (role, width) in kinds.items():
-        n_bytes = width * n_parameters[role] / args.world
+        world = args.world if role == "student" or config.shard_teacher else 1
+        n_bytes = width * n_parameters[role] / world
         assert abs(n_bytes / held[kind] - 1) < 0.02, f"{preset}: {kind} hold {held[kind]:,} bytes, not {n_bytes:,.0f}"
 
     moved = sum(tracker.moved.values())
