@@ -49,7 +49,7 @@ class UserError(ValueError):
 
 @contextmanager
 def user_errors(source: str | Path, fix: str):
-    """Turn any other exception into a UserError with `source`, the exception's own words and the `fix`."""
+    """Turn any exception but a UserError into one with `source`, the exception's own words and the `fix`."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
@@ -207,7 +207,8 @@ def read_meta(data_dir: str | Path) -> dict:
             for entry in (domain[split] for split in SPLITS if split in domain):  # nanoGPT's bins have no test split
                 if path.with_name(entry["file"]).stat().st_size != entry["tokens"] * np.dtype(domain["dtype"]).itemsize:
                     raise ValueError(f"{entry['file']} does not have the size of {entry['tokens']:,} tokens")
-        missing = TOKENIZER_KEYS - meta["tokenizer"].keys()
+        tokenizer = meta["tokenizer"]
+        missing = TOKENIZER_KEYS - tokenizer.keys() or {f for f in tokenizer["files"] if not path.with_name(f).is_file()}
         if missing or not meta["domains"]:
             raise ValueError(f"it has no {', '.join(missing) or 'domains'}")
     return meta
@@ -239,9 +240,8 @@ class TokenBins:
 
     def count_windows(self, name: str, split: str) -> int:
         """Return how many windows a split of a domain has; 0 if it has no such split."""
-        if split not in self.domains[name]:
-            return 0
-        return (self.domains[name][split]["tokens"] - 1) // self.block_size
+        n_tokens = self.domains[name].get(split, {}).get("tokens", 1)
+        return (n_tokens - 1) // self.block_size
 
     def _windows(self, name: str, split: str, window_ids: np.ndarray) -> np.ndarray:
         """Return windows of one bin, (len(window_ids), block_size + 1) int64. UserError if an id has no token."""
@@ -888,7 +888,7 @@ def main():
         rows.append([name, *[f"{domain[split][unit]:,}" for split in SPLITS for unit in ("documents", "tokens")]])
         val = domain["val"]
         if val["documents"] < 20 or val["tokens"] < 20_000:
-            print(f"note: {name}: {val['documents']} validation documents of {val['tokens']:,} tokens are few for r")
+            print(f"note: {name}: only {val['documents']} validation documents ({val['tokens']:,} tokens); r follows them")
     print_table(rows)
     print(f"wrote {args.out_dir}")
 

@@ -129,7 +129,7 @@ class Config:
     # How it is computed
     micro_batch_size: int = 0  # windows per forward pass, fewer in the last one; 0: all of a rank's windows
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of matrix products; auto: bfloat16 on cuda, else float32
-    compile: Literal["auto", "true", "false"] = "auto"  # the blocks; auto: on cuda. A large loss always is
+    compile: Literal["auto", "true", "false"] = "auto"  # the blocks; auto: on cuda. A large loss is always compiled
     device: str = "auto"  # cuda, mps or cpu; auto: the first one available
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"  # under torchrun; auto: fsdp (FSDP2) on GPUs, ddp on CPUs
     shard_teacher: bool = True  # with fsdp, shard the teacher too; false: whole on every device
@@ -149,7 +149,7 @@ class Config:
 BOUNDS = {"alpha": (0, 1), "lr": (0, 1), "temperature": (1e-3, 1e15), "interval": (1, 1e15), "val_samples": (1, 1e15),
           "block_size": (1, 1e15), "batch_size": (1, 1e15), "timeout": (0.1, 1e6), "log_every": (1, 1e15),
           "pretrain_steps": (4, 1e15)}
-# The keys that may change when a run is resumed. For teacher, student and data_dir, it compares the content instead.
+# The keys that may change when a run is resumed. For teacher, student and data_dir, the content counts.
 MAY_CHANGE = {"preset", "teacher", "student", "data_dir", "out_dir", "micro_batch_size", "compile", "device",
               "parallel", "shard_teacher", "checkpoint_activations", "timeout", "save_every", "keep", "log_every",
               "wandb", "dry_run", "pretrain_steps"}
@@ -334,8 +334,8 @@ def training_step(step: int, student: nn.Module, teacher: GPT | None, optimizers
         inputs = windows[rows, :-1]
         targets = windows[rows, 1:]
 
-        # The teacher's hidden states; the loss makes the logits.
-        if method.divergence is not None:  # FSDP2 keeps its root gathered, so the loss can still use the head
+        # The teacher's hidden states; the loss makes the logits. FSDP2 keeps the root, and so the head, gathered.
+        if method.divergence is not None:
             with torch.no_grad(), autocast(config):
                 teacher_hidden, teacher_head = teacher(inputs, loss_fn=lambda hidden, head: (hidden, head))
 
@@ -1260,7 +1260,7 @@ def quickstart(config: Config) -> Config:
     on_rank_0(build_quickstart_bins, Path(config.data_dir))
     models = quickstart_models(config.pretrain_steps)
 
-    # Check the main run before minutes of training: a model that is not trained yet as scratch:LxD.
+    # Check the main run before minutes of training. Models that are not trained yet are checked as scratch:LxD.
     recipes = {role: getattr(config, role) or keys["student"] for role, keys in models.items()}
     on_rank_0(preflight, replace(config, **recipes))
     for role, keys in models.items():

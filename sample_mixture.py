@@ -345,7 +345,7 @@ def show_metrics(args: argparse.Namespace) -> dict:
         if len(paths) > 1:
             raise UserError(f"--metrics: {key} differs: {paths}; compare runs that agree in it")
 
-    # The table is on test windows if a run has them. Runs of a group differ only in the seed.
+    # The table is on test windows if a run has them. Runs of a group differ in the seed; its last run counts.
     reference = max(runs, key=lambda run: run.measured_on == "test windows")
     by_seed = defaultdict(dict)  # experiment → seed → run
     for run in runs:

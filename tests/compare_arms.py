@@ -12,7 +12,7 @@ base and its own order of the data. In `replicates` it also draws its own text, 
 teacher.
 
 Runs are distill.py's own (`train`), one after the other, in `out_dir`. The same command continues where it was stopped,
-and commands with different --first may run at the same time. results.json there keeps the numbers of each run, of which
+and two `replicates` commands for disjoint seeds may run at the same time. results.json there keeps the numbers of each run, of which
 report_arms.py makes tables and figures. Ratios at the end are measured on test windows. These never update r.
 """
 
@@ -61,14 +61,14 @@ def extra_keys(text: str, given: dict) -> dict:
 
 
 # arm → the keys that differ from DDK's. DDK has the paper's values but for the quickstart's K.
-METHODS = {name: {"method": name} for name in distill.METHODS if name != "doremi_proxy"}
+METHOD_ARMS = {name: {"method": name} for name in distill.METHODS if name != "doremi_proxy"}
 ABLATIONS = {name: extra_keys(name, {}) for name in SWEPT}
 # KD in DDK's mean mixture over the other seeds: kd_fixed in the mean of the whole run; kd_first in natural proportions
 # for the first interval, as DDK, then in the mean of the later steps
 CONTROLS = {"kd_fixed": {"method": "kd"}, "kd_first": {"method": "kd_first"}}
 # arms that need a fork → the diff in tests/forks. CPT&DoReMi draws by the mixture of the fork's proxy, see run_arm.
 FORKS = {"ted": "ted", "cpt_doremi": "doremi"}
-ALL_ARMS = METHODS | ABLATIONS | CONTROLS
+ALL_ARMS = METHOD_ARMS | ABLATIONS | CONTROLS
 if "doremi_proxy" in distill.METHODS:
     ALL_ARMS["cpt_doremi"] = {"method": "cpt"}
 
@@ -147,9 +147,12 @@ def run(keys: dict) -> Path:
     return folder
 
 
-def other_runs(runs: dict, seed: int, n_seeds: int) -> list[dict]:
-    """Return DDK's runs at all of `n_seeds` but `seed`. UserError if one of them has not run."""
-    others = [runs[str(other)] for other in range(n_seeds) if other != seed and str(other) in runs]
+def other_runs(results: dict, experiment: dict, seed: int, n_seeds: int) -> list[dict]:
+    """Return DDK's runs of an experiment at all other seeds. UserError if fewer than n_seeds − 1 of them have run."""
+    ddk = results.get("ddk", {})
+    others = []
+    if ddk.get("experiment") == experiment:
+        others = [numbers for other, numbers in ddk["runs"].items() if other != str(seed)]
     if len(others) < max(n_seeds - 1, 1):
         raise UserError(f"--arms={','.join(CONTROLS)}: need ddk at all other seeds; let ddk run first")
     return others
@@ -229,7 +232,10 @@ def summary(out_dir: Path, base_dir: Path) -> dict:
 
 def read_kept(path: Path) -> dict:
     """Return a results file: arm → {"experiment": …, "runs": seed → numbers}; empty if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if any("runs" not in kept for kept in results.values()):
+        raise UserError(f"{path}: has an older format; continue with the code that wrote it, or use another --out_dir")
+    return results
 
 
 def keep(path: Path, name: str, experiment: dict, seed: int, numbers: dict) -> dict:
@@ -267,7 +273,7 @@ def main():
     parser.add_argument("--arms", default="ddk,ddk_no_fs,ddk_es,kd,minillm,cpt", help="name,… of arms")
     parser.add_argument("--out_dir", default="", help="folder of the runs (default: out/compare-SETTING)")
     parser.add_argument("--label", default="", help="prefix of the names under which the runs are kept")
-    parser.add_argument("--keys", default="", help="other values of distill.py's keys for all runs: key=value,…")
+    parser.add_argument("--keys", default="", help="other values of distill.py's keys for all arms: key=value,…")
     parser.add_argument("--steps", type=int, default=0, help="steps of teacher and student base, to try it out")
     args = parser.parse_args()
     setting = SETTINGS[args.setting]
@@ -291,8 +297,8 @@ def main():
     todo = [(seed, name) for seed in range(args.first, args.seeds) for name in arms
             if str(seed) not in results.get(args.label + name, {"runs": {}})["runs"]]
     for seed, name in todo:
-        if name in CONTROLS and "ddk" not in arms:
-            other_runs(results.get("ddk", {"runs": {}})["runs"], seed, args.seeds)
+        if name in CONTROLS:
+            other_runs(results, experiments[name], seed, args.seeds)
 
     def pretrain(keys: dict, seed: int, folder: Path) -> Path:
         keys = {**QUICKSTART["student"], **keys, "seed": seed, "out_dir": str(folder)}
@@ -332,10 +338,10 @@ def main():
             count += 1
             kept_as = args.label + name
             run_dir = out_dir / f"{kept_as}-{seed}"
-            others = other_runs(results["ddk"]["runs"], seed, args.seeds) if name in CONTROLS else []
+            others = other_runs(results, experiments[name], seed, args.seeds) if name in CONTROLS else []
             run_arm(name, {**keys, "preset": "quickstart", "teacher": str(teacher), "student": str(base), "seed": seed,
                            "keep": 1, "out_dir": str(run_dir)}, others)
-            numbers = {"same": same, **summary(run_dir, base.parent)}
+            numbers = {"same": same, "others": len(others), **summary(run_dir, base.parent)}
             results = keep(path, kept_as, experiments[name], seed, numbers)
             print(f"{count}/{len(todo)}  {kept_as}, seed {seed}", flush=True)
     print(arms_table({args.setting: runs_of(results)}, results))

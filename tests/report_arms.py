@@ -346,7 +346,7 @@ def family_table(family: list[Pair], tests: dict) -> str:
         row = [f"{pair.text} ({pair.where})" if pair.where else pair.text]
         for measure in columns if pair.measures != CHANGES else CHANGES:
             label = "" if measure in columns else f"{MEASURES[measure]}: "
-            digits = 4 if label else 0 if measure == "speed" else 3
+            digits = 4 if label else 1 if measure == "speed" else 3
             test = tests.get((pair.first, pair.second, measure))
             row.append(label + difference_cell(pair, test, digits) if test else "")
         rows.append(row + [""] * (len(columns) + 1 - len(row)))
@@ -377,8 +377,8 @@ def make_tables(settings: dict, replicates: dict) -> dict[str, str]:
     swept = [*ALPHAS, *TEMPERATURES, *[f"t2_{name}" for name in TEMPERATURES]]
     arms = [arm for arm in ARMS if "=" not in arm] + swept
     tables = {"settings": arms_table(settings, arms), "claims": claims_table(settings)}
-    if len(replicates.get("kd_fixed", {})) == N_REPLICATES:
-        family = REGISTERED if len(replicates.get("kd_first", {})) == N_REPLICATES else NOVEMBER
+    family = REGISTERED if "kd_first" in replicates else NOVEMBER
+    if all(len(replicates.get(arm, {})) == N_REPLICATES for pair in family for arm in (pair.first, pair.second)):
         tests = decided(replicates, family, sign_flip_p)
         tables["replicates"] = replicates_table(replicates)
         tables["family"] = family_table(family, tests)
@@ -444,7 +444,8 @@ def main():
     tables = make_tables(settings, replicates)
     for page in (ROOT / "README.md", ROOT / "assets" / "RESULTS.md"):
         page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
-    draw(replicates, ROOT / "assets" / "replicates.png")
+    if "family" in tables:
+        draw(replicates, ROOT / "assets" / "replicates.png")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import compare_arms
 import pytest
+import report_arms
 import torch
 from compare_arms import ALL_ARMS, chosen_arms, fixed_mixture, other_runs, register_kd_first, shuffled_files
 from conftest import read_lines
@@ -126,9 +127,11 @@ def test_the_table_has_a_line_for_each_arm_that_ran_and_the_base_that_was_measur
 
 
 def test_the_time_course_is_of_differences_at_the_same_seed():
-    lines = course_table(made_up(ddk=[1.0, 2.0], ddk_es=[2.0, 2.6]), every=10).splitlines()
+    runs = made_up(ddk=[1.0, 2.0], ddk_es=[2.0, 2.6])
+    runs["ddk_es"] = dict(reversed(runs["ddk_es"].items()))
+    lines = course_table(runs, every=10).splitlines()
     assert lines[0] == "| step | DDK − `ddk_es`, worst | DDK − `ddk_es`, mean |" and len(lines) == 3
-    assert lines[2].startswith("| 10 | -0.880 [")  # code: 1.1 · (1 − 2) and 1.1 · (2 − 2.6)
+    assert lines[2].startswith("| 10 | -0.880 [-3.675, +1.915] |")  # 1.1 · (1 − 2) and 1.1 · (2 − 2.6); t = 12.706
 
 
 def test_a_page_gets_its_tables():
@@ -157,15 +160,17 @@ def test_the_controls_draw_ddks_mean_mixture_at_all_other_seeds(monkeypatch):
         share = code / (code + prose)
         runs[str(seed)] = {"end": {"code": {"tokens": code}, "prose": {"tokens": prose}},
                            "r": {"code": [0.5, share, share, 0.9], "prose": [0.5, 1 - share, 1 - share, 0.1]}}
-    assert fixed_mixture(other_runs(runs, 0, 3)) == "code=0.40000,prose=0.60000"
-    assert fixed_mixture(other_runs(runs, 2, 3)) == "code=0.55000,prose=0.45000"
-    with pytest.raises(UserError, match="let ddk run first"):
-        other_runs(runs, 0, 4)
+    results = {"ddk": {"experiment": {"lr": 1}, "runs": runs}}
+    assert fixed_mixture(other_runs(results, {"lr": 1}, 0, 3)) == "code=0.40000,prose=0.60000"
+    assert fixed_mixture(other_runs(results, {"lr": 1}, 2, 2)) == "code=0.55000,prose=0.45000"  # all others
+    for experiment, n_seeds in (({"lr": 1}, 4), ({"lr": 2}, 3)):
+        with pytest.raises(UserError, match="let ddk run first"):
+            other_runs(results, experiment, 0, n_seeds)
 
     # kd_first draws naturally in the first interval, and the r after the last step has drawn nothing.
     monkeypatch.setattr(distill, "METHODS", dict(distill.METHODS))
     monkeypatch.setattr(compare_arms, "RULES", {})
-    register_kd_first(other_runs(runs, 0, 3))
+    register_kd_first(other_runs(results, {"lr": 1}, 0, 3))
     rule = compare_arms.RULES[distill.METHODS["kd_first"].rule]
     natural, state = rule(None, [2.0, 3.0], [1.0, 1.0], [0.7, 0.3], 0.5)
     later, _ = rule(state, [9.0, 1.0], [1.0, 1.0], natural, 0.5)
@@ -182,10 +187,10 @@ def test_speed_is_the_first_evaluation_with_a_worst_ratio_below_2_or_an_interval
 
 
 def test_the_share_of_a_gain_is_of_means():
-    results = made_up(ddk=[1.0, 1.0, 1.0, 1.0], cpt=[2.0, 2.2, 1.8, 2.0], ddk_es=[1.5, 1.6, 1.4, 1.5])
+    results = made_up(ddk=[1.0, 1.0], cpt=[2.0, 3.0], ddk_es=[1.5, 1.2])
     whole, of_replicates = share_of_gain(results, "ddk_es", "worst_ratio")
-    assert whole == pytest.approx(0.5)
-    assert statistics.mean(of_replicates) == pytest.approx(0.5, abs=1e-3)
+    assert whole == pytest.approx((0.5 + 1.8) / 3)
+    assert of_replicates == pytest.approx([2 * whole - 1.8 / 2, 2 * whole - 0.5])  # without the first, the second
 
 
 def test_changes_are_counted_from_the_first_r_that_draws_or_later():
@@ -196,7 +201,8 @@ def test_changes_are_counted_from_the_first_r_that_draws_or_later():
     assert changes == pytest.approx([0.4 / 3, 0.1, 4 / 3, 1.0])
 
 
-def test_the_replicates_tables_come_once_all_have_run():
+def test_the_replicates_tables_come_once_all_have_run_with_sign_flip_tests(monkeypatch):
+    monkeypatch.setattr(report_arms, "sign_flip_p", lambda differences: 0.5)
     for family in (NOVEMBER, REGISTERED):
         arms = {pair.first for pair in family} | {pair.second for pair in family}
         replicates = made_up(**{arm: [1.0 + place + seed % 3 / 10 for seed in range(24)]
@@ -213,9 +219,10 @@ def test_the_replicates_tables_come_once_all_have_run():
         assert len(tables["replicates_arms"].splitlines()) == 2 + len(arms)
         assert len(tables["family"].splitlines()) == 2 + sum(pair.text != "" for pair in family)
         n_tests = sum(len(pair.measures) for pair in family)
-        assert tables["family"].count("p < 0.0001") + tables["family"].count("p = ") == n_tests
-        del replicates["kd_fixed"]["0"]
-        assert "replicates" not in make_tables(settings, replicates)
+        assert tables["family"].count("p = 0.5000, not decided") == n_tests
+        for arm in ("kd_fixed", "minillm"):
+            missing = {**replicates, arm: {"0": replicates[arm]["0"]}}
+            assert "replicates" not in make_tables(settings, missing)
 
 
 def test_all_arms_that_are_compared_can_be_run():
@@ -286,7 +293,8 @@ def test_each_replicate_has_its_own_text_and_teacher_and_the_fixed_mixture_is_th
     words = ("--setting=replicates", "--seeds=2")
     assert "let ddk run first" in compare(*words, "--arms=kd_fixed", status=2)
     compare(*words, "--first=1", "--arms=ddk")
-    assert "2/2  kd, seed 1" not in compare(*words, "--arms=ddk,kd")
+    printed = compare(*words, "--arms=ddk,kd")
+    assert "3/3  kd, seed 1" in printed and "ddk, seed 1" not in printed
     compare(*words, "--arms=kd_fixed,kd_first")
     results = read_runs(tmp_path)
     for key in ("same", "base_ratio"):

@@ -138,7 +138,7 @@ def test_the_program_writes_bins_and_prints_what_it_skipped(program, tmp_path):
                      "note: skipped 1 empty documents of mine",
                      "note: skipped 2 records without text under the key body"]
     assert "each document ends with <|endoftext|>, id 256\n" in stdout
-    assert "note: mine: 4 validation documents of " in stdout  # thin validation
+    assert "note: mine: only 4 validation documents (" in stdout  # thin validation
 
 
 @pytest.mark.parametrize("arguments, named", [
@@ -956,6 +956,8 @@ BAD_FOLDERS = {
     "version 2": (in_meta(lambda meta: meta.update(format_version=2)), "delete the whole folder and make"),
     "truncated": (lambda folder: os.truncate(folder / "code.train.bin", 100), "code.train.bin does not have the size"),
     "missing bin": (drop("code.test.bin"), "code.test.bin"),
+    "missing tokenizer": (in_meta(lambda meta: meta["tokenizer"].update(files=["tokenizer.json"])),
+                          "it has no tokenizer.json"),
 }
 
 

@@ -1000,6 +1000,7 @@ MIXTURES = ["a", "letters=x", "letters=-1", "letters=0", "letters=1,,digits=1"]
     (["--batch_size=9"], TWO, "--batch_size=9: must be a multiple of 2, the number of processes"),
     (["--device=abacus"], {}, "--device=abacus"),
     (["--parallel=none"], TWO, "--parallel=none: there are 2 processes; use ddp or fsdp"),
+    (["--parallel=fsdp"], {}, "--parallel=fsdp: start the processes with torchrun"),
     (["--device=auto"], dict(**TWO, GPUS="1"), "--device=auto: more processes than GPUs here"),
     ([], dict(RANK="0"), "the processes cannot meet: "),
     (["--wandb"], dict(NO_PACKAGES="1"), "--wandb: "),
