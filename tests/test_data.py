@@ -193,6 +193,14 @@ def test_what_ends_a_program_is_its_status_and_message_without_a_traceback(
     assert bool(waited) == (rank == "3")
 
 
+def test_a_file_that_requires_a_package_names_it(tmp_path, monkeypatch):
+    for name in ("a.txt.zst", "a.parquet"):
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+        (tmp_path / name).write_bytes(b"x")
+        message = refused(documents, tmp_path / name)
+        assert name in message and "pip install pyarrow" in message
+
+
 def test_an_unforeseen_error_is_told_with_its_source_and_the_fix():
     def read(error):
         with user_errors("file.x", "copy it again"):

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import types
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, field, fields, make_dataclass, replace
 from decimal import Decimal, getcontext
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -388,6 +388,14 @@ def test_cpt_goes_without_a_teacher(program, tmp_path):
         assert all(domain["teacher_ppl"] is domain["ratio"] is None for domain in line["domains"].values())
 
 
+def test_a_model_is_built_from_the_configuration_that_was_checked(config, teacher, monkeypatch):
+    """As on the other ranks, so that a fork that changes it trains one model on all."""
+    original = distill.read_config
+    monkeypatch.setattr(distill, "read_config", lambda folder: replace(original(folder), rms_norm_eps=0.25))
+    folder = train(config(student=str(teacher), max_steps=0))
+    assert json.loads((folder / "config.json").read_text())["rms_norm_eps"] == 0.25
+
+
 def test_fsdp_gathers_in_the_dtype_of_the_products_and_reduces_in_float32(monkeypatch):
     wrapped = []
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -555,6 +563,13 @@ def test_ends_of_text_agree_in_all_files_of_a_checkpoint(config, straight, teach
         assert tokenizer.eos_token_id == tokenizer.bos_token_id == 256
 
 
+def test_the_files_of_a_checkpoint_may_be_read_by_whom_the_umask_lets(config, tmp_path):
+    before = os.umask(0o027)
+    folder = train(config(max_steps=0))
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o640}
+
+
 def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_its_log_too(config, monkeypatch):
     done = []
     rename = os.rename
@@ -687,6 +702,26 @@ def test_a_second_ctrl_c_exits_at_once(program, at, tmp_path):
     assert checkpoints(tmp_path / "run") == [2] and read_lines(tmp_path / "run")[-1]["step"] == 3
 
 
+def test_a_signal_straight_after_a_resume_writes_no_checkpoint_again(config, at, straight, tmp_path, monkeypatch):
+    at["train", 4] = TERM
+    with pytest.raises(SystemExit):
+        train(config())
+    written = (tmp_path / "run" / "step_00000004").stat()
+    catch_signals = distill.RunFolder.catch_signals
+
+    def catch_one_that_comes_at_once(run):
+        catch_signals(run)
+        TERM()
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(distill.RunFolder, "catch_signals", catch_one_that_comes_at_once)
+        train(config())
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert (tmp_path / "run" / "step_00000004").stat().st_ino == written.st_ino
+    train(config())
+    assert_same_run(tmp_path / "run", straight())
+
+
 def test_a_finished_run_says_so_and_does_nothing(program, straight, tmp_path, monkeypatch):
     run = copy_of(straight(), tmp_path / "run")
     before = files_of(run)
@@ -736,6 +771,21 @@ def test_another_experiment_in_the_same_folder_is_refused_by_key_and_nothing_is_
     assert files_of(straight()) == before
 
 
+def test_a_key_newer_than_a_run_had_its_default_there_and_may_not_change(config, straight, monkeypatch):
+    straight()
+    forked = make_dataclass("Forked", [("colour", str, field(default="red"))], bases=(Config,))
+    monkeypatch.setattr(distill, "Config", forked)
+    assert train(config(out_dir=str(straight()))).name == "step_00000008"
+    with pytest.raises(UserError, match=f"^--colour=blue: the run in {straight()} has another, --colour=red\n"):
+        train(config(out_dir=str(straight()), colour="blue"))
+
+
+def test_a_teacher_that_the_run_did_not_have_is_another_experiment(config, teacher):
+    train(config(teacher="", method="cpt", max_steps=0))
+    with pytest.raises(UserError, match=f"^--teacher={teacher}: the run in .* has another, --teacher=\n"):
+        train(config(method="cpt", max_steps=0))
+
+
 def test_keys_that_change_no_experiment_may_change(config, at, tmp_path):
     at["train", 5] = TERM
     with pytest.raises(SystemExit):
@@ -758,6 +808,16 @@ def test_models_and_data_are_compared_by_content_not_by_path(config, straight, d
         train(settings)
     for key, folder in (("teacher", moved), ("data_dir", bins)):
         assert f"--{key}={folder}: the run in {tmp_path / 'run'} has another, --{key}=" in str(refused.value)
+
+
+def test_a_run_without_a_checkpoint_yet_is_not_given_to_another_experiment(config, at, tmp_path):
+    at["train", 1] = kill
+    with pytest.raises(Killed):
+        train(config())
+    before = files_of(tmp_path / "run")
+    with pytest.raises(UserError, match="--lr=0.5"):
+        train(config(lr=0.5))
+    assert files_of(tmp_path / "run") == before
 
 
 def test_a_start_that_failed_does_not_claim_the_folder(config, teacher, tmp_path):
@@ -883,6 +943,13 @@ def test_of_a_key_given_twice_the_last_counts_and_a_space_does_for_the_equals_si
     config = parse_config(["--seed=1", "--seed", "2", "--wandb", "--wandb=false", "--shard_teacher", "false"])
     assert (config.seed, config.wandb, config.shard_teacher) == (2, False, False)
     assert config.out_dir == "out/quickstart-ddk-2" and config.data_dir == "data/quickstart"
+
+
+def test_the_first_step_says_how_long_the_run_will_take(program):
+    _, out, _ = program("--log_every=100")
+    shown = [line for line in out.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in shown] == ["1/8", "8/8"]
+    assert all(re.search(r"[\d,]+ tokens/s  ETA \d+:\d\d:\d\d$", line) for line in shown)
 
 
 def test_help_lists_every_key_with_its_comment_and_its_defaults(run_main, monkeypatch):

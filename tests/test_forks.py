@@ -5,6 +5,7 @@ This process imports the copies next to the project's own files."""
 import functools
 import importlib
 import itertools
+import math
 import os
 import re
 import shutil
@@ -18,10 +19,12 @@ import torch
 import torch.nn.functional as F
 from conftest import NAMES, assert_same_run, read_lines, words
 from safetensors.torch import load_file
-from test_distill import T, exact_softmax, first_batch, new_student, read_state
+from test_distill import B, T, exact_softmax, first_batch, new_student, read_state
 
 import distill
+from data import TokenBins
 from model import GPT
+from sample_mixture import MixtureSampler
 
 ROOT = Path(__file__).parent.parent
 
@@ -245,6 +248,17 @@ def test_teds_first_stage_teaches_the_filters_to_predict(ted, trained, data_dir,
         assert losses[1] < 0.9 * losses[0], role
 
 
+def test_teds_filters_are_clipped_with_the_student(ted, trained, monkeypatch):
+    monkeypatch.setattr(ted, "DISTANCE_WEIGHT", 10.0)
+    folder = trained(ted, method="ted", max_steps=1, grad_clip=0.05)
+    norms = {True: [], False: []}
+    for name, moments in torch.load(folder / "optimizer.pt", weights_only=True)["state"].items():
+        gradient = moments["exp_avg"] / 0.1  # AdamW's 1 − β₁
+        norms[name.startswith("extra.")].append(gradient.norm().item())
+    both = [math.hypot(*norms[of_filters]) for of_filters in (True, False)]
+    assert min(both) > 0.001 and math.hypot(*both) == pytest.approx(0.05, rel=1e-5)
+
+
 def test_ted_trains_and_saves_its_filters_apart_from_the_model_and_resumes_to_the_bit(ted, trained):
     folder = trained(ted, method="ted", keep=0)
     before, after = filters_of(folder.with_name("step_00000004")), filters_of(folder)
@@ -300,6 +314,16 @@ def test_a_doremi_proxy_weighs_the_loss_by_its_excess(doremi, trained, data_dir,
     weights = torch.tensor([alpha[i] / (0.75, 0.25)[i] for i in ids])[:, None]
     (line,) = read_lines(folder.parent, "train")
     assert line["loss"] == pytest.approx(((weights * proxy).sum() / (weights.sum() * T)).item(), rel=1e-5)
+
+
+def test_a_domain_that_is_not_drawn_keeps_its_excess(doremi, keys, data_dir, teacher):
+    ids, windows = first_batch(data_dir, {"letters": 1, "digits": 1, "signs": 0})
+    before = {"alpha": [0.2, 0.3, 0.5], "excess": [9.0, 9.0, 1.5], "total": [0.0] * 3}
+    sampler = MixtureSampler(TokenBins(data_dir, T).n_windows, B, seed=0)
+    config = doremi.resolve_auto(doremi.resolve_config({**keys, "method": "doremi_proxy"}))
+    _, state = doremi.window_weights(before, new_student(), GPT.from_pretrained(teacher), windows, ids, sampler, config)
+    assert state["excess"][2] == 1.5 and 9.0 not in state["excess"]
+    assert state["alpha"] == pytest.approx(exact_doremi(before["alpha"], state["excess"]), rel=1e-9)
 
 
 def test_cpt_and_doremi_is_three_commands_and_the_proxy_resumes_to_the_bit(doremi, trained, run_main, keys, tmp_path):

@@ -294,6 +294,13 @@ def test_gradients_reach_what_is_trained_of_the_student_alone_and_scale_with_wha
     assert_equal([inputs[i].grad for i in trained], [-2.5 * expected[i] for i in trained], 1e-10)
 
 
+def test_a_second_backward_pass_is_refused():
+    loss = distillation_loss(*example())[0]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError):
+        loss.backward()
+
+
 def test_bfloat16_gradients_of_many_chunks_add_up_in_float32():
     hidden = torch.ones(600, 1, dtype=torch.bfloat16)
     head = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)

@@ -392,6 +392,15 @@ def test_what_config_json_says_besides_is_kept_and_a_second_save_changes_nothing
         assert (tmp_path / "ours" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
 
 
+def test_a_loaded_model_does_not_change_with_its_file(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    gpt, path = GPT.from_pretrained(tmp_path), tmp_path / WEIGHTS
+    before = gpt.embed_tokens.weight.clone()
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert gpt.embed_tokens.weight.equal(before)
+
+
 def test_modules_in_extra_are_trained_along_and_are_no_part_of_what_is_saved(tmp_path):
     gpt = tiny()
     assert not any(name.startswith("extra") for name in gpt.state_dict())
@@ -663,6 +672,15 @@ def test_the_program_continues_a_prompt_and_a_seed_decides_how(folder, run_main)
     assert (status, err) == (0, "") and output.startswith("Grüße <|endoftext|>") and len(output) > 25
     assert run_main(model_program, *arguments, "--seed=3") == (0, output, "")
     assert run_main(model_program, *arguments, "--seed=4")[1] != output
+
+
+def test_help_lists_every_key_with_its_default(run_main, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "999")
+    status, output, _ = run_main(model_program, "--help")
+    assert status == 0
+    for key, default in {"model": "", "prompt": "", "tokenizer": "", "eot": "", "max_new_tokens": 200,
+                         "temperature": 0.8, "seed": 0, "device": "auto"}.items():
+        assert f"--{key}" in output and f"default: {default}" in output
 
 
 @pytest.mark.parametrize("arguments, named", [

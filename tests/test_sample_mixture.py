@@ -364,6 +364,11 @@ def test_the_program_replays_r_by_the_runs_own_rule_or_another(program, make_run
     assert (difference <= 1e-12) == (arguments == [])
 
 
+def test_the_largest_difference_of_a_replay_is_over_all_evaluations_and_domains(program, make_run):
+    path = make_run(r=[[0.3, 0.35], [0.25, 0.75]])  # 0.05 more and 0.4 less than the natural mixture
+    assert "the run's own r: 4.0e-01" in program(f"--metrics={path}", "--rule=natural")[1]
+
+
 def test_a_run_without_a_teacher_replays_by_its_own_rule(program, make_run):
     path = make_run(rule="natural", teacher_ppl=(None, None), test_samples=0)
     assert shares(program(f"--metrics={path}")[1]) == {0: [0.25, 0.75], 20: [0.25, 0.75]}
@@ -522,6 +527,15 @@ def test_a_figure_is_written_without_a_warning_or_its_file_is_named(program, mak
 def test_a_bad_argument_is_named(program, arguments, named):
     status, stdout, stderr = program(*arguments)
     assert status == 2 and stdout == "" and named in stderr.rpartition("error: ")[2]
+
+
+@pytest.mark.parametrize("lines", [[], ["run"], ["mixture"], ["run", "{", "mixture"], ["[1]"]], ids=str)
+def test_metrics_that_no_run_writes_are_refused(program, make_run, lines):
+    path = make_run()
+    run, mixture, *_ = path.read_text().splitlines()
+    path.write_text("".join({"run": run, "mixture": mixture}.get(line, line) + "\n" for line in lines))
+    status, _, stderr = program(f"--metrics={path}")
+    assert status == 2 and str(path) in stderr
 
 
 def test_without_torch_it_runs_and_an_error_is_one_message_without_a_traceback():
