@@ -240,8 +240,9 @@ class TokenBins:
 
     def count_windows(self, name: str, split: str) -> int:
         """Return how many windows a split of a domain has; 0 if it has no such split."""
-        n_tokens = self.domains[name].get(split, {}).get("tokens", 1)
-        return (n_tokens - 1) // self.block_size
+        if split not in self.domains[name]:
+            return 0
+        return (self.domains[name][split]["tokens"] - 1) // self.block_size
 
     def _windows(self, name: str, split: str, window_ids: np.ndarray) -> np.ndarray:
         """Return windows of one bin, (len(window_ids), block_size + 1) int64. UserError if an id has no token."""

@@ -12,8 +12,8 @@ base and its own order of the data. In `replicates` it also draws its own text, 
 teacher.
 
 Runs are distill.py's own (`train`), one after the other, in `out_dir`. The same command continues where it was stopped,
-and two `replicates` commands for disjoint seeds may run at the same time. results.json there keeps the numbers of each run, of which
-report_arms.py makes tables and figures. Ratios at the end are measured on test windows. These never update r.
+and two `replicates` commands for disjoint seeds may run at the same time. results.json there has the numbers of
+each run, for report_arms.py. Ratios at the end are measured on test windows. These never update r.
 """
 
 import argparse
@@ -330,7 +330,7 @@ def main():
                                     f"of another teacher than {teacher}; use another --out_dir")
 
         # The seed's student base, and the run of each arm from it
-        base_keys = {**keys, **setting.student, "test_samples": keys["test_samples"]}
+        base_keys = {**keys, **setting.student, "test_samples": keys["test_samples"]}  # a base is measured there, too
         if setting.teacher is None:
             base_keys.update(teacher=str(teacher), student=ten_layers(args.teacher, out_dir / "ten-layers"))
         base = pretrain(base_keys, seed, out_dir / f"base-{seed}")

@@ -299,14 +299,14 @@ def arms_table(settings: dict, arms=ARMS, shares: bool = False) -> str:
     and the ratio of each domain; with `shares` the share of DDK's gain over CPT."""
     rows = []
     for setting, runs in settings.items():
-        ratios = {}  # label → seeds × domains
+        ratios = {}  # arm → seeds × domains
         for arm in [arm for arm in arms if arm in runs]:
             every = list(runs[arm].values())
             if not ratios and "base_ratio" in every[0]:
                 ratios["student base"] = [list(one["base_ratio"].values()) for one in every]
-            ratios[f"`{arm}`"] = [[domain["test_ratio"] for domain in one["end"].values()] for one in every]
-        for label, of_runs in ratios.items():
-            arm = label.strip("`")
+            ratios[arm] = [[domain["test_ratio"] for domain in one["end"].values()] for one in every]
+        for arm, of_runs in ratios.items():
+            label = arm if arm == "student base" else f"`{arm}`"
             worst = [max(of_run) for of_run in of_runs]
             mean = [statistics.mean(of_run) for of_run in of_runs]
             row = [f"{setting}: {label}" if len(settings) > 1 else label, str(len(of_runs)), format_mean(worst),
@@ -346,7 +346,7 @@ def family_table(family: list[Pair], tests: dict) -> str:
         row = [f"{pair.text} ({pair.where})" if pair.where else pair.text]
         for measure in columns if pair.measures != CHANGES else CHANGES:
             label = "" if measure in columns else f"{MEASURES[measure]}: "
-            digits = 4 if label else 1 if measure == "speed" else 3
+            digits = {"speed": 1, **dict.fromkeys(CHANGES, 4)}.get(measure, 3)
             test = tests.get((pair.first, pair.second, measure))
             row.append(label + difference_cell(pair, test, digits) if test else "")
         rows.append(row + [""] * (len(columns) + 1 - len(row)))

@@ -89,7 +89,7 @@ class Watch:
         return self.original(step, student, teacher, optimizers, windows, *args, config=config, **kwargs)
 
     def count_graphs(self):
-        """Return how many graphs Dynamo has traced since the first step. Too many recompilations fail."""
+        """Write how many graphs Dynamo has traced since the first step, and its breaks. Too many recompilations fail."""
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         counters = torch._dynamo.utils.counters
         if len(self.windows) == 1:
