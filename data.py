@@ -694,9 +694,8 @@ def build_bins(out_dir: str | Path, tokenizer: Tokenizer, documents: Iterable[tu
                 if some_with_end and tokenizer.eot_id in ids:
                     n_with_end += 1
                     continue
-                if name not in domains:
-                    domains[name] = new_domain(name, dtype)
-                entry = domains[name][split_of(document, val_fraction)]
+                domain = domains.setdefault(name, new_domain(name, dtype))
+                entry = domain[split_of(document, val_fraction)]
                 entry["tokens"] += len(ids) + 1
                 entry["documents"] += 1
                 entry["bytes"] += len(document)

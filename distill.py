@@ -1150,8 +1150,6 @@ def config_errors(config: Config) -> list[str]:
         (not makes_models and not config.student, "--student: use a model folder or scratch:LxD"),
         (not makes_models and method.trains_with_teacher and not config.teacher,
          f"--teacher: --method={config.method} requires a model folder"),
-        (makes_models and not (config.teacher and config.student) and config.block_size > 2048,
-         f"--block_size={config.block_size}: the models that the quickstart makes read at most 2048 tokens"),
         (config.batch_size % world != 0,
          f"--batch_size={config.batch_size}: must be a multiple of {world}, the number of processes"),
         (config.parallel == "none" and world > 1, f"--parallel=none: there are {world} processes; use ddp or fsdp"),

@@ -45,17 +45,26 @@ def made_up(**arms) -> dict:
     return results
 
 
-def test_mean_and_standard_error():
-    mean, error = mean_and_error([1.0, 2.0, 3.0, 6.0])
-    assert mean == 3 and error == pytest.approx(math.sqrt(14 / 3) / 2)
-    assert math.isnan(mean_and_error([1.0])[1])
-
-
-def test_the_mean_by_size_weighs_domains_by_their_train_tokens():
+def test_the_measures_of_a_run():
+    # The mean by size weighs domains by their train tokens.
     one = made_up(ddk=[1.0])["ddk"]["0"]
     one["end"] = {"code": {"test_ratio": 2.0, "tokens": 60, "epochs": 2.0},
                   "prose": {"test_ratio": 4.0, "tokens": 40, "epochs": 4.0}}
     assert measured(one, "size_ratio") == 2.5
+
+    # Speed is the first evaluation with a worst ratio below 2, or an interval after the end.
+    assert one["ratio"] == {"code": [5.0, 1.2, 1.1, 1.0], "prose": [3.0, 1.0, 1.0, 1.0]}  # at 0, 5, 10, 15
+    assert measured(one, "speed") == 5
+    one["ratio"]["prose"] = [3.0, 2.0, 1.9, 1.0]
+    assert measured(one, "speed") == 10
+    one["ratio"]["prose"] = [3.0] * 4
+    assert measured(one, "speed") == 20
+
+    # Changes are counted from the first r that draws, or from the third.
+    one["ratio"] = {"code": [9.0, 5.0, 4.0, 2.0, 1.0]}
+    one["r"] = {"code": [0.1, 0.5, 0.4, 0.2, 0.1]}
+    changes = [measured(one, measure) for measure in CHANGES]
+    assert changes == pytest.approx([0.4 / 3, 0.1, 4 / 3, 1.0])
 
 
 def test_seeds_are_paired():
@@ -67,6 +76,9 @@ def test_seeds_are_paired():
 
 
 def test_intervals_and_p_values_are_students():
+    mean, error = mean_and_error([1.0, 2.0, 3.0, 6.0])
+    assert mean == 3 and error == pytest.approx(math.sqrt(14 / 3) / 2)
+    assert math.isnan(mean_and_error([1.0])[1])
     numbers = [math.cos(2 * math.pi * k / 5) + 5 for k in range(5)]  # whose mean is 5
     low, high = interval(numbers)
     assert (high + low) / 2 == pytest.approx(5)
@@ -177,28 +189,11 @@ def test_the_controls_draw_ddks_mean_mixture_at_all_other_seeds(monkeypatch):
     assert natural == [0.7, 0.3] and later.tolist() == pytest.approx([0.4, 0.6])
 
 
-def test_speed_is_the_first_evaluation_with_a_worst_ratio_below_2_or_an_interval_after_the_end():
-    one = made_up(ddk=[1.0])["ddk"]["0"]  # code 5.0, 1.2, 1.1, 1.0 at 0, 5, 10, 15
-    assert measured(one, "speed") == 5
-    one["ratio"]["prose"] = [3.0, 2.0, 1.9, 1.0]
-    assert measured(one, "speed") == 10
-    one["ratio"]["prose"] = [3.0] * 4
-    assert measured(one, "speed") == 20
-
-
 def test_the_share_of_a_gain_is_of_means():
     results = made_up(ddk=[1.0, 1.0], cpt=[2.0, 3.0], ddk_es=[1.5, 1.2])
     whole, of_replicates = share_of_gain(results, "ddk_es", "worst_ratio")
     assert whole == pytest.approx((0.5 + 1.8) / 3)
     assert of_replicates == pytest.approx([2 * whole - 1.8 / 2, 2 * whole - 0.5])  # without the first, the second
-
-
-def test_changes_are_counted_from_the_first_r_that_draws_or_later():
-    one = made_up(ddk=[1.0])["ddk"]["0"]
-    one["ratio"] = {"code": [9.0, 5.0, 4.0, 2.0, 1.0]}
-    one["r"] = {"code": [0.1, 0.5, 0.4, 0.2, 0.1]}
-    changes = [measured(one, measure) for measure in CHANGES]
-    assert changes == pytest.approx([0.4 / 3, 0.1, 4 / 3, 1.0])
 
 
 def test_the_replicates_tables_come_once_all_have_run_with_sign_flip_tests(monkeypatch):

@@ -110,6 +110,7 @@ class Watch:
             "minutes": sorted({group._get_backend(local[0].device).options._timeout.total_seconds() / 60
                                for group in groups}),
             "block by block": all(isinstance(module, FSDPModule) for module in modules),
+            "dtypes": sorted({gathered_and_reduced(module) for module in modules if isinstance(module, FSDPModule)}),
             "dtype": str(parameters[0].dtype),
             "elements": sum(p.numel() for p in parameters),
             "here": sum(p.numel() for p in local),
@@ -158,6 +159,12 @@ class Watch:
         temporary.write_text(str(os.getpid()))
         temporary.rename(path)
         reader.recv(1)
+
+
+def gathered_and_reduced(module: FSDPModule) -> str:
+    """The dtypes in which FSDP2 gathers weights and reduces gradients, and whether it casts what a module is given."""
+    policy = module._get_fsdp_state()._mp_policy
+    return f"{policy.param_dtype} {policy.reduce_dtype} {policy.cast_forward_inputs}"
 
 
 def not_finite(original, *arguments, **keywords):
@@ -432,7 +439,7 @@ def test_any_layout_is_the_same_training(runs, name):
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_fsdp_shards_all_parameters_and_ddp_none(runs, name):
+def test_fsdp_shards_all_parameters_in_the_right_dtypes_and_ddp_none(runs, name):
     world, keys, reference = LAYOUTS[name]
     whole = runs[reference][1][0]["models"]
     for rank in runs[name][1]:
@@ -447,6 +454,8 @@ def test_fsdp_shards_all_parameters_and_ddp_none(runs, name):
             # The odd row out of 257, and norms of 32 over 3 ranks, make shares uneven.
             assert seen["here"] == pytest.approx(seen["elements"] / (world if shards else 1), rel=0.05)
             assert seen["minutes"] == ([GIVEN["timeout"]] if shards else [])
+            products = "torch.bfloat16" if "bfloat16" in name else "torch.float32"
+            assert seen["dtypes"] == ([f"{products} torch.float32 False"] if shards else [])
             rounded = role == "teacher" and "bfloat16" in name
             assert seen["dtype"] == ("torch.bfloat16" if rounded else "torch.float32")
         if "teacher" in roles and keys.get("parallel") == "fsdp" and keys.get("shard_teacher", True):

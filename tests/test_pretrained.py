@@ -225,21 +225,6 @@ def test_other_families_are_distilled_and_exported(keys, models, tmp_path, famil
     assert all(line["kl"] > 0 for line in read_lines(tmp_path / "run", "train"))
 
 
-@pytest.mark.parametrize("config", [None, {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 99}])
-def test_a_tokenizer_whose_folder_names_no_end_of_text_gives_a_student_that_does(settings, tmp_path, config):
-    (tmp_path / "tokenizer.json").write_text(json.dumps(settings))
-    if config:
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    build_bins(tmp_path / "bins", load_tokenizer(tmp_path, "<|endoftext|>"),
-               [("code", f"a{i}") for i in range(30)], val_fraction=0.2)
-    (tmp_path / "student").mkdir()
-    (tmp_path / "student" / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    save_tokenizer(tmp_path / "student", TokenBins(tmp_path / "bins", 1))
-    opened = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
-    assert opened.eos_token == "<|endoftext|>" and opened.eos_token_id == EOT and (config is None) != (
-        opened.model_max_length == 99)
-
-
 # ----------------------------------------------- Tokenizers of every model type ---------------------------------------
 
 TEXT = "The year 2023, it's 12345 cafe\u0301 na\u00efve\n\n  x = Y + 10\t DON'T"
@@ -247,10 +232,10 @@ TEXT = "The year 2023, it's 12345 cafe\u0301 na\u00efve\n\n  x = Y + 10\t DON'T"
 
 @pytest.fixture(scope="module")
 def own_bins(tmp_path_factory):
-    """A function that makes bins with a tokenizer of our own: it splits digits and lowers letters. `named` is the class
-    in its tokenizer_config.json."""
+    """A function that makes bins with a tokenizer of our own: it splits digits and lowers letters. `config` is its
+    tokenizer_config.json, which does not give the end of text."""
     @functools.cache
-    def make(named: str) -> TokenBins:
+    def make(config: str) -> TokenBins:
         folder = tmp_path_factory.mktemp("own")
         split = tokenizers.pre_tokenizers
         bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -261,26 +246,26 @@ def own_bins(tmp_path_factory):
         bpe.train_from_iterator([TEXT] * 20, trainer)
         bpe.add_special_tokens(["<|endoftext|>"])
         bpe.save(str(folder / "tokenizer.json"))
-        config = {"eos_token": "<|endoftext|>", **json.loads(named)}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        build_bins(folder / "bins", load_tokenizer(str(folder)), [("a", f"{i} {TEXT}") for i in range(30)],
-                   val_fraction=0.2)
+        if config:
+            (folder / "tokenizer_config.json").write_text(config)
+        build_bins(folder / "bins", load_tokenizer(str(folder), "<|endoftext|>"),
+                   [("a", f"{i} {TEXT}") for i in range(30)], val_fraction=0.2)
         return TokenBins(folder / "bins", 8)
     return make
 
 
-@pytest.mark.parametrize("named", [
-    "{}", '{"tokenizer_class": "GPT2Tokenizer"}', '{"tokenizer_class": "LlamaTokenizer"}'])
+@pytest.mark.parametrize("config", [
+    "", '{"model_max_length": 99}', '{"tokenizer_class": "GPT2Tokenizer"}', '{"tokenizer_class": "LlamaTokenizer"}'])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen3", "gpt_bigcode", "starcoder2"])
-def test_autotokenizer_gives_the_bins_ids_for_a_student_of_any_model_type(own_bins, tmp_path, family, named):
+def test_autotokenizer_gives_the_bins_ids_for_a_student_of_any_model_type(own_bins, tmp_path, family, config):
     """But qwen2: transformers 5 takes Qwen's own class there, whatever the folder declares."""
-    bins = own_bins(named)
+    bins = own_bins(config)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": bins.vocab_size}))
     save_tokenizer(tmp_path, bins)
     expected = tokenizers.Tokenizer.from_file(str(bins.dir / "tokenizer.json")).encode(TEXT).ids
     opened = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert opened(TEXT) == {"input_ids": expected, "attention_mask": [1] * len(expected)}
-    assert opened.eos_token == "<|endoftext|>"
+    assert opened.eos_token == "<|endoftext|>" and (opened.model_max_length == 99) == ("99" in config)
 
 
 # ----------------------------------------------- Bytes ----------------------------------------------------------------

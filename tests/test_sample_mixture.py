@@ -349,16 +349,20 @@ def test_the_program_draws_by_the_last_r_replayed_and_from_the_runs_domains_alon
 # ------------ The program: r replayed ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments, expected", [
-    ([], {0: [0.25, 0.75], 20: [0.6588, 0.3412]}),
-    (["--alpha=0"], {0: [0.25, 0.75], 20: [0.5, 0.5]}),
-    (["--alpha=1"], {0: [0.25, 0.75], 20: [0.8176, 0.1824]}),
-    (["--rule=ddk_no_fs"], {0: [0.25, 0.75], 20: [0.6225, 0.3775]}),
-    (["--rule=natural"], {0: [0.25, 0.75], 20: [0.25, 0.75]}),
-    (["--rule=equal"], {0: [0.5, 0.5], 20: [0.5, 0.5]}),
+NO_TEACHER = {"rule": "natural", "teacher_ppl": (None, None), "test_samples": 0, "r": [R[0], R[0]]}
+
+
+@pytest.mark.parametrize("run, arguments, expected", [
+    ({}, [], {0: [0.25, 0.75], 20: [0.6588, 0.3412]}),
+    ({}, ["--alpha=0"], {0: [0.25, 0.75], 20: [0.5, 0.5]}),
+    ({}, ["--alpha=1"], {0: [0.25, 0.75], 20: [0.8176, 0.1824]}),
+    ({}, ["--rule=ddk_no_fs"], {0: [0.25, 0.75], 20: [0.6225, 0.3775]}),
+    ({}, ["--rule=natural"], {0: [0.25, 0.75], 20: [0.25, 0.75]}),
+    ({}, ["--rule=equal"], {0: [0.5, 0.5], 20: [0.5, 0.5]}),
+    (NO_TEACHER, [], {0: [0.25, 0.75], 20: [0.25, 0.75]}),
 ])
-def test_the_program_replays_r_by_the_runs_own_rule_or_another(program, make_run, arguments, expected):
-    status, stdout, _ = program(f"--metrics={make_run()}", *arguments)
+def test_the_program_replays_r_by_the_runs_own_rule_or_another(program, make_run, run, arguments, expected):
+    status, stdout, _ = program(f"--metrics={make_run(**run)}", *arguments)
     assert status == 0 and shares(stdout) == expected
     difference = float(stdout.rpartition("difference")[2].split()[-1])
     assert (difference <= 1e-12) == (arguments == [])
@@ -367,11 +371,6 @@ def test_the_program_replays_r_by_the_runs_own_rule_or_another(program, make_run
 def test_the_largest_difference_of_a_replay_is_over_all_evaluations_and_domains(program, make_run):
     path = make_run(r=[[0.3, 0.35], [0.25, 0.75]])  # 0.05 more and 0.4 less than the natural mixture
     assert "the run's own r: 4.0e-01" in program(f"--metrics={path}", "--rule=natural")[1]
-
-
-def test_a_run_without_a_teacher_replays_by_its_own_rule(program, make_run):
-    path = make_run(rule="natural", teacher_ppl=(None, None), test_samples=0)
-    assert shares(program(f"--metrics={path}")[1]) == {0: [0.25, 0.75], 20: [0.25, 0.75]}
 
 
 @pytest.mark.parametrize("run, arguments, named", [
