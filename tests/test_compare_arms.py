@@ -125,7 +125,7 @@ def test_more_claims_make_each_harder_to_decide():
     assert not decided(more, CLAIMS)[key][2]
 
 
-def test_the_table_has_a_line_for_each_arm_that_ran_and_the_base_that_was_measured():
+def test_the_table_has_a_row_for_each_arm_that_ran_and_for_the_student_base():
     lines = arms_table({"one": made_up(ddk=[1.0, 2.0], kd=[2.0, 4.0], cpt=[3.0])}).splitlines()
     assert lines[0].endswith("| code | prose |")
     assert lines[2:] == ["| `ddk` | 2 | 1.500 ± 0.500 | 1.500 ± 0.500 | 1.50 | 1.50 |",
@@ -228,7 +228,7 @@ def test_all_arms_that_are_compared_can_be_run():
 
 
 @pytest.mark.parametrize("arm, fork", [("ted", "ted"), ("cpt_doremi", "doremi")])
-def test_an_arm_that_is_a_fork_is_asked_for_with_its_diff(monkeypatch, arm, fork):
+def test_an_arm_that_needs_a_fork_is_an_error_with_the_commands_that_make_it(monkeypatch, arm, fork):
     monkeypatch.delitem(compare_arms.ALL_ARMS, arm, raising=False)
     with pytest.raises(UserError, match=f"git apply --directory={fork} tests/forks/{fork}.diff, then --code={fork}$"):
         chosen_arms(f"kd,{arm}")
@@ -254,7 +254,7 @@ def read_runs(folder: Path) -> dict:
 
 
 @pytest.mark.slow
-def test_a_whole_comparison_continues_where_it_was_and_its_runs_replay(compare, tmp_path):
+def test_a_comparison_continues_where_it_stopped_and_its_runs_replay(compare, tmp_path):
     assert "2/2  kd, seed 0" in compare("--arms=ddk,kd", "--seeds=1")
     (tmp_path / "fork").mkdir()
     fork = patched("doremi", tmp_path / "fork")
@@ -305,7 +305,7 @@ def test_each_replicate_has_its_own_text_and_teacher_and_the_fixed_mixture_is_th
 
 
 @pytest.mark.slow
-def test_a_pretrained_teacher_may_be_given(compare, tmp_path, teacher):
+def test_the_teacher_can_be_a_pretrained_model(compare, tmp_path, teacher):
     folder = tmp_path / "teacher"
     torch.manual_seed(0)
     GPT(GPTConfig.scratch(12, 64, 257, 64)).save_pretrained(folder)
@@ -326,6 +326,6 @@ def test_a_pretrained_teacher_may_be_given(compare, tmp_path, teacher):
                                              ("--keys=lr=x", "argument --lr: invalid float value: 'x'"),
                                              ("--keys=alpha=2", "--alpha=2.0: must be a number from 0 to 1"),
                                              ("--keys=seed=1", "seed is no key of distill.py, or differs from")])
-def test_mistakes_are_named_at_once(run_main, argument, named):
+def test_a_mistake_is_one_message_before_anything_runs(run_main, argument, named):
     status, _, err = run_main(compare_arms, argument)
     assert status == 2 and named in err and err.startswith("error: ")

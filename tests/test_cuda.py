@@ -115,7 +115,7 @@ def nan_in_new_memory(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_written_is_not_read(nan_in_new_memory, dtype):
+def test_memory_that_was_not_written_is_not_read(nan_in_new_memory, dtype):
     """40,001 rows are padded to a multiple of 64, and the second chunk is filled up."""
     inputs = loss_inputs(700, 40_001, dtype)
     student = [tensor.requires_grad_() for tensor in inputs[:2]]
@@ -161,7 +161,7 @@ def test_attention_in_bfloat16_holds_no_square_of_scores(head_dim):
     (dict(dtype="float32", compile="false"), dict(device="cpu"), 1e-3),
     (dict(dtype="bfloat16", compile="false"), dict(device="cpu"), 2e-2),
     (dict(compile="true", micro_batch_size=2), dict(compile="true", micro_batch_size=8), 5e-3)], ids=str)
-def test_twenty_steps_are_the_cpus_and_in_passes_of_2_windows_and_of_8_the_same(config, given, expected, within):
+def test_twenty_steps_equal_the_cpus_and_micro_batches_of_2_equal_those_of_8(config, given, expected, within):
     runs = [config("given", **given), config("expected", **expected)]
     for run in runs:
         train(run)
@@ -169,7 +169,7 @@ def test_twenty_steps_are_the_cpus_and_in_passes_of_2_windows_and_of_8_the_same(
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_compiled_there_is_no_break_and_no_recompilation_after_the_first_step(config, recomputed):
+def test_compiled_blocks_have_no_break_and_no_recompilation_after_the_first_step(config, recomputed):
     counters = torch._dynamo.utils.counters
     counters.clear()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -181,7 +181,7 @@ def test_compiled_there_is_no_break_and_no_recompilation_after_the_first_step(co
     assert graphs > 0 and counters["stats"]["unique_graphs"] == graphs
 
 
-def test_resumed_it_goes_on_as_if_it_had_not_stopped(config, tmp_path):
+def test_a_resumed_run_continues_as_if_it_had_not_stopped(config, tmp_path):
     """Windows of several attention tiles. With `warn_only` their backward pass would not be deterministic."""
     keys = dict(compile="false", block_size=256, val_samples=1)
     torch.use_deterministic_algorithms(True)
@@ -221,7 +221,7 @@ def test_one_process_under_torchrun_is_the_same_training(config, tmp_path, paral
     assert json.loads((tmp_path / "torchrun" / "step_00000020" / "train_state.json").read_text())["finished"]
 
 
-def test_all_gpus_save_by_a_signal_and_half_of_them_go_on(config, tmp_path):
+def test_all_gpus_save_after_a_signal_and_half_of_them_continue(config, tmp_path):
     """FSDP2 with compiled blocks in bfloat16."""
     world = 2 if DEVICE == "cpu" else torch.cuda.device_count()
     if world < 2:

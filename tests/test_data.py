@@ -177,7 +177,7 @@ def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
     (OSError(28, "No space left on device", "x"), "0", 2, "error: [Errno 28] No space left on device: 'x'\n"),
     (KeyboardInterrupt(), "0", 130, ""), (SystemExit(138), "0", 138, ""), (SystemExit(), "0", 0, ""),
     (ZeroDivisionError(), "0", 1, "Traceback")], ids=repr)
-def test_what_ends_a_program_is_its_status_and_message_without_a_traceback(
+def test_a_program_ends_with_a_status_and_a_message_without_a_traceback(
         capsys, monkeypatch, error, rank, status, message):
     """As torchrun starts it: rank 0 exits at once, and the other ranks wait so that it prints first."""
     def main():
@@ -193,7 +193,7 @@ def test_what_ends_a_program_is_its_status_and_message_without_a_traceback(
     assert bool(waited) == (rank == "3")
 
 
-def test_a_file_that_requires_a_package_names_it(tmp_path, monkeypatch):
+def test_a_file_that_requires_a_package_is_an_error_with_the_package(tmp_path, monkeypatch):
     for name in ("a.txt.zst", "a.parquet"):
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         (tmp_path / name).write_bytes(b"x")
@@ -201,7 +201,7 @@ def test_a_file_that_requires_a_package_names_it(tmp_path, monkeypatch):
         assert name in message and "pip install pyarrow" in message
 
 
-def test_an_unforeseen_error_is_told_with_its_source_and_the_fix():
+def test_an_unforeseen_error_becomes_one_message_with_its_source_and_the_fix():
     def read(error):
         with user_errors("file.x", "copy it again"):
             raise error
@@ -243,7 +243,7 @@ def test_an_error_while_a_folder_is_written_leaves_nothing(tmp_path, error):
     assert os.listdir(tmp_path) == []
 
 
-def test_of_two_that_publish_one_folder_the_first_wins_and_nothing_existing_is_touched(tmp_path):
+def test_the_first_of_two_that_publish_a_folder_wins_and_nothing_existing_is_touched(tmp_path):
     with pytest.raises(UserError, match="a: cannot be written: .*not empty"), published(tmp_path / "a"):
         with published(tmp_path / "a") as first:
             (first / "x").write_text("first")
@@ -285,7 +285,7 @@ def small_encoding(name: str, pattern: str = ".", ranks=bytes(range(256)), eot: 
 
 
 @pytest.mark.parametrize("change", [dict(pattern=r"\w+|\W+"), dict(ranks=bytes(range(255, -1, -1))), dict(eot=260)])
-def test_a_tiktoken_encoding_that_is_another_now_is_refused(tmp_path, monkeypatch, change):
+def test_a_tiktoken_encoding_that_has_changed_is_rejected(tmp_path, monkeypatch, change):
     monkeypatch.setattr("tiktoken.get_encoding", small_encoding)
     meta = build(tmp_path / "bins", three(), load_tokenizer("gpt2"))
     monkeypatch.setattr("tiktoken.get_encoding", partial(small_encoding, **change))
@@ -403,7 +403,7 @@ def test_the_vocabulary_counts_added_tokens_up_to_the_largest_id(tmp_path, bpe_s
     assert load_tokenizer(save_bpe(tmp_path, settings)).vocab_size == largest + 1 > len(settings["model"]["vocab"])
 
 
-def test_differently_serialized_files_of_one_tokenizer_have_one_fingerprint(tmp_path, bpe_settings):
+def test_differently_serialized_files_of_a_tokenizer_have_the_same_fingerprint(tmp_path, bpe_settings):
     model = bpe_settings["model"]
     words = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     pairs = [word.split(" ") for word in words]
@@ -425,7 +425,7 @@ def lower(settings: dict):
     lambda settings: settings["model"]["vocab"].update({"!": 3, '"': 2}),
     lambda settings: settings["added_tokens"].append({**settings["added_tokens"][0], "id": 280, "content": "<new>"}),
     lambda settings: settings["pre_tokenizer"].update(add_prefix_space=True)])
-def test_what_changes_the_encoding_changes_the_fingerprint(tmp_path, bpe_settings, change):
+def test_a_change_of_the_encoding_changes_the_fingerprint(tmp_path, bpe_settings, change):
     ours = load_tokenizer(save_bpe(tmp_path, bpe_settings)).fingerprint
     assert load_tokenizer(tmp_path, eot_token="<s>").fingerprint == ours
     edit("tokenizer.json", change)(tmp_path)
@@ -455,7 +455,7 @@ def test_a_models_folder_keeps_the_tokenizer_of_its_bins(tmp_path, bpe_settings,
         assert (model / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
 
 
-def test_a_student_folder_has_one_tokenizer_class_and_the_end_of_text_whatever_was_there(tmp_path, bpe_settings):
+def test_a_student_folder_always_has_one_tokenizer_class_and_the_end_of_text(tmp_path, bpe_settings):
     source = save_bpe(tmp_path / "source", bpe_settings)
     edit("tokenizer_config.json", tokenizer_class="LlamaTokenizer", eos_token={"content": "<s>"}, padding_side="left",
          auto_map={"AutoTokenizer": [None, "x.Y"]})(source)
@@ -525,7 +525,7 @@ def test_each_row_of_parquet_is_a_document_and_an_empty_shard_is_no_error(tmp_pa
 @pytest.mark.parametrize("mark", [b"", MARK])
 @pytest.mark.parametrize("name, text", [
     ("a.py", "naïve\r\n漢字"), ("a.txt.gz", "naïve\n漢字, and more"), ("a.md", '{\n  "text": "x"\n}\n'), ("none", "x")])
-def test_any_other_file_is_one_document_as_it_stands(tmp_path, name, text, mark):
+def test_any_other_file_is_one_unchanged_document(tmp_path, name, text, mark):
     (tmp_path / name).write_bytes(compressed(name, mark + text.encode()))
     assert documents(tmp_path / name) == ([text], Counter())
 
@@ -671,7 +671,7 @@ def write_records(path: Path, records: list) -> Path:
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.zst", "a.parquet"])
-def test_the_domain_may_be_what_each_record_says_next_to_named_sources(program, tmp_path, name):
+def test_each_record_can_have_its_own_domain_next_to_named_sources(program, tmp_path, name):
     records = [*LABELED, {"text": "no label"}, labeled("a", None), labeled("b", "—"), {"meta": {"set": "RedPajamaC4"}}]
     if name == "a.jsonl":  # a column of Parquet has one type
         records += [labeled("c", ["a"]), labeled("d", {"b": 1})]
@@ -718,7 +718,7 @@ def test_the_split_is_the_contracts_formula_of_the_document_only(tmp_path):
                 assert bin_texts(tmp_path / str(i), split, name) == expected
 
 
-def test_two_halves_of_a_corpus_built_apart_and_joined_are_the_whole(tmp_path):
+def test_two_halves_of_a_corpus_built_separately_and_joined_are_the_whole(tmp_path):
     build(tmp_path / "whole", ARTICLES)
     build(tmp_path / "a", ARTICLES[:150])
     build(tmp_path / "b", ARTICLES[150:])
@@ -766,7 +766,7 @@ def test_the_memory_of_a_build_does_not_grow_with_its_input(tmp_path, monkeypatc
 
 @pytest.mark.parametrize("vocab_size, dtype, width", [(257, "uint16", 2), (65536, "uint16", 2), (65537, "uint32", 4),
                                                       (151_936, "uint32", 4)])
-def test_ids_are_little_endian_uint16_where_they_fit(tmp_path, vocab_size, dtype, width):
+def test_ids_are_little_endian_uint16_if_they_fit(tmp_path, vocab_size, dtype, width):
     ids = [1, 256, vocab_size - 1]
     tokenizer = dataclasses.replace(load_tokenizer("bytes"), vocab_size=vocab_size, eot_id=2, encode_batch=lambda
                                     texts: [np.array(ids, np.uint32)] * len(texts))
@@ -778,7 +778,7 @@ def test_ids_are_little_endian_uint16_where_they_fit(tmp_path, vocab_size, dtype
     assert TokenBins(tmp_path / "bins", 3).train_windows(np.array([0]), np.array([0])).tolist() == [[*ids, 2]]
 
 
-def test_meta_json_says_what_the_bins_are(tmp_path):
+def test_meta_json_describes_the_bins(tmp_path):
     texts = {"code": ARTICLES, "prose": ARTICLES[:50]}
     folder = tmp_path / "bins"
     meta = build(folder, texts, made_by={"key": 1})
@@ -847,7 +847,7 @@ def test_a_stopped_build_leaves_no_folder_but_after_kill_9_and_starts_again(tmp_
         assert path.read_bytes() == (tmp_path / "bins" / path.name).read_bytes(), path.name
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tmp_path):
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
     """A limit on the size of files simulates it, for bins and for the files that follow them."""
     resource = pytest.importorskip("resource")
     write_records(tmp_path / "a.jsonl", [{"text": text} for text in ARTICLES])
@@ -933,7 +933,7 @@ def test_bins_far_larger_than_memory_are_mapped_and_no_mapping_stays(tmp_path):
     assert not maps.exists() or str(tmp_path) not in maps.read_text()
 
 
-def test_the_content_is_that_of_the_tokens_in_use_in_whichever_folder(made, copied, tmp_path):
+def test_the_content_depends_on_the_tokens_in_use_and_not_on_the_folder(made, copied, tmp_path):
     build(tmp_path / "other", {"code": ARTICLES, "prose": ARTICLES[1:]}, made_by={"other": 1})
     same, other = (TokenBins(folder, 16).content() for folder in (copied, tmp_path / "other"))
     assert TokenBins(made, 16).content() == same != other

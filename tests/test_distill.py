@@ -196,7 +196,7 @@ def sign(folder: Path):
 # ------------ Alg. 1 --------------------------------------------------------------------------------------------------
 
 
-def test_a_whole_run_follows_alg_1(config, data_dir, tmp_path):
+def test_a_run_follows_alg_1(config, data_dir, tmp_path):
     folder = train(config(alpha=0.7, gamma=0.3))
     lines = read_lines(tmp_path / "run", "mixture")
     assert [(line["t"], line["step"]) for line in lines] == [(0, 0), (1, 2), (2, 4), (3, 6), (4, 8)]
@@ -233,7 +233,7 @@ def test_a_whole_run_follows_alg_1(config, data_dir, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"])
-def test_each_arm_draws_by_its_rule(straight, data_dir, method):
+def test_each_method_draws_by_its_rule(straight, data_dir, method):
     lines = read_lines(straight(method), "mixture")
     for line, factor in zip(lines, exact_factors(lines, "0.5"), strict=True):
         r = natural(data_dir)
@@ -247,7 +247,7 @@ def test_each_arm_draws_by_its_rule(straight, data_dir, method):
     assert all((line["kl"] == 0) == (method == "cpt") for line in read_lines(straight(method), "train"))
 
 
-def test_what_is_drawn_depends_on_r_and_the_seed_alone(config, data_dir, tmp_path, monkeypatch):
+def test_the_drawn_windows_depend_only_on_r_and_the_seed(config, data_dir, tmp_path, monkeypatch):
     """Not on the method, the evaluations or micro-batches; and a run does not touch the random numbers of others."""
     drawn = []
     original = TokenBins.train_windows
@@ -317,7 +317,7 @@ def test_three_updates_equal_three_written_out(config, data_dir, teacher, tmp_pa
         torch.testing.assert_close(trained[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_a_fixed_mixture_takes_the_place_of_the_natural_one(config, tmp_path):
+def test_a_fixed_mixture_replaces_the_natural_proportions(config, tmp_path):
     train(config(method="kd", mixture="digits=1,letters=0,signs=3", max_steps=4))
     lines = read_lines(tmp_path / "run", "mixture")
     assert all(line["r"] == {"letters": 0, "digits": 0.25, "signs": 0.75} for line in lines)
@@ -325,7 +325,7 @@ def test_a_fixed_mixture_takes_the_place_of_the_natural_one(config, tmp_path):
     assert tokens == {"letters": 0, "digits": 4 * 2 * T, "signs": 4 * 6 * T}
 
 
-def test_domains_train_and_evaluate_on_these_only(config, straight, data_dir, tmp_path):
+def test_the_key_domains_selects_what_is_trained_and_evaluated_on(config, straight, data_dir, tmp_path):
     train(config(domains="signs,letters", max_steps=2))
     lines = read_lines(tmp_path / "run", "mixture")
     assert all(list(line["domains"]) == list(line["r"]) == ["signs", "letters"] for line in lines)
@@ -353,7 +353,7 @@ def test_the_teacher_is_measured_once_in_a_run_and_kept_in_its_state(config, at,
         assert {name: domain["teacher_ppl"] for name, domain in line["domains"].items()} == changed
 
 
-def test_stop_ratio_ends_a_run_early_and_says_so(config, straight, tmp_path, capsys):
+def test_stop_ratio_ends_a_run_early_and_prints_it(config, straight, tmp_path, capsys):
     worst = [max(d["ratio"] for d in line["domains"].values()) for line in read_lines(straight(), "mixture")]
     assert worst == sorted(worst, reverse=True)
     folder = train(config(stop_ratio=worst[2]))
@@ -362,7 +362,7 @@ def test_stop_ratio_ends_a_run_early_and_says_so(config, straight, tmp_path, cap
     assert [line["step"] for line in read_lines(tmp_path / "run", "end")] == [4]
 
 
-def test_the_last_step_is_evaluated_and_saved_whatever_k(config, tmp_path):
+def test_the_last_step_is_evaluated_and_saved_for_any_k(config, tmp_path):
     folder = train(config(max_steps=3, save_every=0))
     assert folder == tmp_path / "run" / "step_00000003" and checkpoints(tmp_path / "run") == [3]
     mixture = read_lines(tmp_path / "run", "mixture")
@@ -401,7 +401,7 @@ def test_with_checkpoint_activations_each_block_is_computed_a_second_time(config
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
-def test_compiled_blocks_are_traced_in_the_first_step_alone(config, straight, at, tmp_path, monkeypatch, recomputed):
+def test_compiled_blocks_are_traced_only_in_the_first_step(config, straight, at, tmp_path, monkeypatch, recomputed):
     """Traced as ever, but run as Python: what recompiles does not depend on the backend."""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **kw: compile_module(module, backend="eager", **kw))
@@ -451,7 +451,7 @@ def test_a_number_added_in_measured_domains_is_logged_and_shown(program, sinks, 
 
 
 @pytest.mark.parametrize("arguments", [[], ["--method=ddk_no_fs"], ["--method=cpt", "--teacher="]], ids=str)
-def test_r_is_seen_after_each_evaluation_as_the_next_steps_draw_by_it(program, tmp_path, monkeypatch, arguments):
+def test_each_evaluation_prints_the_r_by_which_the_next_steps_draw(program, tmp_path, monkeypatch, arguments):
     drawn_by = []
     next_batch = MixtureSampler.next_batch
     monkeypatch.setattr(MixtureSampler, "next_batch",
@@ -521,7 +521,7 @@ def test_test_windows_are_measured_at_the_end_and_steer_nothing(program, straigh
     assert read_lines(tmp_path / "run", "mixture") == read_lines(straight(), "mixture")
 
 
-def test_the_configuration_is_saved_as_it_is_resolved_and_printed_where_it_is_not_the_default(program, tmp_path):
+def test_the_resolved_configuration_is_saved_and_what_differs_from_the_defaults_is_printed(program, tmp_path):
     _, out, _ = program("--device=auto", "--max_steps=0", "--mixture=letters=3,digits=2,signs=1")
     saved = read_lines(tmp_path / "run", "run")[0]["config"]
     assert saved.keys() == KEYS.keys() and saved["mixture"] == "letters=3,digits=2,signs=1"
@@ -530,7 +530,7 @@ def test_the_configuration_is_saved_as_it_is_resolved_and_printed_where_it_is_no
     assert f"all are in {tmp_path / 'run' / 'metrics.jsonl'}" in out
 
 
-def test_the_files_of_a_checkpoint_may_be_read_by_whom_the_umask_lets(config, tmp_path):
+def test_the_files_of_a_checkpoint_have_the_permissions_of_the_umask(config, tmp_path):
     before = os.umask(0o027)
     folder = train(config(max_steps=0))
     os.umask(before)
@@ -551,7 +551,7 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_its_log_too(conf
     assert folder.parent in done[moment + 1:]
 
 
-def test_the_revision_that_is_recorded_says_whether_the_files_had_changed(monkeypatch, tmp_path):
+def test_the_recorded_revision_shows_whether_files_had_changed(monkeypatch, tmp_path):
     monkeypatch.setattr(distill, "__file__", str(tmp_path / "distill.py"))
     assert distill.environment()["git"] is None
     (tmp_path / "distill.py").write_text("one")
@@ -564,7 +564,7 @@ def test_the_revision_that_is_recorded_says_whether_the_files_had_changed(monkey
     assert distill.environment()["git"] == f"{revision}-dirty"
 
 
-def test_a_folder_of_other_files_is_refused_and_left_alone(config, tmp_path):
+def test_a_folder_of_other_files_is_rejected_and_not_touched(config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=f"^--out_dir={tmp_path / 'run'}: has files, and is not the folder of a run"):
@@ -578,7 +578,7 @@ def test_a_folder_of_other_files_is_refused_and_left_alone(config, tmp_path):
     (RuntimeError("[x/gloo/pair.cc:5] Connection closed by peer"), "another process is gone, .*"),
     (dist.DistBackendError("NCCL error in: x.cpp\nLast error:\nno room in /dev/shm"),
      "another process is gone, .*no room in /dev/shm.*")], ids=repr)
-def test_a_process_that_is_gone_is_an_error_that_the_user_can_mend(monkeypatch, error, message):
+def test_a_process_that_is_gone_is_one_message_with_the_fix(monkeypatch, error, message):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
     with pytest.raises((RuntimeError, UserError)) as raised, distill.process_group(Config(device="cpu")):
@@ -591,7 +591,7 @@ def test_only_the_newest_checkpoints_are_kept(config, tmp_path):
     assert checkpoints(tmp_path / "run") == [6, 7, 8] and not list((tmp_path / "run").glob("*.tmp"))
 
 
-def test_wandb_gets_every_line_with_its_step_and_of_a_resumed_run_again_what_it_repeats(config, sinks, tmp_path):
+def test_wandb_gets_every_line_with_its_step_and_a_resumed_run_sends_repeated_steps_again(config, sinks, tmp_path):
     sinks.at["train", 5] = kill
     with pytest.raises(Killed):
         train(config())
@@ -610,7 +610,7 @@ def test_wandb_gets_every_line_with_its_step_and_of_a_resumed_run_again_what_it_
     assert first["dir"] == str(tmp_path / "run") and first["config"]["seed"] == 0
 
 
-def test_wandb_that_cannot_be_used_is_one_message_before_a_model_is_read(program, monkeypatch, tmp_path):
+def test_an_error_of_wandb_is_one_message_before_a_model_is_read(program, monkeypatch, tmp_path):
     def init(**_):
         raise RuntimeError("No API key configured")
     monkeypatch.setattr(sys.modules["wandb"], "init", init)
@@ -652,7 +652,7 @@ def test_a_signal_saves_after_the_step_and_ends_with_128_and_its_number(program,
     assert f"stopped by {number.name}, saved as step_00000003" in out and checkpoints(tmp_path / "run") == [3]
 
 
-def test_a_signal_in_the_last_step_or_one_that_is_ignored_lets_the_run_finish(config, at, straight, tmp_path):
+def test_a_run_finishes_after_a_signal_in_the_last_step_or_an_ignored_signal(config, at, straight, tmp_path):
     at["train", 3] = partial(send, signal.SIGHUP)
     at["train", 8] = TERM
     with handled(signal.SIGHUP, signal.SIG_IGN), pytest.raises(SystemExit) as stopped:  # ignored, as nohup leaves it
@@ -669,7 +669,7 @@ def test_a_second_ctrl_c_exits_at_once(program, at, tmp_path):
     assert checkpoints(tmp_path / "run") == [2] and read_lines(tmp_path / "run")[-1]["step"] == 3
 
 
-def test_a_signal_straight_after_a_resume_writes_no_checkpoint_again(config, at, straight, tmp_path, monkeypatch):
+def test_a_signal_right_after_a_resume_writes_no_second_checkpoint(config, at, straight, tmp_path, monkeypatch):
     at["train", 4] = TERM
     with pytest.raises(SystemExit):
         train(config())
@@ -689,7 +689,7 @@ def test_a_signal_straight_after_a_resume_writes_no_checkpoint_again(config, at,
     assert_same_run(tmp_path / "run", straight())
 
 
-def test_a_finished_run_says_so_and_does_nothing(program, straight, tmp_path, monkeypatch):
+def test_a_finished_run_prints_that_it_is_finished_and_does_nothing(program, straight, tmp_path, monkeypatch):
     run = copy_of(straight(), tmp_path / "run")
     before = files_of(run)
     monkeypatch.setattr(GPT, "from_pretrained", None)  # nothing is loaded
@@ -724,7 +724,7 @@ FREE = {"preset", "teacher", "student", "data_dir", "out_dir", "micro_batch_size
         "pretrain_steps"}
 
 
-def test_another_experiment_in_the_same_folder_is_refused_by_key_and_nothing_is_touched(config, straight):
+def test_another_experiment_in_the_same_folder_is_rejected_by_key_and_nothing_is_touched(config, straight):
     assert FREE <= MAY_CHANGE and MAY_CHANGE & OTHER_VALUES.keys() == {"student"}  # whose content is compared
     before = files_of(straight())
     with pytest.raises(UserError) as refused:
@@ -819,7 +819,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage, named", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(config, straight, tmp_path, capsys, damage, named):
+def test_after_a_damaged_checkpoint_the_previous_one_is_used(config, straight, tmp_path, capsys, damage, named):
     copy_of(straight(), tmp_path / "run")
     damage(tmp_path / "run" / "step_00000008")
     (tmp_path / "run" / "corrupt_step_00000008").mkdir()  # of an earlier time
@@ -830,7 +830,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(config, straig
     assert_same_run(tmp_path / "run", straight())
 
 
-def test_where_no_whole_checkpoint_is_left_a_run_says_so_and_starts_again(config, straight, tmp_path, capsys):
+def test_without_an_intact_checkpoint_a_run_prints_it_and_starts_again(config, straight, tmp_path, capsys):
     copy_of(straight("kd"), tmp_path / "run", lambda run: flip_a_bit(run / "step_00000008"))
     train(config(method="kd"))
     assert f"{tmp_path / 'run'}: no intact checkpoint is left: starting again from step 0\n" in capsys.readouterr().out
@@ -865,8 +865,8 @@ FOREIGN_CHECKPOINTS = {  # with checksums that fit: not damaged, but not as a ru
 @pytest.mark.parametrize("spoil, named, part", [
     *(pytest.param(*row, "", id=f"run: {name}") for name, row in FOREIGN_RUNS.items()),
     *(pytest.param(*row, "step_00000007", id=name) for name, row in FOREIGN_CHECKPOINTS.items())])
-def test_what_no_run_wrote_is_one_message_runs_no_code_and_loses_nothing(program, straight, tmp_path, monkeypatch,
-                                                                         spoil, named, part):
+def test_a_file_that_no_run_wrote_is_one_message_and_none_of_its_code_runs(program, straight, tmp_path, monkeypatch,
+                                                                           spoil, named, part):
     monkeypatch.chdir(tmp_path)
     run = copy_of(straight(), tmp_path / "run", lambda folder: shutil.rmtree(folder / "step_00000008"))
     spoil(run / part)
@@ -880,13 +880,13 @@ def test_what_no_run_wrote_is_one_message_runs_no_code_and_loses_nothing(program
 # ------------ Command line and presets --------------------------------------------------------------------------------
 
 
-def test_of_a_key_given_twice_the_last_counts_and_a_space_does_for_the_equals_sign():
+def test_the_last_value_of_a_repeated_key_wins_and_a_space_works_like_the_equals_sign():
     config = parse_config(["--seed=1", "--seed", "2", "--wandb", "--wandb=false", "--shard_teacher", "false"])
     assert (config.seed, config.wandb, config.shard_teacher) == (2, False, False)
     assert config.out_dir == "out/quickstart-ddk-2" and config.data_dir == "data/quickstart"
 
 
-def test_the_first_step_says_how_long_the_run_will_take(program):
+def test_the_first_step_prints_how_long_the_run_will_take(program):
     _, out, _ = program("--log_every=100")
     shown = [line for line in out.splitlines() if line.startswith("step ")]
     assert [line.split()[1] for line in shown] == ["1/8", "8/8"]
@@ -928,7 +928,7 @@ def test_the_papers_presets_have_its_values_and_its_pairs(preset, teacher, stude
 
 
 @pytest.mark.parametrize("given", [{}, {"student": "scratch:1x32"}, {"lr": 1.0}], ids=str)
-def test_the_quickstart_is_the_default_where_no_folder_is_named(given):
+def test_the_quickstart_is_the_default_without_a_model_folder(given):
     config = resolve_config(given)
     assert config.preset == "quickstart" and config_errors(config) == []
     assert config.interval == 10 and config.warmup_steps < config.max_steps
@@ -959,7 +959,7 @@ def test_train_itself_checks_the_configuration(monkeypatch):
 
 
 @pytest.mark.parametrize("role, source", [("teacher", "a/folder/of/mine"), ("student", "on-the-hub/student")])
-def test_who_names_a_model_names_a_preset(run_main, tiny, role, source):
+def test_a_model_folder_requires_a_preset(run_main, tiny, role, source):
     others = {key: value for key, value in tiny.items() if key not in ("preset", "teacher", "student")}
     status, _, err = run_main(distill, *words({**others, role: source}))
     assert status == 2 and re.fullmatch("error: --preset: choose one, since it sets what a step is; paper .*\n", err)
@@ -1085,8 +1085,8 @@ MAKE_ANEW = "make the bins again with data.py --tokenizer={other}"
     (nothing, ["--test_samples=1000"], ["--test_samples=1000: domain letters"]),
     (nothing, ["--block_size=4096"], ["--block_size=4096: domain", "has no train text that long"])])
 @pytest.mark.parametrize("dry", [False, True])
-def test_what_does_not_fit_is_refused_with_the_fix_before_a_weight_is_read(program, teacher, tmp_path, monkeypatch,
-                                                                           change, arguments, messages, dry):
+def test_models_and_bins_that_do_not_fit_are_rejected_before_a_weight_is_read(program, teacher, tmp_path, monkeypatch,
+                                                                              change, arguments, messages, dry):
     other = copy_of(teacher, tmp_path / "other", change)
     monkeypatch.setattr(GPT, "from_pretrained", None)
     status, _, err = program(*(word.format(other=other) for word in arguments), f"--dry_run={dry}")
@@ -1096,7 +1096,7 @@ def test_what_does_not_fit_is_refused_with_the_fix_before_a_weight_is_read(progr
     assert err.startswith("error: ") and err.count("\n") == 1
 
 
-def test_a_folder_without_tokenizer_files_is_taken_with_a_warning(program, teacher, tmp_path):
+def test_a_folder_without_tokenizer_files_is_used_with_a_warning(program, teacher, tmp_path):
     other = copy_of(teacher, tmp_path / "other", lambda folder: [path.unlink() for path in folder.glob("tokenizer*")])
     status, out, err = program(f"--teacher={other}", "--max_steps=0")
     assert (status, err) == (0, "") and f"WARNING: --teacher={other} has no tokenizer that can be compared" in out
@@ -1121,7 +1121,7 @@ def hub(monkeypatch, tmp_path, teacher):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
 
 
-def test_models_and_tokenizers_may_be_named_as_on_the_hub(program, run_main, hub, straight, tmp_path):
+def test_models_and_tokenizers_can_be_names_on_the_hub(program, run_main, hub, straight, tmp_path):
     expected = straight()
     status, _, err = program("--teacher=you/teacher", "--keep=0", "--save_every=1")
     assert (status, err) == (0, "")
@@ -1139,8 +1139,7 @@ def test_models_and_tokenizers_may_be_named_as_on_the_hub(program, run_main, hub
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_a_name_that_the_hub_does_not_give_is_one_message_with_the_command(program, hub, tmp_path, monkeypatch,
-                                                                           installed):
+def test_a_name_that_the_hub_lacks_is_one_message_with_the_command(program, hub, tmp_path, monkeypatch, installed):
     if not installed:
         monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.chdir(tmp_path)
@@ -1158,7 +1157,7 @@ def test_a_name_that_the_hub_does_not_give_is_one_message_with_the_command(progr
 
 
 @pytest.mark.parametrize("arguments, width", [(["--dtype=float32"], 4), (["--dtype=bfloat16", "--method=cpt"], 2)])
-def test_a_dry_run_prints_what_a_run_takes_reads_no_weights_and_writes_nothing(
+def test_a_dry_run_prints_sizes_reads_no_weights_and_writes_nothing(
         program, teacher, tmp_path, arguments, width):
     """Of a teacher of 32 layers, 4096 wide, and a student of 4 layers: computed here by hand."""
     V, d, L, ff, kv, steps = 152_064, 4096, 32, 11_008, 8 * 128, 600
@@ -1201,8 +1200,8 @@ def trained(tiny, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("teacher_step, student_step, message", [
     (None, 8, "WARNING: THE TEACHER IS NEAR UNIFORM IN {}"),
     (8, 16, "WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {}"), (16, 8, None)], ids=["near uniform", "behind", "good"])
-def test_a_teacher_with_little_to_teach_is_warned_of_at_once(program, trained, teacher, teacher_step, student_step,
-                                                             message):
+def test_a_run_warns_at_once_of_a_teacher_with_little_to_teach(program, trained, teacher, teacher_step, student_step,
+                                                               message):
     folder = teacher if teacher_step is None else trained / f"step_{teacher_step:08d}"
     status, out, err = program(f"--teacher={folder}", f"--student={trained / f'step_{student_step:08d}'}",
                                "--max_steps=0")

@@ -464,7 +464,7 @@ def test_fsdp_shards_all_parameters_in_the_right_dtypes_and_ddp_none(runs, name)
 
 
 @pytest.mark.parametrize("name", ["one, bfloat16", "fsdp2, bfloat16"])
-def test_in_bfloat16_both_models_compute_otherwise_and_rotary_tables_stay_float32(runs, name):
+def test_bfloat16_changes_both_models_and_rotary_tables_stay_float32(runs, name):
     out_dir, ranks = runs[name]
     assert all(rank["rotary"] == ["torch.float32"] for rank in ranks)
     rounded, plain = (read_lines(run) for run in (out_dir, runs["one, untied"][0]))
@@ -494,7 +494,7 @@ def test_stopped_or_on_a_full_disk_and_resumed_under_one_layout_equals_straight_
             assert rank["left"] == ["metrics.jsonl", "step_00000010"]
 
 
-def test_a_run_goes_on_under_any_other_layout(runs):
+def test_a_run_continues_under_any_other_layout(runs):
     """Two processes of fsdp, three of fsdp, two of ddp, one."""
     windows = []
     for number, (_, _, stop) in enumerate(CHAIN):
@@ -506,7 +506,7 @@ def test_a_run_goes_on_under_any_other_layout(runs):
     assert_close(out_dir, alone)
 
 
-def test_a_module_that_is_trained_along_is_saved_beside_the_model_and_restored_in_another_layout(
+def test_an_extra_module_is_saved_next_to_the_model_and_restored_in_another_layout(
         processes, given, tmp_path):
     def start(name: str, world: int, event: dict, **keys) -> list[int]:
         keys = {**given, **SHORT, "out_dir": tmp_path / name, **keys}
@@ -590,7 +590,7 @@ def assert_nothing_is_lost(out_dir: Path):
 
 
 @pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_before_any_operation_of_a_save_a_run_keeps_the_checkpoint_before(start, straight, tmp_path, stride):
+def test_a_run_killed_before_any_operation_of_a_save_keeps_the_previous_checkpoint(start, straight, tmp_path, stride):
     """Each start is killed before a later operation on the files of its first checkpoint, until one gets through."""
     run = tmp_path / "run"
     for operation in itertools.count(step=stride):
@@ -608,7 +608,7 @@ def test_killed_before_any_operation_of_a_save_a_run_keeps_the_checkpoint_before
 
 @pytest.mark.parametrize("seed, kills", [(0, 6), *(
     pytest.param(seed, 20, marks=pytest.mark.slow) for seed in range(1, 6))])
-def test_killed_at_random_moments_a_run_loses_nothing(begin_run, start, straight, tmp_path, seed, kills):
+def test_a_run_killed_at_random_moments_loses_nothing(begin_run, start, straight, tmp_path, seed, kills):
     rng = random.Random(seed)
     run = tmp_path / "run"
     started = time.monotonic()
@@ -651,7 +651,7 @@ def test_a_rank_that_is_killed_ends_the_others_without_a_false_save(start, tmp_p
     assert statuses == [0, 0] and f"continuing from step_{done[-1]:08d}" in out
 
 
-def test_an_id_that_only_rank_1_reads_ends_the_job_and_names_the_bin(start, given, tmp_path):
+def test_a_bad_id_that_only_rank_1_reads_ends_the_job_with_the_name_of_the_bin(start, given, tmp_path):
     bins = shutil.copytree(given["data_dir"], tmp_path / "bins")
     sampler = MixtureSampler(TokenBins(bins, 16).n_windows, SHORT["batch_size"], 0)
     for _ in range(3):
@@ -668,7 +668,7 @@ def test_an_id_that_only_rank_1_reads_ends_the_job_and_names_the_bin(start, give
     assert last_step(tmp_path / "run") == 2 and whole_checkpoints(tmp_path / "run") == [2]
 
 
-def test_a_bug_on_rank_0_alone_ends_all_ranks_with_its_traceback_once(start):
+def test_a_bug_only_on_rank_0_ends_all_ranks_with_its_traceback_once(start):
     statuses, _, err = start(dict(what="bug in a save", at=1), world=2)
     assert statuses == [1, 1] and err.count("Traceback") == 1
     assert err.endswith("\nTypeError: 'NoneType' object is not callable\n")  # and nothing of rank 1 behind it
@@ -728,7 +728,7 @@ def assert_gone(pids: list[int]):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, *(
     pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGUSR1, signal.SIGINT))], ids=lambda n: n.name)
-def test_a_signal_to_torchrun_saves_and_the_same_command_goes_on(torchrun, start, tmp_path, number):
+def test_a_signal_to_torchrun_saves_and_the_same_command_continues(torchrun, start, tmp_path, number):
     """SIGTERM goes to torchrun only; a scheduler's SIGUSR1 and a terminal's Ctrl-C go to its process group."""
     launcher = torchrun(dict(what="pause", at=5), "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1", parallel="ddp")
     pids = paused(tmp_path)
@@ -772,7 +772,7 @@ def test_a_killed_rank_ends_the_job_of_torchrun_without_a_false_save(torchrun, t
     assert whole_checkpoints(tmp_path / "run") == [2, 4] and not list((tmp_path / "run").glob("*.tmp"))
 
 
-def test_a_mistake_is_told_once_by_rank_0_under_torchrun(processes, given, tmp_path):
+def test_a_mistake_is_printed_once_by_rank_0_under_torchrun(processes, given, tmp_path):
     keys = {**given, "out_dir": tmp_path / "run", "val_samples": 10**6}
     launcher = begin(processes, tmp_path, do_torchrun, ["--standalone", str(ROOT / "distill.py"), *words(keys)])
     assert wait(launcher) == [1]

@@ -100,7 +100,7 @@ def resumed(folder: Path, trained, fork, **given) -> Path:
     return out_dir
 
 
-def test_any_two_forks_go_together(tmp_path):
+def test_any_two_forks_can_be_combined(tmp_path):
     """One after the other, in either order. The index lines of the diffs let git merge three ways."""
     def git(*arguments) -> str:
         command = ["git", "-c", "user.name=A", "-c", "user.email=a@b", *arguments]
@@ -161,7 +161,7 @@ def test_a_new_loss_is_what_a_run_minimizes(forked, trained):
         assert line["loss"] == pytest.approx(line["ce"] + 0.3 * line["kl"], rel=1e-5) and 0 < line["kl"] < 0.7
 
 
-def test_the_divergence_may_have_a_factor_of_the_temperatures_square(forked):
+def test_the_divergence_can_have_the_factor_t_squared(forked):
     fork = imported(forked("t_squared")).distill
     torch.manual_seed(0)
     inputs = [torch.randn(9, 8), torch.randn(11, 8), torch.randn(9, 5), torch.randn(11, 5), torch.randint(11, (9,))]
@@ -286,7 +286,7 @@ def exact_doremi(alpha: list[float], excess: list[float]) -> list[float]:
     return [0.999 * float(share) + 0.001 / len(alpha) for share in exact_softmax(alpha, excess)]
 
 
-def test_doremis_update_raises_what_lags_and_keeps_a_floor(doremi):
+def test_doremis_update_raises_the_domain_that_lags_and_keeps_a_minimum(doremi):
     weights = doremi.doremi_update([0.2, 0.3, 0.5], [1.0, 0.0, 2.0])
     assert weights.tolist() == pytest.approx(exact_doremi([0.2, 0.3, 0.5], [1.0, 0.0, 2.0]), rel=1e-12)
     weights = [1 / 3, 1 / 3, 1 / 3]

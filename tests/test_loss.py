@@ -174,7 +174,7 @@ def test_without_a_teacher_or_at_gamma_0_it_is_cross_entropy_and_a_teachers_kl_i
         assert_equal(results, [cross_entropy, ce, kl, *gradients], 1e-12)
 
 
-def test_in_bfloat16_a_sure_prediction_has_a_gradient_still():
+def test_a_sure_prediction_in_bfloat16_still_has_a_gradient():
     logits = torch.tensor([[7.0, 0.0]], dtype=torch.bfloat16, requires_grad=True)
     distillation_loss(logits, torch.eye(2, dtype=torch.bfloat16), None, None, torch.tensor([0]))[0].backward()
     surplus = 1 / (1 + math.exp(7))  # 0.0009, a quarter of the step from 1 to the bfloat16 before
@@ -211,7 +211,7 @@ def test_logits_of_1000_and_rows_beyond_the_tokenizers_ids_have_the_gradients_of
     (dict(direction="backward"), "backward"),
     (dict(vocab_size=14), "vocab_size 14 .* 13 rows"),
 ])
-def test_what_the_equation_does_not_know_is_refused(loss_fn, equation, message):
+def test_unknown_directions_and_too_large_vocabularies_are_rejected(loss_fn, equation, message):
     with pytest.raises(ValueError, match=message):
         loss_fn(*example((15, 13)), **equation)
 
@@ -244,7 +244,7 @@ def test_tokens_come_in_any_shape_and_count_as_in_the_dense_loss(shape, ignored,
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (5,), (2, 1), (1,), (), (2, 5, 13), (2, 1, 13)], ids=str)
-def test_a_value_or_a_row_for_each_target_goes_with_the_tokens_without_a_name_in_distillation_loss(monkeypatch, shape):
+def test_a_forks_keyword_with_a_value_or_a_row_per_target_is_cut_into_chunks_with_the_tokens(monkeypatch, shape):
     """Here a factor of the student's logits, foreign to Eq. 3: one per target, or a row with one per id."""
     def with_factor(student_logits, teacher_logits, targets, *, factor, **equation):
         if 0 < factor.dim() <= targets.dim():  # a value for each target
@@ -261,7 +261,7 @@ def test_a_value_or_a_row_for_each_target_goes_with_the_tokens_without_a_name_in
 
 
 @pytest.mark.parametrize("shape", [(10,), (3, 5), (5, 2), (10, 13), (2, 4, 13), (5, 2, 13)], ids=str)
-def test_a_tensor_of_another_shape_than_the_targets_is_refused(shape):
+def test_a_tensor_of_another_shape_than_the_targets_is_rejected(shape):
     with pytest.raises(RuntimeError, match="expand"):
         distillation_loss(*example(), token_weights=torch.ones(shape))
     student_hidden, *rest, targets = example()
@@ -269,7 +269,7 @@ def test_a_tensor_of_another_shape_than_the_targets_is_refused(shape):
         distillation_loss(student_hidden, *rest, torch.zeros(shape, dtype=torch.long))
 
 
-def test_tensors_need_not_be_contiguous_and_are_left_as_they_are():
+def test_tensors_need_not_be_contiguous_and_are_not_changed():
     student_hidden, student_head, teacher_hidden, teacher_head, targets = example()
     inputs = [student_hidden.detach().transpose(0, 1).requires_grad_(),
               student_head.detach().T.contiguous().T.requires_grad_(),
@@ -281,7 +281,7 @@ def test_tensors_need_not_be_contiguous_and_are_left_as_they_are():
 
 
 @pytest.mark.parametrize("trained", [[0], [1], [0, 1]], ids=["hidden states", "head", "both"])
-def test_gradients_reach_what_is_trained_of_the_student_alone_and_scale_with_what_follows(trained):
+def test_gradients_reach_only_the_trained_tensors_of_the_student_and_scale_with_the_loss(trained):
     inputs = example()
     expected = with_gradients(on_logits, inputs)[3:]
     inputs = [tensor.detach() for tensor in inputs]
@@ -304,7 +304,7 @@ def test_bfloat16_gradients_of_many_chunks_add_up_in_float32():
     assert head.grad.flatten().tolist() == [-300, 300]  # each adds 1/2: bfloat16 would lose it at 256
 
 
-def test_the_padding_of_logits_is_0_whatever_stood_there(monkeypatch):
+def test_the_padding_of_logits_is_0_in_any_memory(monkeypatch):
     """A bfloat16 product on a CPU with AMX reads it, and NaN times 0 is NaN."""
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda like, *size: like.new_full(size, math.nan))
     logits = distill.aligned_empty(torch.ones(1, dtype=torch.bfloat16), 3, 70)
@@ -345,7 +345,7 @@ def test_it_never_holds_the_logits_of_all_tokens(direction, shape, rows, chunk_s
     assert seen.largest >= shape[0] * rows
 
 
-def test_it_keeps_its_gradients_alone_for_the_backward_pass():
+def test_it_keeps_only_its_gradients_for_the_backward_pass():
     def kept(loss_fn, **keywords):
         """Bytes that are allocated after the loss and were not before, but for ce and kl of each token."""
         inputs = example((200, 210), shape=(64,))
@@ -361,7 +361,7 @@ def test_it_keeps_its_gradients_alone_for_the_backward_pass():
 
 @pytest.mark.parametrize("teacher, grad, products", [(True, True, 4), (True, False, 2), (False, True, 3),
                                                      (False, False, 1)])
-def test_no_product_is_made_in_vain_and_without_gradients_the_values_are_the_same(teacher, grad, products):
+def test_no_product_is_unnecessary_and_the_values_are_the_same_without_gradients(teacher, grad, products):
     inputs = example()
     if not teacher:
         inputs[2:4] = [None, None]
@@ -384,14 +384,14 @@ def fresh_compiler():
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="requires a C++ compiler")
-def test_compiled_it_is_dense(fresh_compiler):
+def test_the_compiled_loss_is_the_dense_one(fresh_compiler):
     compilations = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     inputs = example((2**12, 2**12 + 5), shape=(2**12 + 40,), dtype=torch.float32)  # just enough to be worth compiling
     assert_is_dense(inputs, "float32", vocab_size=2**12 - 3)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compilations + 1
 
 
-def test_what_changes_between_steps_compiles_nothing_anew(fresh_compiler, monkeypatch):
+def test_numbers_that_change_between_steps_cause_no_recompilation(fresh_compiler, monkeypatch):
     # Only Dynamo decides whether to compile again, so its eager backend and few logits suffice.
     compiled = torch.compile(distill.eq3_of_chunk, dynamic=False, backend="eager")
     monkeypatch.setattr(distill, "eq3_of_chunk", compiled)

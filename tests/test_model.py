@@ -122,7 +122,7 @@ def assert_opens_in_transformers(ours: GPT, folder: Path):
 # ------------ Parity with transformers --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_tensor_names_are_transformers_both_ways(name, tmp_path):
+def test_logits_and_tensor_names_are_those_of_transformers_both_ways(name, tmp_path):
     theirs = transformers_model(MODELS[name])
     theirs.save_pretrained(tmp_path / "theirs")
     ours = GPT.from_pretrained(tmp_path / "theirs")
@@ -163,7 +163,7 @@ EDITED = {  # what is edited in a config.json → (model, keys that are removed,
 
 
 @pytest.mark.parametrize("what", EDITED)
-def test_a_config_json_makes_the_network_that_transformers_makes_of_it(what, tmp_path):
+def test_a_config_json_gives_the_same_network_as_in_transformers(what, tmp_path):
     name, removed, changes = EDITED[what]
     transformers_model(MODELS[name]).save_pretrained(tmp_path)
     edit(CONFIG, without_keys(*removed), **changes)(tmp_path)
@@ -263,7 +263,7 @@ def test_loss_fn_gets_the_hidden_states_and_the_head_that_make_the_logits(tied):
 
 
 @pytest.mark.parametrize("family, changes", [("mistral", dict(sliding_window=8)), ("gpt2", {}), ("gpt_bigcode", {})])
-def test_more_tokens_than_the_window_or_the_learned_positions_are_refused(family, changes):
+def test_more_tokens_than_the_window_or_the_learned_positions_are_rejected(family, changes):
     gpt = tiny(family, **changes)
     context = changes.get("sliding_window", 32)
     assert gpt.config.context == context and gpt(tokens(30, 1, context)).shape == (1, context, 30)
@@ -291,7 +291,7 @@ def test_a_fork_masks_the_documents_of_a_window_with_positions_and_a_mask(family
 
 
 @torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
-def test_compiled_blocks_are_whole_where_dynamo_makes_head_dim_symbolic():
+def test_compiled_blocks_have_no_break_if_dynamo_makes_head_dim_symbolic():
     """As it does under FSDP2, once teacher and student differ in it."""
     for head_dim in (8, 16):
         gpt, idx = tiny(num_hidden_layers=1, head_dim=head_dim), tokens(30, 2, 7)
@@ -325,7 +325,7 @@ def test_rope_theta_and_dtype_are_written_for_both_transformers_versions(tmp_pat
 
 
 @pytest.mark.parametrize("wanted", [None, torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_a_model_is_in_the_dtype_that_holds_all_of_the_file_unless_another_is_asked_for(wanted, tmp_path):
+def test_a_model_has_the_dtype_that_holds_all_tensors_of_the_file_unless_another_is_requested(wanted, tmp_path):
     gpt = tiny("gpt2").bfloat16()
     gpt.norm.half()
     gpt.save_pretrained(tmp_path)
@@ -372,7 +372,7 @@ def test_files_of_other_versions_are_read(how, tmp_path):
 
 @pytest.mark.parametrize("name", ["llama-3 rope", "mistral", "qwen2 window", "qwen3", "gpt2 untied",
                                   "gpt_bigcode untied", "starcoder2"])
-def test_what_config_json_says_besides_is_kept_and_a_second_save_changes_nothing(name, tmp_path):
+def test_other_keys_of_config_json_are_kept_and_a_second_save_changes_nothing(name, tmp_path):
     transformers_model(MODELS[name]).save_pretrained(tmp_path / "theirs")
     edit(CONFIG, bos_token_id=7, eos_token_id=[1, 2], attention_dropout=0.5, ours={"a": [1, None]},
          n_inner=MODELS[name].to_dict().get("n_inner") or 192)(tmp_path / "theirs")
@@ -401,7 +401,7 @@ def test_a_loaded_model_does_not_change_with_its_file(tmp_path):
     assert gpt.embed_tokens.weight.equal(before)
 
 
-def test_modules_in_extra_are_trained_along_and_are_no_part_of_what_is_saved(tmp_path):
+def test_modules_in_extra_are_trained_and_not_saved_with_the_model(tmp_path):
     gpt = tiny()
     assert not any(name.startswith("extra") for name in gpt.state_dict())
     gpt.save_pretrained(tmp_path / "before")
@@ -536,7 +536,7 @@ WRONG = {  # what is wrong with a tensor → (how it comes about, what the messa
 
 @pytest.mark.parametrize("what", WRONG)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_familys_tensors_are_all_there_and_right(family, what, family_folders, tmp_path):
+def test_missing_and_wrong_tensors_are_rejected_in_each_family(family, what, family_folders, tmp_path):
     spoil, expected = WRONG[what]
     key, ours = NAMES[family]
     message = refusal(copy_of(family_folders[family], tmp_path / "model", spoil(key)))
@@ -549,13 +549,13 @@ def test_each_familys_tensors_are_all_there_and_right(family, what, family_folde
     (torch.float8_e4m3fn, None),
     (torch.float8_e4m3fn, torch.float32),
 ], ids=str)
-def test_quantised_weights_are_refused_whatever_dtype_is_asked_for(stored, wanted, family_folders, tmp_path):
+def test_quantized_weights_are_rejected_for_any_dtype(stored, wanted, family_folders, tmp_path):
     refusal(copy_of(family_folders["llama"], tmp_path / "model", spoil_tensor(Q, lambda tensor: tensor.to(stored))),
             wanted)
 
 
 @pytest.mark.parametrize("damage, named", DAMAGE.values(), ids=DAMAGE)
-def test_a_folder_that_is_not_right_is_refused_by_name(damage, named, family_folders, tmp_path):
+def test_a_wrong_folder_is_rejected_with_its_name(damage, named, family_folders, tmp_path):
     message = refusal(copy_of(family_folders["llama"], tmp_path / "model", damage))
     assert all(text in message for text in named), message
 
@@ -564,7 +564,7 @@ def test_a_folder_that_is_not_right_is_refused_by_name(damage, named, family_fol
 @pytest.mark.parametrize("key, value", [("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False),
                                         ("add_cross_attention", True), ("activation_function", "quick_gelu"),
                                         ("multi_query", False)])
-def test_a_setting_that_makes_it_another_network_is_refused(key, value, family, family_folders, tmp_path):
+def test_a_setting_of_an_unsupported_network_is_rejected(key, value, family, family_folders, tmp_path):
     folder = copy_of(family_folders[family], tmp_path / "model", edit(CONFIG, **{key: value}))
     assert f"{key} {value!r}" in refusal(folder)
 
@@ -572,7 +572,7 @@ def test_a_setting_that_makes_it_another_network_is_refused(key, value, family, 
 # ------------ Shards --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", ["llama tied", "qwen3", "gpt2"])
-def test_transformers_shards_are_read_as_the_whole(name, tmp_path):
+def test_shards_that_transformers_wrote_are_read_like_one_file(name, tmp_path):
     theirs = transformers_model(MODELS[name])
     theirs.save_pretrained(tmp_path / "whole")
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
@@ -581,7 +581,7 @@ def test_transformers_shards_are_read_as_the_whole(name, tmp_path):
     assert_same_weights(GPT.from_pretrained(tmp_path / "shards"), GPT.from_pretrained(tmp_path / "whole"))
 
 
-def test_shards_beside_a_whole_file_are_not_read(tmp_path):
+def test_shards_next_to_a_whole_file_are_not_read(tmp_path):
     tiny().save_pretrained(tmp_path)
     put("model-00001-of-00002.safetensors", b"")(tmp_path)
     assert_same_weights(GPT.from_pretrained(tmp_path), tiny())
@@ -619,7 +619,7 @@ def test_loading_takes_hardly_more_memory_than_the_model_even_if_a_tied_head_is_
 
 @pytest.mark.parametrize("family, changes", [("llama", {}), ("gpt2", dict(max_position_embeddings=8)),
                                              ("mistral", dict(sliding_window=8))])
-def test_greedy_takes_the_likeliest_token_after_as_many_as_the_context_holds(family, changes):
+def test_greedy_generation_uses_the_most_likely_token_and_the_last_tokens_that_fit_the_context(family, changes):
     gpt, prompt = tiny(family, **changes), tokens(30, 3, 13)
     idx = prompt
     for _ in range(5):

@@ -257,7 +257,7 @@ def own_bins(tmp_path_factory):
 @pytest.mark.parametrize("config", [
     "", '{"model_max_length": 99}', '{"tokenizer_class": "GPT2Tokenizer"}', '{"tokenizer_class": "LlamaTokenizer"}'])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen3", "gpt_bigcode", "starcoder2"])
-def test_autotokenizer_gives_the_bins_ids_for_a_student_of_any_model_type(own_bins, tmp_path, family, config):
+def test_autotokenizer_encodes_as_the_bins_for_a_student_of_any_model_type(own_bins, tmp_path, family, config):
     """But qwen2: transformers 5 takes Qwen's own class there, whatever the folder declares."""
     bins = own_bins(config)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": bins.vocab_size}))

@@ -57,7 +57,7 @@ def test_the_quickstart_makes_bins_teacher_base_and_student(checkout):
         assert len(re.findall(rf"(?m)^ *{name}\b", printed)) >= 2  # before training, and at the end
 
 
-def test_another_arm_uses_the_same_bins_and_models(checkout):
+def test_another_method_uses_the_same_bins_and_models(checkout):
     made = {path: path.stat().st_mtime_ns for path in (checkout / "data").rglob("*.safetensors")}
     printed = run(checkout, f"python distill.py {SMALL} --method=kd --seed=1")
     assert made == {path: path.stat().st_mtime_ns for path in (checkout / "data").rglob("*.safetensors")}
@@ -66,7 +66,7 @@ def test_another_arm_uses_the_same_bins_and_models(checkout):
     assert runs[0]["domains"] == runs[1]["domains"]  # both start from the same student and teacher
 
 
-def test_models_that_were_made_are_taken_whatever_their_steps_were_and_by_many_runs_at_once(
+def test_finished_models_are_used_for_any_number_of_steps_and_by_many_runs_at_once(
         checkout, monkeypatch, capsys):
     trained = []
 

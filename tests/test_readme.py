@@ -13,7 +13,7 @@ BOOKS = [ROOT / "README.md", ROOT / "tests" / "README.md", ROOT / "assets" / "RE
 RESULTS_PAGE = BOOKS[-1].read_text(encoding="utf-8")
 
 
-def test_the_table_of_arms_is_the_codes():
+def test_the_table_of_methods_agrees_with_the_code():
     """A fork's method does not have to be in it."""
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \| (\w+) \| (.*) \|$", README, re.MULTILINE)
     assert {name for name, *_ in rows} >= {"ddk", "ddk_no_fs", "ddk_es", "kd", "minillm", "cpt"}
@@ -21,7 +21,7 @@ def test_the_table_of_arms_is_the_codes():
         assert row == [METHODS[name].rule, METHODS[name].divergence or "none", METHODS[name].help]
 
 
-def test_each_key_that_the_readme_names_is_there():
+def test_each_key_in_the_readme_exists():
     theirs = {"data_dir", "tokenizer", "text_key", "val_fraction", "domain_key", "verify", "metrics",
               "rule", "plot", "model", "prompt", "eot", "alpha", "setting", "seeds", "arms",
               "device"}  # of the other programs
@@ -42,7 +42,7 @@ def test_each_name_in_the_reading_list_is_in_its_file():
             assert re.search(rf"(?m)^(def|class) {name}\b|^{name}\b.* = ", source), f"{name} in {file}"
 
 
-def test_each_link_to_a_file_or_heading_leads_somewhere():
+def test_each_link_to_a_file_or_heading_has_a_target():
     for path in BOOKS:
         text = path.read_text(encoding="utf-8")
         headings = {re.sub(r"[^\w -]", "", line.lstrip("# ")).lower().replace(" ", "-")
@@ -54,7 +54,7 @@ def test_each_link_to_a_file_or_heading_leads_somewhere():
                 assert not anchor or anchor in headings, f"{path}: {target}"
 
 
-def test_the_forks_in_the_readme_are_those_beside_it():
+def test_the_readme_lists_all_forks_with_their_sizes():
     forks = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "forks").glob("*.diff")}
     rows = dict(re.findall(r"`(\w+\.diff)` \((\d+)", README))
     assert rows == {name: str(len(re.findall(r"(?m)^\+(?!\+\+)", diff))) for name, diff in forks.items()}
@@ -72,7 +72,7 @@ def test_the_tables_follow_from_the_results_and_the_text_from_the_tables():
         assert [number for number in re.findall(r"\d*\.\d+", text) if number not in known] == []
 
 
-def test_every_test_that_is_named_as_proof_is_there():
+def test_every_test_in_the_list_of_promises_exists():
     tests = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
     names = re.findall(r"`(test_\w+)`", (ROOT / "tests" / "README.md").read_text(encoding="utf-8"))
     assert len(names) > 10

@@ -51,7 +51,7 @@ PERPLEXITIES = {  # student, teacher
 
 @pytest.mark.parametrize("alpha", [0, 0.3, 0.5, 1])
 @pytest.mark.parametrize("student, teacher", PERPLEXITIES.values(), ids=PERPLEXITIES)
-def test_eq1_and_eq2_are_those_of_exact_arithmetic_and_stay_within_their_bounds(student, teacher, alpha):
+def test_eq1_and_eq2_agree_with_exact_arithmetic_and_stay_within_their_bounds(student, teacher, alpha):
     N = len(student)
     assert_close(discrepancy_factor(student, teacher), exact_eq2([1] * N, student, teacher, 1), student, teacher)
     factors = [[1 / N] * N, list(range(1, N + 1)), discrepancy_factor(student, teacher), [1e-300] * N]
@@ -67,7 +67,7 @@ def test_eq1_and_eq2_are_those_of_exact_arithmetic_and_stay_within_their_bounds(
 @pytest.mark.parametrize("student, teacher", [
     ([], []), ([2], [2, 2]), ([[2, 2]], [[2, 2]]), ([math.nan, 2], [2, 2]), ([2, 2], [math.inf, 2]),
     ([0.99, 2], [2, 2]), ([2, 2], [2, None])])
-def test_bad_perplexities_are_refused(student, teacher):
+def test_bad_perplexities_are_rejected(student, teacher):
     with pytest.raises(ValueError, match="student_ppl|teacher_ppl"):
         discrepancy_factor(student, teacher)
     with pytest.raises(ValueError, match="student_ppl|teacher_ppl"):
@@ -76,7 +76,7 @@ def test_bad_perplexities_are_refused(student, teacher):
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.1, math.nan])
 @pytest.mark.parametrize("factor", [[0.5], [0.5, 0.25, 0.25], [-0.5, 1.5], [0, 0], [math.nan, 1], [math.inf, 1]])
-def test_a_bad_factor_or_alpha_is_refused(factor, alpha):
+def test_a_bad_factor_or_alpha_is_rejected(factor, alpha):
     with pytest.raises(ValueError, match="factor"):
         smooth_update(factor, [2, 2], [2, 2])
     with pytest.raises(ValueError, match="alpha"):
@@ -103,7 +103,7 @@ def assert_even(counts: np.ndarray, freedom: int):
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 9, 30])
-def test_every_element_comes_to_every_place_and_every_order_equally_often(n):
+def test_every_place_of_an_element_and_every_order_is_equally_frequent(n):
     keys = np.arange(300 * n, dtype=np.uint64)
     counts = np.empty((n, n))
     for place in range(n):
@@ -179,7 +179,7 @@ def test_in_the_long_run_every_place_of_a_batch_follows_probs():
         assert np.abs((domain_ids == domain).mean(axis=0) - prob).max() < 0.06
 
 
-def test_a_domain_is_walked_in_one_order_whatever_the_probs_the_batch_and_the_other_domains():
+def test_the_order_of_a_domain_does_not_depend_on_probs_batch_size_or_other_domains():
     natural, skewed, single = (MixtureSampler(WINDOWS, batch_size, seed=3) for batch_size in (64, 12, 1))
     skewed.probs = {"code": 0.1, "prose": 0.6, "one": 0.1, "math": 0.2}
     single.probs = np.ones(4)
@@ -190,7 +190,7 @@ def test_a_domain_is_walked_in_one_order_whatever_the_probs_the_batch_and_the_ot
         assert n > 3 and a[name][:n] == b[name][:n] == c[name][:n] == d[name][:n]
 
 
-def test_probs_start_at_the_natural_proportions_and_new_ones_count_from_the_very_next_batch():
+def test_probs_start_at_the_natural_proportions_and_new_probs_apply_to_the_next_batch():
     assert MixtureSampler({"x": 30, "y": 10}, 8, 0).probs.tolist() == [0.75, 0.25]
     sampler = MixtureSampler({"x": 50, "y": 50, "z": 50}, 8, seed=0)
     draw(sampler, 3)
@@ -226,13 +226,13 @@ def test_a_billion_windows_take_no_memory_and_a_small_state():
 
 
 @pytest.mark.parametrize("n_windows, batch_size", [({}, 4), ({"x": 0}, 4), ({"x": 5, "y": -1}, 4), ({"x": 5}, 0)])
-def test_bad_sizes_are_refused(n_windows, batch_size):
+def test_bad_sizes_are_rejected(n_windows, batch_size):
     with pytest.raises(ValueError, match="n_windows|batch_size"):
         MixtureSampler(n_windows, batch_size, seed=0)
 
 
 @pytest.mark.parametrize("probs", [[1], [[1, 1]], [-1, 2], [0, 0], [math.inf, 1], {"x": 1, "z": 1}])
-def test_bad_probs_are_refused_and_change_nothing(probs):
+def test_bad_probs_are_rejected_and_change_nothing(probs):
     sampler = MixtureSampler({"x": 5, "y": 15}, 4, seed=0)
     with pytest.raises(ValueError, match="probs"):
         sampler.probs = probs
@@ -336,7 +336,7 @@ def test_the_program_shows_the_mixture_and_a_window_of_each_domain(program, bins
     assert "X" in shown[0] and "y" not in shown[0] and "y" in shown[1] and "X" not in shown[1]
 
 
-def test_the_program_draws_by_the_last_r_replayed_and_from_the_runs_domains_alone(program, make_run, bins):
+def test_the_program_draws_by_the_last_replayed_r_and_only_from_the_runs_domains(program, make_run, bins):
     arguments = [f"--data_dir={bins}", "--block_size=16"]
     _, stdout, _ = program(f"--metrics={make_run()}", *arguments)
     assert "65.88%" in stdout and "34.12%" in stdout
@@ -401,7 +401,7 @@ def test_a_row_for_each_run_has_its_last_perplexities_and_ratios_on_the_test_win
     assert cells(stdout, "alone") == "ddk 0 30 5.00 (1.25) 3.00 (1.50) 1.500 1.375"
 
 
-def test_runs_that_are_unfinished_or_on_other_windows_are_marked_and_in_no_mean(program, make_run):
+def test_unfinished_runs_and_runs_on_other_windows_are_marked_and_enter_no_mean(program, make_run):
     short = make_run("short", finished=False, seed=2)
     untested = [make_run(f"untested-{seed}", seed=seed, test_samples=0) for seed in (3, 4)]
     finished = [make_run(f"finished-{seed}", seed=seed) for seed in (0, 1)]
@@ -501,7 +501,7 @@ def test_a_replay_is_plotted_with_its_alpha_after_the_runs_own_r(figure, make_ru
 
 
 @pytest.mark.filterwarnings("error::UserWarning")  # of matplotlib
-def test_a_figure_is_written_without_a_warning_or_its_file_is_named(program, make_run, tmp_path):
+def test_a_figure_is_written_without_a_warning_or_rejected_with_its_file(program, make_run, tmp_path):
     pytest.importorskip("matplotlib")
     metrics = make_run()
     assert program(f"--metrics={metrics}", f"--plot={tmp_path / 'fig.png'}")[0] == 0
@@ -523,13 +523,13 @@ def test_a_figure_is_written_without_a_warning_or_its_file_is_named(program, mak
     (["--data_dir=x", "--plot=x.png"], "--plot"),
     (["--data_dir=nowhere"], "--data_dir=nowhere"),
 ])
-def test_a_bad_argument_is_named(program, arguments, named):
+def test_a_bad_argument_is_one_message_with_its_name(program, arguments, named):
     status, stdout, stderr = program(*arguments)
     assert status == 2 and stdout == "" and named in stderr.rpartition("error: ")[2]
 
 
 @pytest.mark.parametrize("lines", [[], ["run"], ["mixture"], ["run", "{", "mixture"], ["[1]"]], ids=str)
-def test_metrics_that_no_run_writes_are_refused(program, make_run, lines):
+def test_metrics_that_no_run_writes_are_rejected(program, make_run, lines):
     path = make_run()
     run, mixture, *_ = path.read_text().splitlines()
     path.write_text("".join({"run": run, "mixture": mixture}.get(line, line) + "\n" for line in lines))
