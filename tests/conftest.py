@@ -30,7 +30,7 @@ def documents(name: str, count: int):
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory) -> Path:
-    """Bins of three domains of unequal size, of the bytes tokenizer."""
+    """Return bins of three domains of unequal size, with the bytes tokenizer."""
     folder = tmp_path_factory.mktemp("bins") / "tiny"
     stream = ((name, text) for name, count in DOCUMENTS.items() for text in documents(name, count))
     build_bins(folder, load_tokenizer("bytes"), stream, val_fraction=0.2)
@@ -39,7 +39,7 @@ def data_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory, data_dir) -> Path:
-    """A model's folder whose weights are far from their initial values."""
+    """Return a model folder with weights far from their initial values."""
     folder = tmp_path_factory.mktemp("models") / "teacher"
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -53,7 +53,7 @@ def teacher(tmp_path_factory, data_dir) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(data_dir, teacher) -> dict:
-    """The keys of a tiny run."""
+    """Return the keys of a tiny run."""
     return dict(preset="paper", data_dir=str(data_dir), teacher=str(teacher), student="scratch:1x32", block_size=16,
                 batch_size=8, val_samples=5, test_samples=0, interval=2, max_steps=8, lr=3e-3, min_lr=3e-4,
                 warmup_steps=2, save_every=4, device="cpu")
@@ -64,7 +64,7 @@ def words(keys: dict) -> list[str]:
 
 
 def read_lines(out_dir: Path, kind: str | None = None) -> list[dict]:
-    """The lines of a run's metrics.jsonl, of one kind, without what a clock put there."""
+    """Return a run's lines of metrics.jsonl, of one kind if given, without times."""
     lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     clock = ("tokens_per_s", "eta_s")
     return [{key: value for key, value in line.items() if key not in clock} for line in lines
@@ -72,7 +72,7 @@ def read_lines(out_dir: Path, kind: str | None = None) -> list[dict]:
 
 
 def assert_same_run(out_dir: Path, other: Path):
-    """All lines of metrics (the configuration aside) and all files of the last checkpoint are equal to the bit."""
+    """Compare the metrics, except for the configuration, and the files of the last checkpoint, to the bit."""
     assert read_lines(out_dir)[1:] == read_lines(other)[1:]
     folder, other_folder = (list_checkpoints(run)[-1] for run in (out_dir, other))
     assert folder.name == other_folder.name
@@ -82,7 +82,7 @@ def assert_same_run(out_dir: Path, other: Path):
 
 
 def open_in_transformers(folder: Path):
-    """The model, of whose tensors none is missing, unexpected or reshaped."""
+    """Open a folder in transformers. Fails if a tensor is missing, unexpected or reshaped."""
     from transformers import AutoModelForCausalLM
     model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values()), loading
@@ -115,7 +115,7 @@ def drop(name: str):
 
 
 def edit(name: str, change=lambda content: None, **values):
-    """Change a JSON file; what `change` returns, if anything, replaces its content, and then `values` are set."""
+    """Change a JSON file: what `change` returns, if anything, replaces its content; then `values` are set."""
     def apply(folder: Path):
         content = json.loads((folder / name).read_text())
         replaced = change(content)
@@ -128,7 +128,7 @@ def edit(name: str, change=lambda content: None, **values):
 
 
 def change_tensors(change, file: str = "model.safetensors"):
-    """`change` a model's tensors: a function of their dict."""
+    """Change a model's tensors by a function of their dict."""
     def apply(folder: Path):
         tensors = load_file(folder / file)
         change(tensors)
@@ -137,7 +137,7 @@ def change_tensors(change, file: str = "model.safetensors"):
 
 
 class Hostile:
-    """Unpickling it makes a file."""
+    """Makes a file when it is unpickled."""
 
     def __reduce__(self):
         return Path.touch, (Path("unpickled").resolve(),)
@@ -145,7 +145,7 @@ class Hostile:
 
 @pytest.fixture
 def run_main(monkeypatch, capsys):
-    """Runs a module's `main` as a program with arguments, in this process: (exit status, stdout, stderr)."""
+    """Run a module's `main` as a program, in this process. Return (exit status, stdout, stderr)."""
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
         monkeypatch.setattr(os, "_exit", sys.exit)  # which ends a program where the test says that torchrun started it

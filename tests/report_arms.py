@@ -276,7 +276,7 @@ def difference_cell(pair: Pair, test: tuple, digits: int = 3) -> str:
 
 
 def claims_table(settings: dict) -> str:
-    """A row for each claim, and for each setting its difference and verdict by each measure."""
+    """Return a row for each claim, and for each setting its difference and verdict by each measure."""
     tests = {name: decided(runs, CLAIMS) for name, runs in settings.items()}
     rows = []
     for pair in CLAIMS:
@@ -295,7 +295,7 @@ def claims_table(settings: dict) -> str:
 
 
 def arms_table(settings: dict, arms=ARMS, shares: bool = False) -> str:
-    """A row for the student bases and one for each arm that has run, on the test windows: the worst and the mean ratio,
+    """Return a row for the student bases and each arm that has run, on the test windows: the worst and the mean ratio,
     and the ratio of each domain; with `shares` the share of DDK's gain over CPT."""
     rows = []
     for setting, runs in settings.items():
@@ -326,7 +326,7 @@ def arms_table(settings: dict, arms=ARMS, shares: bool = False) -> str:
 
 
 def replicates_table(runs: dict) -> str:
-    """The README's: four arms, their ratios, and how far DDK's are below or above them, with 95 % intervals."""
+    """Return the README's table: four arms, their ratios, and how far DDK's are below or above, with 95 % intervals."""
     rows = []
     for arm in ("ddk", "kd_first" if "kd_first" in runs else "kd_fixed", "ddk_es", "kd"):
         row = [f"`{arm}`"]
@@ -338,8 +338,8 @@ def replicates_table(runs: dict) -> str:
 
 
 def family_table(family: list[Pair], tests: dict) -> str:
-    """A row for each pair, and a column for each measure: difference, interval, p-value and verdict. Measures without a
-    column fill a row in their order."""
+    """Return a row for each pair and a column for each measure: difference, interval, p-value and verdict. The measures
+    without a column fill a row in their order."""
     columns = [measure for measure in (*SPEEDS, "python_ratio") if any(measure in key for key in tests)]
     rows = []
     for pair in [pair for pair in family if pair.text]:
@@ -354,7 +354,7 @@ def family_table(family: list[Pair], tests: dict) -> str:
 
 
 def course_table(runs: dict, every: int = 50) -> str:
-    """The time course: DDK − another arm on the validation windows, with 95 % intervals, every `every` steps."""
+    """Return the time course: DDK − another arm on validation windows, with 95 % intervals, every `every` steps."""
     others = [arm for arm in ("kd_first", "kd_fixed", "ddk_es") if arm in runs]
     steps = runs["ddk"]["0"]["steps"]
     curves = {}  # arm, function over domains → seeds × evaluations

@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def made_up(**arms) -> dict:
-    """Results in which worst and mean ratio of a run are one value, and its ratios fall by a tenth of it."""
+    """Return results in which a run's worst and mean ratio are one value, and its ratios fall by a tenth of it."""
     results = {}
     for arm, values in arms.items():
         results[arm] = {}
@@ -236,7 +236,7 @@ def test_an_arm_that_needs_a_fork_is_an_error_with_the_commands_that_make_it(mon
 
 @pytest.fixture
 def compare(tmp_path):
-    """Runs compare_arms.py in miniature: what it prints, or its errors where another status is expected than 0."""
+    """Run compare_arms.py in miniature. Return what it prints, or its errors if `status` is not 0."""
     keys = ("max_steps=2,interval=1,val_samples=2,test_samples=2,batch_size=4,block_size=32,warmup_steps=1,"
             f"data_dir={tmp_path / 'bins'}")
     command = [sys.executable, ROOT / "tests" / "compare_arms.py", "--steps=2", f"--out_dir={tmp_path / 'out'}",

@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(DEVICE == "cuda" and not torc
 
 @pytest.fixture
 def config(tiny, tmp_path):
-    """A function that makes a tiny run's configuration."""
+    """Return a function that makes a tiny run's configuration."""
     def make(name: str, **given):
         keys = dict(student="scratch:2x64", interval=5, max_steps=20, save_every=10, device=DEVICE)
         return resolve_config({**tiny, **keys, "out_dir": str(tmp_path / name), **given})
@@ -91,7 +91,7 @@ def test_the_loss_holds_little_more_than_its_chunk():
 
 @pytest.fixture
 def nan_in_new_memory(monkeypatch):
-    """New memory of torch holds NaN at first, in Inductor's code too. Returns the shapes that Inductor made."""
+    """Fill torch's new memory with NaN, in Inductor's code too. Return the shapes that Inductor made."""
     name = f"_empty_strided_{DEVICE}"
     allocate = getattr(torch._C._dynamo.guards, name)
     made = []
@@ -116,7 +116,7 @@ def nan_in_new_memory(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_that_was_not_written_is_not_read(nan_in_new_memory, dtype):
-    """40,001 rows are padded to a multiple of 64, and the second chunk is filled up."""
+    """40,001 rows are padded to a multiple of 64, and ignored targets fill up the second chunk."""
     inputs = loss_inputs(700, 40_001, dtype)
     student = [tensor.requires_grad_() for tensor in inputs[:2]]
     loss, ce, kl = distillation_loss(*inputs, vocab_size=39_990, chunk_size=512)
@@ -148,7 +148,7 @@ def test_the_gradient_of_the_head_is_added_up_in_float32():
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_attention_in_bfloat16_holds_no_square_of_scores(head_dim):
-    """Where neither kernel can, this raises: without the context the math kernel would hold them."""
+    """The context raises if neither kernel works. Without it the math kernel would hold the scores."""
     sizes = GPTConfig(257, 8 * head_dim, 512, 1, 8, num_key_value_heads=2, head_dim=head_dim)
     model = GPT(sizes).to(DEVICE)
     ids = torch.zeros(2, 1024, dtype=torch.int64, device=DEVICE)
@@ -182,7 +182,7 @@ def test_compiled_blocks_have_no_break_and_no_recompilation_after_the_first_step
 
 
 def test_a_resumed_run_continues_as_if_it_had_not_stopped(config, tmp_path):
-    """Windows of several attention tiles. With `warn_only` their backward pass would not be deterministic."""
+    """Use windows of several attention tiles. With `warn_only` their backward pass would not be deterministic."""
     keys = dict(compile="false", block_size=256, val_samples=1)
     torch.use_deterministic_algorithms(True)
     try:
@@ -200,7 +200,7 @@ def test_a_resumed_run_continues_as_if_it_had_not_stopped(config, tmp_path):
 
 
 def torchrun(processes: int, config, event: dict | None = None) -> subprocess.CompletedProcess:
-    """distill.py under torchrun, on NCCL; with an event, what test_distributed.py makes of it."""
+    """Run distill.py under torchrun, on NCCL; with an event, through test_distributed.py."""
     program = [ROOT / "distill.py", *words(asdict(config))]
     if event is not None:
         folder = Path(config.out_dir).parent

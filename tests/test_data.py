@@ -46,7 +46,7 @@ def stream(domains: dict[str, list[str]]):
 
 
 def build(folder: Path, domains: dict[str, list[str]] | list[str], tokenizer=None, **keys) -> dict:
-    """The bins of lists of texts; a single list is the domain `code`."""
+    """Build bins of lists of texts; a single list is the domain `code`."""
     if isinstance(domains, list):
         domains = {"code": domains}
     keys.setdefault("val_fraction", FRACTION)
@@ -54,18 +54,18 @@ def build(folder: Path, domains: dict[str, list[str]] | list[str], tokenizer=Non
 
 
 def split_by_hand(text: str, fraction: float) -> str:
-    """The contract's formula, written once more."""
+    """Return the split by the formula, written a second time."""
     u = int(sha256(text.encode()).hexdigest()[:16], 16) / 2**64
     return "test" if u < fraction else "val" if fraction <= u < 2 * fraction else "train"
 
 
 def texts_of(split: str, start: str = ""):
-    """An endless stream of texts that fall into a split."""
+    """Return an endless stream of texts of one split."""
     return (text for text in (f"{start}{i}" for i in itertools.count()) if split_by_hand(text, FRACTION) == split)
 
 
 def three(start: str = "") -> list[str]:
-    """A text for each split."""
+    """Return a text for each split."""
     return [next(texts_of(split, start)) for split in SPLITS]
 
 
@@ -74,7 +74,7 @@ def read_bin(path: Path) -> np.ndarray:
 
 
 def bin_texts(folder: Path, split: str, name: str = "code") -> list[str]:
-    """The documents of a bin of bytes."""
+    """Return the documents of a bin of bytes."""
     tokens = read_bin(folder / f"{name}.{split}.bin")
     *documents, rest = bytes(np.minimum(tokens, 255).astype(np.uint8)).split(b"\xff")  # not a byte of UTF-8
     assert rest == b""
@@ -87,7 +87,7 @@ def all_texts(folder: Path, name: str = "code") -> list[str]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Bins of ARTICLES in two domains, to be read only."""
+    """Return bins of ARTICLES in two domains. Tests only read them."""
     folder = tmp_path_factory.mktemp("made") / "bins"
     build(folder, {"code": ARTICLES, "prose": ARTICLES[::-1]})
     return folder
@@ -95,7 +95,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copied(made, tmp_path) -> Path:
-    """The same, to be changed."""
+    """Return a copy of these bins that a test may change."""
     return shutil.copytree(made, tmp_path / "bins")
 
 
@@ -103,7 +103,7 @@ def copied(made, tmp_path) -> Path:
 
 @pytest.fixture
 def program(run_main):
-    """Runs data.py with arguments: (exit status, stdout, stderr)."""
+    """Run data.py with arguments. Return (exit status, stdout, stderr)."""
     return partial(run_main, data)
 
 
@@ -179,7 +179,7 @@ def test_a_bad_argument_is_one_message_with_the_fix_and_status_2(
     (ZeroDivisionError(), "0", 1, "Traceback")], ids=repr)
 def test_a_program_ends_with_a_status_and_a_message_without_a_traceback(
         capsys, monkeypatch, error, rank, status, message):
-    """As torchrun starts it: rank 0 exits at once, and the other ranks wait so that it prints first."""
+    """Under torchrun rank 0 exits at once, and the other ranks wait so that it prints first."""
     def main():
         raise error
     waited = []
@@ -279,7 +279,7 @@ def test_the_bytes_tokenizer_gives_the_bytes_of_any_text():
 
 
 def small_encoding(name: str, pattern: str = ".", ranks=bytes(range(256)), eot: int = 259) -> tiktoken.Encoding:
-    """An encoding of the bytes, and 3 ids later its end of text."""
+    """Return an encoding of the bytes, with its end of text 3 ids later."""
     return tiktoken.Encoding(name, pat_str=pattern, special_tokens={"<|endoftext|>": eot},
                              mergeable_ranks={bytes([byte]): rank for rank, byte in enumerate(ranks)})
 
@@ -317,7 +317,7 @@ def test_a_long_run_of_blanks_is_cut_before_tiktoken_fails_at_it(tmp_path, monke
 
 @pytest.fixture(scope="module")
 def bpe_settings() -> dict:
-    """The tokenizer.json of a tiny byte-level BPE that adds <s> at the start, as LLaMA's does, cuts texts and pads."""
+    """Return a tiny byte-level BPE's tokenizer.json. It adds <s> at the start, as LLaMA's does, cuts texts and pads."""
     tokenizers = pytest.importorskip("tokenizers")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -491,7 +491,7 @@ def documents(*paths: Path, text_key: str = "text") -> tuple[list[str], Counter]
 
 
 def compressed(name: str, raw: bytes) -> bytes:
-    """`raw` as a file called `name` holds it, in two frames, as parallel compressors and `cat` make them."""
+    """Return `raw` as in a file called `name`: in two frames, as parallel compressors and `cat` make them."""
     parts = (raw[:20], raw[20:])
     if name.endswith(".gz"):
         return b"".join(map(gzip.compress, parts))
@@ -706,7 +706,7 @@ def test_a_labels_domain_is_its_letters_digits_plus_hash_and_minus(tmp_path, cap
 # ----------------------------------------------- The split ------------------------------------------------------------
 
 def test_the_split_is_the_contracts_formula_of_the_document_only(tmp_path):
-    """Whatever the order of the documents, the other documents and the domains; copies are in one split."""
+    """It depends on no other document, no domain and no order. Copies are in one split."""
     pairs = list(stream({"code": ARTICLES, "prose": ARTICLES[::2] * 2}))
     for i, fraction in enumerate((0.05, 0.2, 0.49)):
         shuffled = random.Random(i).sample(pairs, len(pairs))
@@ -848,7 +848,7 @@ def test_a_stopped_build_leaves_no_folder_but_after_kill_9_and_starts_again(tmp_
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path):
-    """A limit on the size of files simulates it, for bins and for the files that follow them."""
+    """A limit on the size of files simulates it, for bins and for the files after them."""
     resource = pytest.importorskip("resource")
     write_records(tmp_path / "a.jsonl", [{"text": text} for text in ARTICLES])
     command = [sys.executable, data.__file__, f"x={tmp_path}/a.jsonl", f"--out_dir={tmp_path}/bins",
@@ -913,7 +913,7 @@ def test_domains_are_selected_by_name(made):
 
 
 def test_bins_far_larger_than_memory_are_mapped_and_no_mapping_stays(tmp_path):
-    """Bins as nanoGPT names them, with the least meta.json that a person would write; they take no room on a disk."""
+    """The bins have nanoGPT's names and a minimal meta.json. They are sparse files, which take no space on the disk."""
     domain = {"dtype": "uint16"}
     for split in ("train", "val"):
         domain[split] = {"file": f"{split}.bin", "tokens": 2**35}

@@ -45,7 +45,7 @@ KEYS = {entry.name: entry for entry in fields(Config)}
 
 
 class Sink:
-    """Stands for a run of Weights & Biases: keeps what it gets. `at[kind, step]` is called once, as that line comes."""
+    """A fake run of Weights & Biases that keeps what it gets. `at[kind, step]` is called once, at that line."""
 
     def __init__(self, at: dict, **keywords):
         self.at = at
@@ -66,7 +66,7 @@ class Sink:
 
 @pytest.fixture
 def sinks(monkeypatch):
-    """The fake wandb: `runs` are the runs that it opened; `at`: (kind, step) → a function to call at that line."""
+    """Replace wandb. `runs` are the runs that it opened; `at`: (kind, step) → a function to call at that line."""
     opened = types.SimpleNamespace(at={}, runs=[])
 
     def init(**keywords):
@@ -86,7 +86,7 @@ def at(sinks) -> dict:
 
 
 class Killed(Exception):
-    """Stands for the end of a process that nothing in it can catch."""
+    """Simulates the end of a process by kill -9."""
 
 
 def kill():
@@ -102,7 +102,7 @@ TERM = partial(send, signal.SIGTERM)
 
 @contextmanager
 def handled(number: signal.Signals, handler):
-    """The handler of a signal outside a run, whatever it is where the tests are started."""
+    """Set the handler of a signal while the context lasts, whatever it was when the tests started."""
     before = signal.signal(number, handler)
     yield
     signal.signal(number, before)
@@ -110,7 +110,7 @@ def handled(number: signal.Signals, handler):
 
 @pytest.fixture
 def config(tiny, tmp_path, sinks):
-    """A function that makes a tiny run's configuration, in tmp_path/run unless named."""
+    """Return a function that makes a tiny run's configuration, with out_dir=tmp_path/run unless given."""
     def make(**given):
         config = resolve_config({**tiny, "out_dir": str(tmp_path / "run"), "wandb": True, **given})
         assert config_errors(config) == []
@@ -120,13 +120,13 @@ def config(tiny, tmp_path, sinks):
 
 @pytest.fixture
 def program(run_main, tiny, tmp_path, sinks):
-    """Runs distill.py with a tiny run's keys and more arguments: (exit status, stdout, stderr)."""
+    """Run distill.py with a tiny run's keys and more arguments. Return (exit status, stdout, stderr)."""
     return partial(run_main, distill, *words({**tiny, "out_dir": tmp_path / "run", "wandb": True}))
 
 
 @pytest.fixture(scope="module")
 def straight(tiny, tmp_path_factory):
-    """A function: the folder of a method's tiny run to which nothing happened; ddk's saves each step."""
+    """Return a function that gives the folder of a method's undisturbed tiny run. The run of ddk saves each step."""
     made = {}
 
     def run(method: str = "ddk") -> Path:
@@ -140,7 +140,7 @@ def straight(tiny, tmp_path_factory):
 
 
 def checkpoints(out_dir: Path) -> list[int]:
-    """The steps of a run's checkpoints."""
+    """Return the steps of a run's checkpoints."""
     return sorted(int(path.name[5:]) for path in out_dir.glob("step_*") if re.fullmatch(r"step_\d{8}", path.name))
 
 
@@ -154,14 +154,14 @@ def natural(data_dir) -> list[float]:
 
 
 def exact_softmax(weights: list, exponents: list) -> list[Decimal]:
-    """weight · exp(exponent), normalized, in 50 digits."""
+    """Return weight · exp(exponent), normalized, in 50 digits."""
     getcontext().prec = 50
     raised = [Decimal(weight) * Decimal(exponent).exp() for weight, exponent in zip(weights, exponents)]
     return [value / sum(raised) for value in raised]
 
 
 def exact_factors(lines: list[dict], alpha: str) -> list[list[float]]:
-    """r_0 by Eq. 1 and then r_t by Eq. 2, only from the perplexities of mixture lines."""
+    """Return r_0 by Eq. 1 and then r_t by Eq. 2, only from the perplexities of mixture lines."""
     factors = []
     for line in lines:
         ratios = [Decimal(d["student_ppl"]) / Decimal(d["teacher_ppl"]) for d in line["domains"].values()]
@@ -174,7 +174,7 @@ def exact_factors(lines: list[dict], alpha: str) -> list[list[float]]:
 
 
 def first_batch(data_dir, probs=None) -> tuple[np.ndarray, torch.Tensor]:
-    """Domain ids and windows of a run's first step."""
+    """Return domain ids and windows of a run's first step."""
     bins = TokenBins(data_dir, T)
     sampler = MixtureSampler(bins.n_windows, B, seed=0)
     if probs:
@@ -189,7 +189,7 @@ def new_student(layers: int = 1, seed: int = 0, rows: int = 257) -> GPT:
 
 
 def sign(folder: Path):
-    """Make the checksums of a changed checkpoint fit."""
+    """Write the checksums of a checkpoint that was changed."""
     write_sums(folder)
 
 
@@ -248,7 +248,7 @@ def test_each_method_draws_by_its_rule(straight, data_dir, method):
 
 
 def test_the_drawn_windows_depend_only_on_r_and_the_seed(config, data_dir, tmp_path, monkeypatch):
-    """Not on the method, the evaluations or micro-batches; and a run does not touch the random numbers of others."""
+    """They do not depend on method, evaluations or micro-batches. A run does not move torch's random numbers."""
     drawn = []
     original = TokenBins.train_windows
 
@@ -274,7 +274,7 @@ def test_the_drawn_windows_depend_only_on_r_and_the_seed(config, data_dir, tmp_p
 @pytest.mark.parametrize("method, direction, rows, grad_clip", [("ddk", "forward", 264, 0.05),
                                                                 ("minillm", "reverse", 257, 0.0)])
 def test_three_updates_equal_three_written_out(config, data_dir, teacher, tmp_path, method, direction, rows, grad_clip):
-    """The divergence's direction, γ, T, clipping, learning rates, initial weights and padded heads take part."""
+    """This covers the divergence's direction, γ, T, clipping, learning rates, initial weights and padded heads."""
     big = GPT(GPTConfig.scratch(2, 64, 300, 64)).requires_grad_(False)
     for mine, theirs in zip(big.parameters(), GPT.from_pretrained(teacher).parameters()):
         mine.data[:len(theirs)] = theirs.data
@@ -382,7 +382,7 @@ def test_max_steps_0_evaluates_and_saves_the_student_without_training(program, t
 
 
 def test_a_model_is_built_from_the_configuration_that_was_checked(config, teacher, monkeypatch):
-    """As on the other ranks, so that a fork that changes it trains one model on all."""
+    """Other ranks build it from the same object, so a fork that changes it trains one model on all ranks."""
     original = distill.read_config
     monkeypatch.setattr(distill, "read_config", lambda folder: replace(original(folder), rms_norm_eps=0.25))
     folder = train(config(student=str(teacher), max_steps=0))
@@ -402,7 +402,7 @@ def test_with_checkpoint_activations_each_block_is_computed_a_second_time(config
 
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_compiled_blocks_are_traced_only_in_the_first_step(config, straight, at, tmp_path, monkeypatch, recomputed):
-    """Traced as ever, but run as Python: what recompiles does not depend on the backend."""
+    """The eager backend traces as usual, and runs Python. Recompilation does not depend on the backend."""
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **kw: compile_module(module, backend="eager", **kw))
     torch._dynamo.reset()
@@ -952,7 +952,7 @@ def test_the_quickstart_checks_the_main_run_before_it_trains_a_model(
 
 
 def test_train_itself_checks_the_configuration(monkeypatch):
-    """3 processes would train on 6 of 8 windows in silence."""
+    """Otherwise 3 processes would silently train on 6 of 8 windows."""
     monkeypatch.setattr(distill, "world_size", lambda: 3)
     with pytest.raises(UserError, match="--batch_size=8: must be a multiple of 3"):
         train(resolve_config({"student": "scratch:1x32"}))
@@ -1042,7 +1042,7 @@ def test_what_auto_means_on_a_machine(given, cuda, world, resolved, monkeypatch)
 
 
 def own_tokenizer(change):
-    """Give a folder the bytes tokenizer's tokenizer.json after `change`, as transformers would write it."""
+    """Return a function that writes the bytes tokenizer's tokenizer.json after `change`, as transformers would."""
     def give(folder: Path):
         settings = bytes_settings()
         change(settings)
@@ -1103,7 +1103,7 @@ def test_a_folder_without_tokenizer_files_is_used_with_a_warning(program, teache
 
 
 def hub_cache(folder: Path, cache: Path, name: str):
-    """Put a model's folder into a cache of huggingface_hub."""
+    """Copy a model folder into a cache of huggingface_hub."""
     repository = cache / f"models--{name.replace('/', '--')}"
     shutil.copytree(folder, repository / "snapshots" / "0123abc")
     (repository / "refs").mkdir()
@@ -1112,7 +1112,7 @@ def hub_cache(folder: Path, cache: Path, name: str):
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path, teacher):
-    """huggingface_hub without a network, its cache with the model you/teacher."""
+    """Set huggingface_hub offline, with the model you/teacher in its cache."""
     huggingface_hub = pytest.importorskip("huggingface_hub")
     constants = pytest.importorskip("huggingface_hub.constants")  # a submodule that the package does not import
     hub_cache(teacher, tmp_path / "hub", "you/teacher")
@@ -1159,7 +1159,7 @@ def test_a_name_that_the_hub_lacks_is_one_message_with_the_command(program, hub,
 @pytest.mark.parametrize("arguments, width", [(["--dtype=float32"], 4), (["--dtype=bfloat16", "--method=cpt"], 2)])
 def test_a_dry_run_prints_sizes_reads_no_weights_and_writes_nothing(
         program, teacher, tmp_path, arguments, width):
-    """Of a teacher of 32 layers, 4096 wide, and a student of 4 layers: computed here by hand."""
+    """The sizes of a teacher of 32 layers, 4096 wide, and of a student of 4 layers are computed by hand."""
     V, d, L, ff, kv, steps = 152_064, 4096, 32, 11_008, 8 * 128, 600
     sizes = dict(model_type="qwen2", vocab_size=V, hidden_size=d, intermediate_size=ff, head_dim=128,
                  num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=False)
@@ -1178,7 +1178,7 @@ def test_a_dry_run_prints_sizes_reads_no_weights_and_writes_nothing(
 
 @pytest.mark.slow
 def test_a_step_of_the_papers_pair_holds_the_bytes_that_a_dry_run_counts():
-    """On fake tensors. bench_scale.py itself compares the bytes."""
+    """This runs on fake tensors. bench_scale.py itself compares the bytes."""
     command = [sys.executable, str(Path(__file__).with_name("bench_scale.py")), "--preset=llama2-13b-tinyllama-1.1b",
                "--batch_size=16", "--micro_batch_size=1"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -1190,7 +1190,7 @@ def test_a_step_of_the_papers_pair_holds_the_bytes_that_a_dry_run_counts():
 
 @pytest.fixture(scope="module")
 def trained(tiny, tmp_path_factory) -> Path:
-    """A run that has learned something by its step 8, and more by its step 16."""
+    """Return a run that has learned something by step 8, and more by step 16."""
     out_dir = tmp_path_factory.mktemp("trained") / "run"
     train(resolve_config({**tiny, "teacher": "", "method": "cpt", "lr": 2e-2, "max_steps": 16, "save_every": 8,
                           "out_dir": str(out_dir)}))

@@ -57,7 +57,7 @@ def given(tiny):
 
 
 class Watch:
-    """Watches a run from inside and makes faults happen: its `training_step` replaces distill's.
+    """Watches a run from inside and causes faults: its `training_step` replaces distill's.
 
     `event` is {what, at: the number of the update that it comes before, rank: on which (default: on all), …}."""
 
@@ -89,8 +89,8 @@ class Watch:
         return self.original(step, student, teacher, optimizers, windows, *args, config=config, **kwargs)
 
     def count_graphs(self):
-        """Write how many graphs Dynamo has traced since the first step, and its breaks. Too many recompilations fail."""
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        """Write how many graphs Dynamo has traced since the first step, and its breaks."""
+        torch._dynamo.config.fail_on_recompile_limit_hit = True  # so that too many recompilations are an error
         counters = torch._dynamo.utils.counters
         if len(self.windows) == 1:
             self.graphs_before = counters["stats"]["unique_graphs"]
@@ -149,7 +149,7 @@ class Watch:
             signal.raise_signal(signal.SIGKILL)
 
     def pause(self):
-        """Until any signal comes: SIGUSR2 for nothing else."""
+        """Wait for any signal; SIGUSR2 has no other effect."""
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         signal.signal(signal.SIGUSR2, lambda *_: None)
@@ -162,19 +162,19 @@ class Watch:
 
 
 def gathered_and_reduced(module: FSDPModule) -> str:
-    """The dtypes in which FSDP2 gathers weights and reduces gradients, and whether it casts what a module is given."""
+    """Return the dtypes in which FSDP2 gathers weights and reduces gradients, and whether it casts inputs."""
     policy = module._get_fsdp_state()._mp_policy
     return f"{policy.param_dtype} {policy.reduce_dtype} {policy.cast_forward_inputs}"
 
 
 def not_finite(original, *arguments, **keywords):
-    """A loss that is NaN, while its gradient stays finite: the other ranks notice only by the sum over ranks."""
+    """Return a loss of NaN with a finite gradient: other ranks notice it only by the sum over ranks."""
     loss, ce, kl = original(*arguments, **keywords)
     return loss + math.nan, ce, kl
 
 
 def kill_before_operation(number: int, out_dir: str):
-    """From here on count what Python does to files in `out_dir`, and die before the operation of that number."""
+    """Count what Python does to files in `out_dir` from now on, and die before the operation of that number."""
     operations = itertools.count()
 
     def audit(name, arguments):
@@ -189,7 +189,7 @@ def kill_before_operation(number: int, out_dir: str):
 
 
 def start_process(folder: Path, rank: int, world: int, port: int):
-    """Make this fork what torchrun makes of a process, and send what it prints to `folder`."""
+    """Set up this fork as torchrun sets up a process, and send its output to `folder`."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup ignores, and a shell's background SIGINT
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -202,7 +202,7 @@ def start_process(folder: Path, rank: int, world: int, port: int):
 
 
 def do_jobs(folder: Path, rank: int, world: int, port: int, jobs: list[dict]):
-    """Runs of distill.train, one after the other in one process group. A file gets the outcome of each."""
+    """Run distill.train for each job in one process group, and write each outcome to a file."""
     start_process(folder, rank, world, port)
     run_program(partial(run_jobs, folder, rank, jobs))
 
@@ -228,7 +228,7 @@ def run_jobs(folder: Path, rank: int, jobs: list[dict]):
 
 
 def do_main(folder: Path, rank: int, world: int, port: int, keys: dict, event: dict):
-    """`python distill.py` with these keys."""
+    """Run `python distill.py` with these keys."""
     start_process(folder, rank, world, port)
     main_with_event(folder, rank, keys, event)
 
@@ -240,7 +240,7 @@ def main_with_event(folder: Path, rank: int, keys: dict, event: dict):
 
 
 def do_fork(folder: Path, rank: int, world: int, port: int, keys: dict, event: dict):
-    """The same of a fork, in which a module is trained along that is no part of the student's model."""
+    """Run the distill.py of a fork that trains an extra module with the student."""
     places = {  # function → the line before which the fork adds its own
         "load_models": ("        if model.extra and resumed is not None:\n", """\
         if role == "student":
@@ -261,7 +261,7 @@ def do_fork(folder: Path, rank: int, world: int, port: int, keys: dict, event: d
 
 
 def do_torchrun(folder: Path, rank: int, world: int, port: int, options: list[str]):
-    """The launcher itself, in a fork that has imported it. The two workers that it starts are programs of their own."""
+    """Run the launcher itself, in a fork that has imported it. The two workers that it starts are new programs."""
     os.setsid()
     start_process(folder, rank, world, port)
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -274,7 +274,7 @@ def do_torchrun(folder: Path, rank: int, world: int, port: int, options: list[st
 
 @pytest.fixture(scope="module")
 def processes():
-    """Where processes come from: forks of a server that has imported this file."""
+    """Return the context that starts processes, as forks of a server that has imported this file."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "torch._dynamo"])  # the latter takes a while, and is imported late
     with patch.dict(os.environ, PYTHONPATH=f"{ROOT / 'tests'}:{ROOT}", OMP_NUM_THREADS="1"):
@@ -299,7 +299,7 @@ def begin(processes, folder: Path, target, *arguments, world: int = 0) -> list:
 
 
 def wait(running: list) -> list[int]:
-    """Exit statuses; −n if signal n ended the process. Fails if they hang."""
+    """Return the exit statuses; −n if signal n ended the process. Fails if they hang."""
     deadline = time.monotonic() + TIMEOUT
     for process in running:
         process.join(max(0, deadline - time.monotonic()))
@@ -308,7 +308,7 @@ def wait(running: list) -> list[int]:
 
 
 def paused(folder: Path) -> list[int]:
-    """The ids of two processes, once both of them pause."""
+    """Return the ids of two processes once both pause."""
     paths = [folder / f"paused.{rank}" for rank in (0, 1)]
     deadline = time.monotonic() + TIMEOUT
     while not all(path.exists() for path in paths):
@@ -349,7 +349,7 @@ CHAIN = [(2, "fsdp", 6), (3, "fsdp", 10), (2, "ddp", 14), (0, "auto", None)]  # 
 
 @pytest.fixture(scope="module")
 def runs(processes, given, teacher, tmp_path_factory):
-    """All runs that this file compares: name → (out_dir, what each rank saw)."""
+    """Make all runs that this file compares. Return name → (out_dir, what each rank saw)."""
     folder = tmp_path_factory.mktemp("layouts")
     untied = folder / "untied"
     shutil.copytree(teacher, untied)
@@ -405,12 +405,12 @@ def runs(processes, given, teacher, tmp_path_factory):
 
 
 def whole_windows(ranks: list[dict]) -> list:
-    """The batches of which each rank saw its share."""
+    """Return the batches of a run, from each rank's share."""
     return [sum(shares, []) for shares in zip(*(rank["windows"] for rank in ranks), strict=True)]
 
 
 def assert_close(out_dir: Path, other: Path, within: float = 1e-5):
-    """Losses, gradient norms, perplexities and r of two runs."""
+    """Compare losses, gradient norms, perplexities and r of two runs."""
     lines = read_lines(out_dir)[1:]
     others = read_lines(other)[1:]
     for a, b in zip(lines, others, strict=True):
@@ -495,7 +495,7 @@ def test_stopped_or_on_a_full_disk_and_resumed_under_one_layout_equals_straight_
 
 
 def test_a_run_continues_under_any_other_layout(runs):
-    """Two processes of fsdp, three of fsdp, two of ddp, one."""
+    """It continues under fsdp in 2 and 3 processes, ddp in 2, and in one process."""
     windows = []
     for number, (_, _, stop) in enumerate(CHAIN):
         out_dir, ranks = runs[f"chain {number}"]
@@ -547,7 +547,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_update(runs,
 
 @pytest.fixture(scope="module")
 def straight(processes, given, tmp_path_factory) -> Path:
-    """A short run to which nothing happened."""
+    """Return the folder of a short, undisturbed run."""
     folder = tmp_path_factory.mktemp("straight")
     keys = {**given, **SHORT, "out_dir": folder / "run"}
     assert wait(begin(processes, folder, do_main, keys, {})) == [0]
@@ -556,7 +556,7 @@ def straight(processes, given, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def begin_run(processes, given, tmp_path):
-    """Starts distill.py on tmp_path/run: its processes."""
+    """Return a function that starts distill.py on tmp_path/run, and returns its processes."""
     def begin_run(event: dict | None = None, world: int = 0, **keys) -> list:
         keys = {**given, **SHORT, "out_dir": tmp_path / "run", **keys}
         return begin(processes, tmp_path, do_main, keys, event or {}, world=world)
@@ -565,7 +565,7 @@ def begin_run(processes, given, tmp_path):
 
 @pytest.fixture
 def start(begin_run, tmp_path):
-    """The same, to its end: exit statuses, rank 0's stdout, all stderr."""
+    """Return a function that runs distill.py to its end: (exit statuses, rank 0's stdout, all stderr)."""
     def start(event: dict | None = None, world: int = 0, **keys) -> tuple[list, str, str]:
         statuses = wait(begin_run(event, world, **keys))
         errors = [(tmp_path / f"stderr.{rank}").read_text() for rank in range(max(1, world))]
@@ -578,20 +578,20 @@ def whole_checkpoints(out_dir: Path) -> list[int]:
 
 
 def last_step(out_dir: Path) -> int:
-    """Finished updates by the metrics."""
+    """Return the number of finished updates in the metrics."""
     path = out_dir / "metrics.jsonl"
     lines = read_metrics(path) if path.exists() else []
     return max((line["step"] for line in lines), default=0)
 
 
 def assert_nothing_is_lost(out_dir: Path):
-    """Of a run that was killed: every step before the last was saved if it was due."""
+    """Check that a killed run has saved every step that was due before its last one."""
     assert max(whole_checkpoints(out_dir), default=0) >= (last_step(out_dir) - 1) // 2 * 2
 
 
 @pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_killed_before_any_operation_of_a_save_keeps_the_previous_checkpoint(start, straight, tmp_path, stride):
-    """Each start is killed before a later operation on the files of its first checkpoint, until one gets through."""
+    """Each start is killed before a later operation on its first checkpoint's files, until a start succeeds."""
     run = tmp_path / "run"
     for operation in itertools.count(step=stride):
         saved = max(whole_checkpoints(run), default=0)
@@ -639,7 +639,7 @@ GONE = (r"error: another process is gone, or silent for .* minutes \(.*\); the s
     ("fsdp", dict(what="killed in an evaluation", at=3, rank=1), [2]),
 ], ids=str)
 def test_a_rank_that_is_killed_ends_the_others_without_a_false_save(start, tmp_path, parallel, event, done):
-    """Without torchrun, since it would end the other rank."""
+    """This runs without torchrun, which would end the other rank."""
     killed = event["rank"]
     other = 1 - killed
     statuses, _, err = start(event, world=2, parallel=parallel)
@@ -686,7 +686,7 @@ def test_a_rank_that_hangs_ends_the_job_within_the_timeout(begin_run, tmp_path):
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_compiled_blocks_are_the_same_training_without_a_break_or_a_recompilation(
         start, teacher, tmp_path, world, parallel, recomputed):
-    """The teacher is of another family, with another head_dim and number of key-value heads than the student."""
+    """The teacher has another family, head_dim and number of key-value heads than the student."""
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     with torch.random.fork_rng():
@@ -708,7 +708,7 @@ def test_compiled_blocks_are_the_same_training_without_a_break_or_a_recompilatio
 
 @pytest.fixture
 def torchrun(processes, given, tmp_path):
-    """Starts a job of two processes, each of which is this file as a program: the launcher's process."""
+    """Return a function that starts torchrun with this file as the program of two workers: the launcher's process."""
     def torchrun(event: dict, *options: str, **keys):
         keys = {**given, **SHORT, "out_dir": str(tmp_path / "run"), **keys}
         program = [__file__, str(tmp_path), json.dumps(event), json.dumps(keys)]
@@ -718,7 +718,7 @@ def torchrun(processes, given, tmp_path):
 
 
 def errors_of(folder: Path) -> list[str]:
-    """The error lines of our own among all that torchrun and its workers print."""
+    """Return the project's own error lines in the output of torchrun and its workers."""
     return re.findall(r"(?m)^(?:rank \d+: )?error: .*", (folder / "stderr.0").read_text())
 
 

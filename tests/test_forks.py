@@ -30,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def patched(name: str, folder: Path) -> Path:
-    """`folder`, with a copy of the four files to which a diff is applied."""
+    """Copy the four files to `folder`, apply a diff, and return the folder."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
     # Inside a repository git would look for the files at its root, and silently leave the copies as they are.
@@ -43,12 +43,12 @@ def patched(name: str, folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def forked(tmp_path_factory):
-    """A function that returns the folder of a fork, made once."""
+    """Return a function that gives the folder of a fork, made once."""
     return functools.cache(lambda name: patched(name, tmp_path_factory.mktemp(name)))
 
 
 def imported(folder: Path) -> SimpleNamespace:
-    """A fork's modules, in whose place the project's own are again when this returns."""
+    """Import and return a fork's modules, and restore the project's own in sys.modules."""
     names = [path.stem for path in folder.glob("*.py")]
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
@@ -69,13 +69,13 @@ def doremi(forked):
 
 @pytest.fixture(scope="session")
 def keys(tiny) -> dict:
-    """The keys of a tiny run; TED's first stage has one step."""
+    """Return the keys of a tiny run, in which TED's first stage has one step."""
     return {**tiny, "max_steps": 10}
 
 
 @pytest.fixture
 def trained(keys, tmp_path):
-    """A function: makes a tiny run of a fork, in tmp_path/run unless named, and returns its last checkpoint."""
+    """Return a function that makes a tiny run of a fork, by default in tmp_path/run: its last checkpoint."""
     def train(fork, **given) -> Path:
         config = fork.resolve_config({**keys, "out_dir": str(tmp_path / "run"), **given})
         folder = fork.train(config)
@@ -85,7 +85,7 @@ def trained(keys, tmp_path):
 
 
 def run_in_two_processes(folder: Path, keys: dict):
-    """A fork's distill.py under torchrun."""
+    """Run a fork's distill.py under torchrun."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "distill.py"]
     result = subprocess.run(command + words(keys), cwd=folder, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr
@@ -101,7 +101,7 @@ def resumed(folder: Path, trained, fork, **given) -> Path:
 
 
 def test_any_two_forks_can_be_combined(tmp_path):
-    """One after the other, in either order. The index lines of the diffs let git merge three ways."""
+    """Apply each pair in both orders. The index lines of the diffs let git merge three ways."""
     def git(*arguments) -> str:
         command = ["git", "-c", "user.name=A", "-c", "user.email=a@b", *arguments]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
@@ -215,7 +215,7 @@ def test_ted_with_no_weight_on_its_distance_is_kd(ted, trained, monkeypatch, tmp
 @pytest.mark.parametrize("layers, pairs", [(1, [(0, 1)]), (3, [(1, 0), (2, 1)])])
 def test_teds_loss_adds_the_distance_of_evenly_spaced_layers(ted, trained, data_dir, teacher, monkeypatch, layers,
                                                              pairs):
-    """At the first step, with filters as they begin: the identity, cut to (64, 32) for the student."""
+    """Check the first step: the filters are still the identity, cut to (64, 32) for the student."""
     monkeypatch.setattr(ted, "DISTANCE_WEIGHT", 0.5)
     folder = trained(ted, method="ted", student=f"scratch:{layers}x32", max_steps=1, micro_batch_size=2)
     _, windows = first_batch(data_dir)
@@ -297,7 +297,7 @@ def test_doremis_update_raises_the_domain_that_lags_and_keeps_a_minimum(doremi):
 
 
 def test_a_doremi_proxy_weighs_the_loss_by_its_excess(doremi, trained, data_dir, teacher):
-    """The first step, written out. The mixture has no signs, so that their λ stays 0."""
+    """Check the first step. The mixture has no signs, so their excess stays 0."""
     folder = trained(doremi, method="doremi_proxy", mixture="letters=3,digits=1,signs=0", max_steps=1,
                      micro_batch_size=4)
     ids, windows = first_batch(data_dir, {"letters": 3, "digits": 1, "signs": 0})
@@ -327,7 +327,7 @@ def test_a_domain_that_is_not_drawn_keeps_its_excess(doremi, keys, data_dir, tea
 
 
 def test_cpt_and_doremi_is_three_commands_and_the_proxy_resumes_to_the_bit(doremi, trained, run_main, keys, tmp_path):
-    """A reference, a proxy, and the student in the mixture that the proxy found. Only the proxy needs the fork."""
+    """Run a reference, a proxy, and the student in the proxy's mixture. Only the proxy needs the fork."""
     def command(module, **given):
         status, _, err = run_main(module, *words({**keys, **given}))
         assert (status, err) == (0, "")

@@ -33,7 +33,7 @@ PRECISIONS = {  # name → dtype of the inputs, and tolerance: a share of the la
 
 def eq3(student_logits, teacher_logits, targets, token_weights, gamma, *, temperature, direction, vocab_size,
         num_tokens):
-    """Eq. 3 as the paper prints it, in loops over Python numbers → loss, and ce and kl of each token."""
+    """Return the loss, and ce and kl of each token, by Eq. 3 as printed, in loops over Python numbers."""
     def softmax(logits):
         exponentials = [math.exp(z / temperature) for z in logits[:vocab_size]]
         return [e / sum(exponentials) for e in exponentials]
@@ -56,7 +56,7 @@ def eq3(student_logits, teacher_logits, targets, token_weights, gamma, *, temper
 
 
 def example(rows=(13, 13), shape=(2, 5), ignored="some", dtype=torch.float64):
-    """Random [student_hidden, student_head, teacher_hidden, teacher_head, targets]; `rows` of the two heads."""
+    """Return random [student_hidden, student_head, teacher_hidden, teacher_head, targets]; heads have `rows`."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((*shape, 4), (rows[0], 4), (*shape, 6), (rows[1], 6))
     inputs = [torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype) for size in sizes]
@@ -75,7 +75,7 @@ def weights_like(targets):
 
 
 def on_logits(student_hidden, student_head, teacher_hidden, teacher_head, targets, chunk_size=None, **equation):
-    """dense_distillation_loss with the signature of distillation_loss: the oracle."""
+    """Compute dense_distillation_loss with the signature of distillation_loss: the oracle."""
     teacher_logits = None
     if teacher_hidden is not None:
         teacher_logits = F.linear(teacher_hidden, teacher_head)
@@ -86,7 +86,7 @@ BOTH = pytest.mark.parametrize("loss_fn", [on_logits, distillation_loss], ids=["
 
 
 def with_gradients(loss_fn, inputs, autocast=False, **keywords):
-    """[loss, ce, kl, and the gradients of student_hidden and student_head]."""
+    """Return [loss, ce, kl, and the gradients of student_hidden and student_head]."""
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss, ce, kl = loss_fn(*inputs, **keywords)
     assert ce.shape == kl.shape == inputs[4].shape and not ce.requires_grad and not kl.requires_grad
@@ -94,7 +94,7 @@ def with_gradients(loss_fn, inputs, autocast=False, **keywords):
 
 
 def assert_equal(results, expected, tolerance):
-    """Equal shapes and dtypes, and finite values within `tolerance` of each tensor's largest."""
+    """Check for equal shapes and dtypes, and finite values within `tolerance` of each tensor's largest."""
     for result, wanted in zip(results, expected, strict=True):
         assert wanted.isfinite().all()
         scale = 1e-3
@@ -245,7 +245,7 @@ def test_tokens_come_in_any_shape_and_count_as_in_the_dense_loss(shape, ignored,
 
 @pytest.mark.parametrize("shape", [(2, 5), (5,), (2, 1), (1,), (), (2, 5, 13), (2, 1, 13)], ids=str)
 def test_a_forks_keyword_with_a_value_or_a_row_per_target_is_cut_into_chunks_with_the_tokens(monkeypatch, shape):
-    """Here a factor of the student's logits, foreign to Eq. 3: one per target, or a row with one per id."""
+    """The fork's keyword is a factor of the student's logits: one per target, or a row with one per id."""
     def with_factor(student_logits, teacher_logits, targets, *, factor, **equation):
         if 0 < factor.dim() <= targets.dim():  # a value for each target
             factor = factor.expand_as(targets).unsqueeze(-1)
@@ -317,7 +317,7 @@ def test_the_padding_of_logits_is_0_in_any_memory(monkeypatch):
 
 
 class Watch(TorchDispatchMode):
-    """Notes the most elements that any operation's result has, and the number of matrix products."""
+    """Counts the matrix products, and the elements of the largest result of an operation."""
 
     largest = 0
     products = 0
@@ -347,7 +347,7 @@ def test_it_never_holds_the_logits_of_all_tokens(direction, shape, rows, chunk_s
 
 def test_it_keeps_only_its_gradients_for_the_backward_pass():
     def kept(loss_fn, **keywords):
-        """Bytes that are allocated after the loss and were not before, but for ce and kl of each token."""
+        """Return the bytes that a loss leaves allocated, without ce and kl of each token."""
         inputs = example((200, 210), shape=(64,))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
             losses = loss_fn(*inputs, **keywords)
@@ -422,7 +422,7 @@ def test_ten_vocabularies_in_one_process_are_all_compiled(fresh_compiler, monkey
 
 
 def small_gpt() -> GPT:
-    """Weights far from their initial values."""
+    """Return a small model with weights far from their initial values."""
     gpt = GPT(GPTConfig(vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
                         num_attention_heads=2))
     generator = torch.Generator().manual_seed(0)

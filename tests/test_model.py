@@ -68,7 +68,7 @@ def seeded(seed: int) -> torch.Generator:
 
 
 def randomised(module):
-    """`module` with every weight far from its initial value: norms not 1, biases not 0."""
+    """Move every weight of `module` far from its initial value: norms are not 1, biases not 0."""
     generator = seeded(0)
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -95,7 +95,7 @@ def tiny(model_type: str = "llama", **changes) -> GPT:
 
 @torch.no_grad()
 def assert_same_logits(ours: GPT, theirs, length: int = 0):
-    """Equal to a hundred-thousandth of the largest logit, on as many tokens as both read, or `length`."""
+    """Compare logits to 1e-5 of the largest, on as many tokens as both models read, or `length`."""
     idx = tokens(ours.config.vocab_size, 2, length or min(ours.config.context, 48))
     expected = theirs(idx).logits
     torch.testing.assert_close(ours(idx), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
@@ -292,7 +292,7 @@ def test_a_fork_masks_the_documents_of_a_window_with_positions_and_a_mask(family
 
 @torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True)
 def test_compiled_blocks_have_no_break_if_dynamo_makes_head_dim_symbolic():
-    """As it does under FSDP2, once teacher and student differ in it."""
+    """Dynamo does so under FSDP2 if teacher and student differ in head_dim."""
     for head_dim in (8, 16):
         gpt, idx = tiny(num_hidden_layers=1, head_dim=head_dim), tokens(30, 2, 7)
         expected = gpt(idx)
@@ -426,7 +426,7 @@ def test_a_pickle_is_never_opened(tmp_path, monkeypatch):
 # ------------ Strictness ----------------------------------------------------------------------------------------------
 
 def spoil_tensor(key: str, edit):
-    """Damage: a tensor replaced by edit(tensor); dropped if that is None."""
+    """Return a damage: edit(tensor) replaces a tensor, or drops it if that is None."""
     def change(state):
         tensor = edit(state.pop(key))
         if tensor is not None:
@@ -442,7 +442,7 @@ def one_value(value: float):
 
 
 def spoil_bytes(name: str, edit):
-    """Damage: a file's bytes replaced by edit(bytes)."""
+    """Return a damage: edit(bytes) replaces the bytes of a file."""
     return lambda folder: (folder / name).write_bytes(edit((folder / name).read_bytes()))
 
 
@@ -455,7 +455,7 @@ def spoil_rope(key: str, **rope):
 
 
 def in_shards(*parts: slice):
-    """Damage: shards of these parts of the tensors, by name, in place of the whole file."""
+    """Return a damage: shards of these parts of the sorted tensors replace the whole file."""
     def damage(folder):
         tensors = sorted(load_file(folder / WEIGHTS).items())
         (folder / WEIGHTS).unlink()
@@ -658,7 +658,7 @@ def test_generation_ends_once_every_row_has_drawn_eot():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A saved model of the 257 ids of the bytes tokenizer, with two rows of padding."""
+    """Return a model folder for the 257 ids of the bytes tokenizer, with two rows of padding."""
     folder, gpt = tmp_path_factory.mktemp("model"), tiny(vocab_size=259)
     gpt.lm_head.weight.data[257:] *= 1000
     gpt.save_pretrained(folder)

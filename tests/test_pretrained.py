@@ -40,7 +40,7 @@ def texts() -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def settings(texts) -> dict:
-    """A tokenizer.json: a byte-level BPE with two special tokens behind its vocabulary, as Qwen's."""
+    """Return a tokenizer.json: a byte-level BPE with two special tokens after its vocabulary, like Qwen's."""
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -59,7 +59,7 @@ def save_tokenizer_files(folder: Path, settings: dict, **how):
 
 
 def save_model(folder: Path, family: str, seed: int, **sizes) -> Path:
-    """A random model of `family` as transformers saves it, in shards; biases and norms are not 0 and 1."""
+    """Save a random model of `family` with transformers, in shards; biases and norms are not 0 and 1."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **sizes))
@@ -82,7 +82,7 @@ SIZES = {  # of the teacher and of the student
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, settings):
-    """A function that makes the folders of a teacher and a student of a family, once."""
+    """Return a function that makes the folders of a teacher and a student of a family, once."""
     @functools.cache
     def make(family: str = "qwen2") -> tuple[Path, Path]:
         root = tmp_path_factory.mktemp(family)
@@ -105,7 +105,7 @@ def models(tmp_path_factory, settings):
 
 @pytest.fixture(scope="module")
 def bins(tmp_path_factory, texts, models) -> Path:
-    """Made with the teacher's tokenizer."""
+    """Return bins made with the teacher's tokenizer."""
     folder = tmp_path_factory.mktemp("raw") / "bins"
     teacher, _ = models()
     stream = ((name, text) for name in texts for text in texts[name])
@@ -115,7 +115,7 @@ def bins(tmp_path_factory, texts, models) -> Path:
 
 @pytest.fixture(scope="module")
 def keys(bins):
-    """A function that gives the keys of a short run."""
+    """Return a function that gives the keys of a short run."""
     def make(teacher: Path, student: Path, out_dir: Path, **given) -> dict:
         return dict(preset="paper", data_dir=str(bins), teacher=str(teacher), student=str(student),
                     out_dir=str(out_dir), block_size=24, batch_size=8, val_samples=3, interval=2, max_steps=4, lr=3e-3,
@@ -125,7 +125,7 @@ def keys(bins):
 
 @pytest.fixture(scope="module")
 def run(keys, models, tmp_path_factory) -> Path:
-    """A run's folder: four steps of DDK."""
+    """Return the folder of a run: four steps of DDK."""
     out_dir = tmp_path_factory.mktemp("run") / "ddk"
     train(resolve_config(keys(*models(), out_dir)))
     return out_dir
@@ -184,7 +184,7 @@ def test_perplexities_are_transformers_over_the_tokenizers_ids(run, bins, models
 
 
 def test_the_first_steps_loss_is_transformers_too(run, bins, models):
-    """CE over the student's 152 rows, the divergence over the tokenizer's 146 ids."""
+    """CE is over the student's 152 rows, the divergence over the tokenizer's 146 ids."""
     token_bins = TokenBins(bins, 24)
     batch = MixtureSampler(token_bins.n_windows, 8, 0).next_batch()
     windows = torch.from_numpy(token_bins.train_windows(*batch))
@@ -232,8 +232,8 @@ TEXT = "The year 2023, it's 12345 cafe\u0301 na\u00efve\n\n  x = Y + 10\t DON'T"
 
 @pytest.fixture(scope="module")
 def own_bins(tmp_path_factory):
-    """A function that makes bins with a tokenizer of our own: it splits digits and lowers letters. `config` is its
-    tokenizer_config.json, which does not give the end of text."""
+    """Return a function that makes bins with a tokenizer that splits digits and lowers letters. `config` is its
+    tokenizer_config.json, without the end of text."""
     @functools.cache
     def make(config: str) -> TokenBins:
         folder = tmp_path_factory.mktemp("own")
@@ -258,7 +258,7 @@ def own_bins(tmp_path_factory):
     "", '{"model_max_length": 99}', '{"tokenizer_class": "GPT2Tokenizer"}', '{"tokenizer_class": "LlamaTokenizer"}'])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen3", "gpt_bigcode", "starcoder2"])
 def test_autotokenizer_encodes_as_the_bins_for_a_student_of_any_model_type(own_bins, tmp_path, family, config):
-    """But qwen2: transformers 5 takes Qwen's own class there, whatever the folder declares."""
+    """This leaves out qwen2: transformers 5 uses Qwen's own class there, whatever the folder declares."""
     bins = own_bins(config)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family, "vocab_size": bins.vocab_size}))
     save_tokenizer(tmp_path, bins)

@@ -21,7 +21,7 @@ SMALL = "--pretrain_steps=4 --max_steps=4 --interval=2 --val_samples=2 --test_sa
 
 
 def run(folder: Path, command: str) -> str:
-    """Return the output of a command, pasted into a shell. Fails with it if the command fails."""
+    """Return the output of a command in a shell. Fails, with the output, if the command fails."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     result = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True,
                             env={**os.environ, "PATH": path})
@@ -31,7 +31,7 @@ def run(folder: Path, command: str) -> str:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """A copy of a clone's files, in which the quickstart has run once."""
+    """Return a copy of the project in which the quickstart has run once."""
     folder = tmp_path_factory.mktemp("checkout")
     for path in ROOT.glob("*.*"):
         if path.is_file():
@@ -94,14 +94,14 @@ def test_finished_models_are_used_for_any_number_of_steps_and_by_many_runs_at_on
 
 
 def readme_blocks(kind: str, path: str = "README.md") -> list[list[str]]:
-    """The commands of each of a README's `kind` of blocks, in their order."""
+    """Return the commands of each block of a `kind` in a README."""
     blocks = re.findall(rf"```{kind}\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
     return [[command for line in block.replace("\\\n", " ").splitlines() for command in line.split(" && ")]
             for block in blocks]
 
 
 def test_the_commands_of_the_readme_work_as_written(checkout):
-    """Made small by keys that come last; pip and pytest are left to whoever runs this test."""
+    """Keys at the end make the runs small. This does not run pip and pytest."""
     blocks = readme_blocks("bash")
     for wanted in ("python distill.py", "pip install -r requirements-dev.txt", "pytest"):
         assert any(wanted in block for block in blocks)

@@ -21,7 +21,7 @@ from sample_mixture import MixtureSampler, discrepancy_factor, keyed_permutation
 
 
 def exact_eq2(factor, student_ppl, teacher_ppl, alpha) -> list[Decimal]:
-    """Eq. 2 as printed, to 60 digits: Decimal's exponents hold exp(1e6), so nothing needs to be subtracted."""
+    """Return Eq. 2 as printed, to 60 digits. Decimal's exponents hold exp(1e6), so nothing needs to be subtracted."""
     with localcontext() as context:
         context.prec = 60
         psi = [Decimal(f) * (Decimal(s) / Decimal(t)).exp() for f, s, t in zip(factor, student_ppl, teacher_ppl)]
@@ -29,7 +29,7 @@ def exact_eq2(factor, student_ppl, teacher_ppl, alpha) -> list[Decimal]:
 
 
 def assert_close(got, exact, student_ppl, teacher_ppl):
-    """Within 1e-12 at ratios up to 100, within 1e-9 beyond."""
+    """Compare within 1e-12 at ratios up to 100, and within 1e-9 beyond."""
     largest_ratio = max(s / t for s, t in zip(student_ppl, teacher_ppl))
     tolerance = Decimal("1e-12") if largest_ratio <= 100 else Decimal("1e-9")
     assert got.dtype == np.float64 and got.shape == (len(exact),)
@@ -97,7 +97,7 @@ def test_the_permutation_is_a_bijection():
 
 
 def assert_even(counts: np.ndarray, freedom: int):
-    """Chi-square of `counts` against even ones, 5 standard deviations wide: the keys are fixed, so never by chance."""
+    """Compare `counts` with even counts by chi-square, within 5 standard deviations. The keys are fixed."""
     expected = counts.mean()
     assert ((counts - expected) ** 2 / expected).sum() < freedom + 5 * math.sqrt(2 * freedom)
 
@@ -121,12 +121,12 @@ WINDOWS = {"code": 31, "prose": 16, "one": 1, "math": 101}
 
 
 def draw(sampler: MixtureSampler, batches: int) -> np.ndarray:
-    """(batches, 2, B): domain ids and window ids."""
+    """Return domain ids and window ids, (batches, 2, B)."""
     return np.array([sampler.next_batch() for _ in range(batches)])
 
 
 def walks(sampler: MixtureSampler, batches: int) -> dict[str, list[int]]:
-    """The windows of each domain in the order drawn."""
+    """Return the windows of each domain in the order drawn."""
     domain_ids, window_ids = np.concatenate(draw(sampler, batches), axis=1)
     return {name: window_ids[domain_ids == domain].tolist() for domain, name in enumerate(sampler.names)}
 
@@ -246,13 +246,13 @@ def test_bad_probs_are_rejected_and_change_nothing(probs):
 
 @pytest.fixture
 def program(run_main):
-    """Runs the program with arguments: (exit status, stdout, stderr)."""
+    """Run the program with arguments. Return (exit status, stdout, stderr)."""
     return partial(run_main, sample_mixture)
 
 
 @pytest.fixture(scope="module")
 def bins(tmp_path_factory):
-    """Bins of two domains of unlike letters, y three times as long."""
+    """Return bins of two domains of different letters; y is three times as long."""
     folder = tmp_path_factory.mktemp("bins") / "bins"
     texts = [("x", f"{i} X " * 20) for i in range(40)] + [("y", f"{i} y " * 40) for i in range(60)]
     build_bins(folder, load_tokenizer("bytes"), texts, val_fraction=0.1)
@@ -282,7 +282,7 @@ def domains(names, student_ppl, teacher_ppl, tokens, prefix="") -> dict:
 
 @pytest.fixture
 def make_run(tmp_path):
-    """Writes the metrics.jsonl of a run with a torn last line, and returns its path. `test` is its last perplexities on
+    """Write the metrics.jsonl of a run with a torn last line, and return its path. `test` is its last perplexities on
     the test windows."""
     def make(name="run", test=TESTS[0], finished=True, names="xy", r=R, rule="ddk", teacher_ppl=VAL_TEACHER,
              content=CONTENT, **keys):
@@ -313,7 +313,7 @@ def shares(stdout: str) -> dict[int, list[float]]:
 
 
 def cells(stdout: str, label: str) -> str:
-    """The cells of the row that starts with `label`, one blank between them."""
+    """Return the cells of the row that starts with `label`, with one blank between them."""
     row, = [line for line in stdout.splitlines() if line.startswith(f"{label}  ")]
     return " ".join(row[len(label):].split())
 
@@ -453,7 +453,7 @@ def test_runs_on_other_bins_or_windows_or_of_another_teacher_are_rejected(progra
 
 @pytest.fixture
 def figure(program, tmp_path, monkeypatch):
-    """Runs the program with --plot: the panels of the figure."""
+    """Run the program with --plot. Return the panels of the figure."""
     matplotlib_figure = pytest.importorskip("matplotlib.figure")
 
     def plot(*arguments) -> list:
