@@ -52,12 +52,12 @@ from data import (MODEL_FILES, SUMS, TOKENIZER_FILES, TOKENIZER_META, TokenBins,
                   damaged_files, digest, fsync, import_optional, model_folder, model_tokenizer, print_table, published,
                   run_program, save_tokenizer, user_errors, write_json)
 from model import GPT, GPTConfig, read_config, resolve_device, weight_files
-from sample_mixture import RULES, MixtureSampler, differing_keys, parse_mixture, read_metrics
+from sample_mixture import RULES, MixtureSampler, experiment_values, parse_mixture, read_metrics
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
-# Sets of defaults that differ from Config's own, the paper's. Each of the paper's pairs has a set: the models, and how
-# many windows per forward pass fit 8 GPUs of 80 GB. Not from the paper: batch_size, weight decay, clipping, the betas.
+# A preset replaces some of Config's defaults, which are the paper's. Each of the paper's pairs has a preset: its models,
+# and how many windows per forward pass fit 8 GPUs of 80 GB. Ours are batch_size, weight decay, clipping and the betas.
 PRESETS = {
     "quickstart": dict(interval=10, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300,
                        lr=1e-3, min_lr=1e-4, warmup_steps=20, save_every=100),
@@ -978,11 +978,13 @@ def check_same_experiment(out_dir: Path, record: dict):
     lines = read_metrics(path)
     if not lines:
         return
-    with user_errors(path, "not as a run writes it; use another --out_dir"):
+    with user_errors(path, "no run writes this; use another --out_dir"):
         saved = {**asdict(Config()), **lines[0]["config"]}  # keys that were added since then have their defaults
-        changed = differing_keys(record, {**lines[0], "config": saved})
+        saved_values = experiment_values({**lines[0], "config": saved})
+    values = experiment_values(record)
+    changed = [key for key in values if values[key] != saved_values.get(key, values[key])]
     if changed:
-        problems = [f"--{key}={record['config'][key]}: the run in {out_dir} has another, --{key}={saved[key]}"
+        problems = [f"--{key}={record['config'][key]}: the run in {out_dir} was started with --{key}={saved[key]}"
                     for key in changed]  # the same value twice if a folder's content has changed
         raise UserError("\n".join(problems) + f"\n--out_dir={out_dir}: keep the keys of its run, use another folder, "
                         "or delete this one. To train a finished student further, use its folder as --student")
@@ -1053,7 +1055,7 @@ def newest_checkpoint(out_dir: Path) -> Path | None:
 
 def read_saved(path: Path, read: Callable):
     """Return what `read(path)` gives of a file in a checkpoint."""
-    with user_errors(path, "not as a run saves it; delete this step's folder, and the run uses the previous one"):
+    with user_errors(path, "no run saves this; delete this step's folder, and the run uses the previous one"):
         return read(path)
 
 
@@ -1129,7 +1131,6 @@ def checked_model_config(role: str, source: str, bins: TokenBins) -> GPTConfig:
 def config_errors(config: Config) -> list[str]:
     """Return what is wrong with a configuration, as far as no file has to be opened. May raise UserError itself."""
     parse_mixture(config.mixture)
-    resolve_device(config.device)
     if config.wandb:
         import_optional("wandb", "--wandb")
     method = METHODS[config.method]
@@ -1204,7 +1205,7 @@ def print_evaluation(state: TrainState, sampler: MixtureSampler, vocab_size: int
         print_domains(state.domains, r, state.domains)
     for name, domain in state.domains.items():
         if state.step == 0 and has_teacher and domain["teacher_ppl"] > vocab_size / 2:
-            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name}: HARDLY TRAINED, LOADED WRONG, OR OF OTHER IDS")
+            print(f"WARNING: THE TEACHER IS NEAR UNIFORM IN {name}: UNTRAINED, LOADED WRONG, OR OF ANOTHER TOKENIZER")
         elif state.step == 0 and has_teacher and domain["ratio"] < 1:
             print(f"WARNING: THE TEACHER IS BEHIND ITS STUDENT IN {name} FROM THE START: RATIO {domain['ratio']:.2f}")
     text = f"evaluated at step {state.step}: "

@@ -65,9 +65,7 @@ class GPTConfig:
     @property
     def context(self) -> int:
         """Tokens that can be read at once. A sliding window limits them too, since no layer here masks older tokens."""
-        if self.sliding_window is None:
-            return self.max_position_embeddings
-        return min(self.max_position_embeddings, self.sliding_window)
+        return min(self.max_position_embeddings, self.sliding_window or math.inf)
 
     @classmethod
     def scratch(cls, layers: int, width: int, vocab_size: int, block_size: int) -> "GPTConfig":
@@ -562,7 +560,7 @@ def main():
     parser = argparse.ArgumentParser(description="Generate text with the model of a folder.", allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, help="model folder, or the model's name on the Hugging Face Hub")
-    add("--prompt", required=True, help="text to continue")
+    add("--prompt", required=True, help="text to continue; empty: the start of a document")
     add("--tokenizer", help="bytes, a tiktoken encoding, a tokenizer.json or a name on the Hub, if not in the folder")
     add("--eot", default="", help="token that ends a text, if not the tokenizer's own")
     add("--max_new_tokens", type=int, default=200, help="most tokens to generate (default: %(default)s)")
@@ -576,8 +574,6 @@ def main():
         value = getattr(args, key)
         if not minimum <= value < math.inf:
             parser.error(f"--{key}={value}: must be a finite number, at least {minimum}")
-    if not args.prompt:
-        parser.error("--prompt: must be a text to continue")
     folder = model_folder(args.model, "--model", MODEL_FILES)
     device = resolve_device(args.device)
     rows = read_config(folder).vocab_size
@@ -589,7 +585,7 @@ def main():
 
     # Continue the prompt
     model = GPT.from_pretrained(folder).to(device)
-    ids = tokenizer.encode_batch([args.prompt])[0].tolist()
+    ids = tokenizer.encode_batch([args.prompt])[0].tolist() or [tokenizer.eot_id]  # which precedes a document
     idx = model.generate(torch.tensor([ids], device=device), args.max_new_tokens, temperature=args.temperature,
                          vocab_size=tokenizer.vocab_size, eot=tokenizer.eot_id,
                          generator=torch.Generator(device).manual_seed(args.seed))

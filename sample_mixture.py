@@ -87,8 +87,8 @@ def parse_mixture(text: str) -> dict[str, float]:
 # perplexities just measured (the teacher's are None without a teacher), the natural proportions (or --mixture's) and α.
 # It returns r for the next K steps, and its new state for the checkpoint: a dict of lists and numbers. All lists are in
 # the order of the domains. The loop and `--metrics` call it through RULES: a new rule is one function and one line of
-# the table. Its own coefficients are constants in it: another argument would change every rule and both calls. The loop
-# of distill.py may also set `sampler.probs` at every step.
+# the table. Its own coefficients are constants inside it: a new argument would change every rule and both calls. The
+# loop of distill.py may also set `sampler.probs` at every step.
 
 def natural_rule(state, student_ppl, teacher_ppl, natural, alpha):
     """The natural proportions throughout: KD, CPT and the other baselines."""
@@ -162,10 +162,8 @@ class MixtureSampler:
     @probs.setter
     def probs(self, weights: dict[str, float] | np.ndarray):
         if isinstance(weights, dict):
-            unknown = weights.keys() - set(self.names)
-            missing = set(self.names) - weights.keys()
-            if unknown or missing:
-                raise ValueError(f"probs have unknown domains {sorted(unknown)}, and lack {sorted(missing)}")
+            if weights.keys() != set(self.names):
+                raise ValueError(f"probs are for {' '.join(weights)}, but the domains are {' '.join(self.names)}")
             weights = [weights[name] for name in self.names]
         self._weights = checked_weights("probs", weights, len(self.names))
 
@@ -278,13 +276,6 @@ def experiment_values(record: dict) -> dict:
     return {**values, **record["content"]}
 
 
-def differing_keys(record: dict, other: dict) -> list[str]:
-    """Return the keys that make two run lines different experiments. `other` may lack contents added later."""
-    values = experiment_values(record)
-    others = experiment_values(other)
-    return [key for key in values if values[key] != others.get(key, values[key])]
-
-
 def column(line: dict, key: str) -> np.ndarray:
     """Return one number of each domain at an evaluation, (N,) float64; NaN for None."""
     return np.array([domain[key] for domain in line["domains"].values()], dtype=np.float64)
@@ -392,14 +383,13 @@ def show_replay(run: Run, args: argparse.Namespace) -> dict:
     run.r_curves[title] = replayed
 
     rows = [["step", *run.names]]
-    largest_difference = 0.0
+    differences = []
     for line, r in zip(run.mixture_lines, replayed):
         rows.append([str(line["step"]), *map("{:.4f}".format, r.values())])
-        for name in r:
-            largest_difference = max(largest_difference, abs(line["r"][name] - r[name]))
+        differences += [abs(line["r"][name] - r[name]) for name in r]
     print(f"\n{title}:")
     print_table(rows)
-    print(f"largest difference from the run's own r: {largest_difference:.1e}\n")
+    print(f"largest difference from the run's own r: {max(differences):.1e}\n")
     return replayed[-1]
 
 

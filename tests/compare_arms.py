@@ -41,8 +41,8 @@ import numpy as np
 import torch
 
 import distill
-from data import (QUICKSTART_BYTES, TOKENIZER_FILES, TokenBins, UserError, build_bins, file_hashes, load_tokenizer,
-                  quickstart_documents, quickstart_files, run_program)
+from data import (QUICKSTART_BYTES, TOKENIZER_FILES, TokenBins, UserError, build_bins, load_tokenizer,
+                  quickstart_documents, quickstart_files, run_program, sha256_of)
 from model import GPT
 from report_arms import SWEPT, arms_table, drawn_share, runs_of
 from sample_mixture import RULES, read_metrics, replay
@@ -322,7 +322,7 @@ def main():
             keys["test_samples"] = min(bins.count_windows(name, "test") for name in bins.names)
         teacher = args.teacher or pretrain({**keys, **setting.teacher}, teacher_seed, teacher_dir)
         same = {"bins": TokenBins(keys["data_dir"], 1).content(), "test_samples": keys["test_samples"],
-                "teacher": file_hashes([Path(teacher, "model.safetensors")])["model.safetensors"]}
+                "teacher": sha256_of(Path(teacher, "model.safetensors"))}
         for arm in results.values():
             for other, numbers in arm["runs"].items():
                 if numbers["same"] != same and (not setting.own_text or other == str(seed)):

@@ -955,13 +955,12 @@ in_meta = partial(edit, "meta.json")
 BAD_FOLDERS = {
     "no meta": (drop("meta.json"), "--data_dir="),
     "meta not JSON": (put("meta.json", b"{"), "meta.json: "),
-    "no domains": (in_meta(lambda meta: meta.update(domains={})), "it has no domains"),
-    "half a tokenizer": (in_meta(lambda meta: meta["tokenizer"].__delitem__("name")), "it has no name"),
+    "no tokenizer": (in_meta(lambda meta: meta.__delitem__("tokenizer")), "KeyError: 'tokenizer'"),
     "version 2": (in_meta(lambda meta: meta.update(format_version=2)), "delete the whole folder and make"),
     "truncated": (lambda folder: os.truncate(folder / "code.train.bin", 100), "code.train.bin does not have the size"),
     "missing bin": (drop("code.test.bin"), "code.test.bin"),
     "missing tokenizer": (in_meta(lambda meta: meta["tokenizer"].update(files=["tokenizer.json"])),
-                          "it has no tokenizer.json"),
+                          "bins/tokenizer.json'; copy the folder again"),
 }
 
 

@@ -378,7 +378,7 @@ def test_max_steps_0_evaluates_and_saves_the_student_without_training(program, t
     assert [line["kind"] for line in read_lines(tmp_path / "run")] == ["run", "mixture", "end"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"] and not (tmp_path / "run" / "mixture.txt").exists()
     status, _, err = program()  # which is another run
-    assert status == 2 and f"--max_steps=8: the run in {tmp_path / 'run'} has another, --max_steps=0\n" in err
+    assert status == 2 and f"--max_steps=8: the run in {tmp_path / 'run'} was started with --max_steps=0\n" in err
 
 
 def test_a_model_is_built_from_the_configuration_that_was_checked(config, teacher, monkeypatch):
@@ -732,8 +732,9 @@ def test_another_experiment_in_the_same_folder_is_rejected_by_key_and_nothing_is
     *problems, advice = str(refused.value).splitlines()
     saved = read_lines(straight(), "run")[0]["config"]
     others = {**OTHER_VALUES, "data_dir": saved["data_dir"]}  # other domains are other bins
-    assert sorted(problems) == sorted(f"--{key}={value}: the run in {straight()} has another, --{key}={saved[key]}"
-                                      for key, value in others.items())
+    expected = [f"--{key}={value}: the run in {straight()} was started with --{key}={saved[key]}"
+                for key, value in others.items()]
+    assert sorted(problems) == sorted(expected)
     assert advice.startswith(f"--out_dir={straight()}: ")
     assert files_of(straight()) == before
 
@@ -743,13 +744,13 @@ def test_a_key_newer_than_a_run_had_its_default_there_and_may_not_change(config,
     forked = make_dataclass("Forked", [("colour", str, field(default="red"))], bases=(Config,))
     monkeypatch.setattr(distill, "Config", forked)
     assert train(config(out_dir=str(straight()))).name == "step_00000008"
-    with pytest.raises(UserError, match=f"^--colour=blue: the run in {straight()} has another, --colour=red\n"):
+    with pytest.raises(UserError, match=f"^--colour=blue: the run in {straight()} was started with --colour=red\n"):
         train(config(out_dir=str(straight()), colour="blue"))
 
 
 def test_a_teacher_that_the_run_did_not_have_is_another_experiment(config, teacher):
     train(config(teacher="", method="cpt", max_steps=0))
-    with pytest.raises(UserError, match=f"^--teacher={teacher}: the run in .* has another, --teacher=\n"):
+    with pytest.raises(UserError, match=f"^--teacher={teacher}: the run in .* was started with --teacher=\n"):
         train(config(method="cpt", max_steps=0))
 
 
@@ -774,7 +775,7 @@ def test_models_and_data_are_compared_by_content_not_by_path(config, straight, d
     with pytest.raises(UserError) as refused:
         train(settings)
     for key, folder in (("teacher", moved), ("data_dir", bins)):
-        assert f"--{key}={folder}: the run in {tmp_path / 'run'} has another, --{key}=" in str(refused.value)
+        assert f"--{key}={folder}: the run in {tmp_path / 'run'} was started with --{key}=" in str(refused.value)
 
 
 def test_a_run_without_a_checkpoint_yet_is_not_given_to_another_experiment(config, at, tmp_path):
@@ -851,7 +852,7 @@ FOREIGN_RUNS = {
     "no run line": (put("metrics.jsonl", b'{"kind": "run"}\n'), "metrics.jsonl"),
     "a line not text": (insert_line(b"\xff\xfe"), "metrics.jsonl"),
 }
-FOREIGN_CHECKPOINTS = {  # with checksums that fit: not damaged, but not as a run writes it
+FOREIGN_CHECKPOINTS = {  # with checksums that fit: not damaged, but no run writes this
     "state of unknown keys": (edit("train_state.json", colour=3), "train_state.json"),
     "state without sampler": (edit("train_state.json", sampler=None), "train_state.json"),
     "sampler of other domains": (edit("train_state.json", lambda state: state["sampler"]["probs"].clear()),
@@ -1074,9 +1075,9 @@ MAKE_ANEW = "make the bins again with data.py --tokenizer={other}"
      ["--teacher={other}: has 200 ids, but the tokenizer of the bins has 257; " + MAKE_ANEW]),
     (SMALL_AND_SHORT, ["--student={other}"], ["--student={other}: has 200 ids"]),
     (BERT, ["--teacher={other}"], ["--teacher={other}: {other}/config.json: model_type 'bert' is not "]),
-    (nothing, ["--mixture=letters=1,cats=1"], ["--mixture=letters=1,cats=1: ValueError: probs have unknown domains "
-                                               "['cats'], and lack ['digits', 'signs']; give each domain of "]),
-    (nothing, ["--domains=letters", "--mixture=letters=1,signs=1"], ["unknown domains ['signs'], and lack []"]),
+    (nothing, ["--mixture=letters=1,cats=1"], ["--mixture=letters=1,cats=1: ValueError: probs are for letters cats, but "
+                                               "the domains are letters digits signs; give each domain of "]),
+    (nothing, ["--domains=letters", "--mixture=letters=1,signs=1"], ["for letters signs, but the domains are letters;"]),
     (nothing, ["--teacher=nowhere"], ["--teacher=nowhere: nowhere: no config.json"]),
     (nothing, ["--student=2x64"], ["--student=2x64: 2x64: no config.json"]),
     (nothing, ["--data_dir=nowhere"], ["--data_dir=nowhere: has no meta.json; make bins with data.py"]),

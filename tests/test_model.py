@@ -672,6 +672,7 @@ def test_the_program_continues_a_prompt_and_a_seed_decides_how(folder, run_main)
     assert (status, err) == (0, "") and output.startswith("Grüße <|endoftext|>") and len(output) > 25
     assert run_main(model_program, *arguments, "--seed=3") == (0, output, "")
     assert run_main(model_program, *arguments, "--seed=4")[1] != output
+    assert run_main(model_program, *arguments, "--prompt=")[1].startswith("<|endoftext|>")  # a new document
 
 
 def test_help_lists_every_key_with_its_default(run_main, monkeypatch):
@@ -686,7 +687,6 @@ def test_help_lists_every_key_with_its_default(run_main, monkeypatch):
 @pytest.mark.parametrize("arguments, named", [
     ([], ["--model"]),
     (["--model=FOLDER", "--prompt=a", "--temp=1"], ["--temp=1"]),
-    (["--model=FOLDER", "--prompt="], ["--prompt"]),
     (["--model=FOLDER/nowhere", "--prompt=a"], ["FOLDER/nowhere: no config.json"]),
     (["--model=FOLDER", "--prompt=a", "--max_new_tokens=0"], ["--max_new_tokens=0", "1"]),
     (["--model=FOLDER", "--prompt=a", "--seed=-1"], ["--seed=-1", "0"]),
