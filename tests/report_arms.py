@@ -106,6 +106,10 @@ REGISTERED = [
     Pair("ddk", "ddk_no_fs", "DDK − DDK without FS", "§3.3, Fig. 3: lower", CHANGES),
     *[Pair("ddk", arm, measures=("python_ratio",)) for arm in ("kd", "kd_first", "ddk_es")],  # what DDK costs Python
 ]
+# Registered on 2026-12-02, before the runs above were complete, as secondary: N_LONGER of the replicates, with 1,200 steps
+# and interval=40, which is the same fraction of a run. DDK − kd_first, kd_fixed and ddk_es at the end, on the worst, the
+# mean and the size-weighted test ratio, with 95 % intervals and without tests.
+N_LONGER = 8  # seeds 0 to 7
 # The family of the replicates of November 2026, written before the first of them was run (commit e8cc946)
 NOVEMBER = [
     Pair("ddk", "kd_fixed", "DDK − KD in DDK's mean mixture", "which has no natural first interval", ALL),
