@@ -9,15 +9,17 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import compare_arms
 import pytest
 import report_arms
 import torch
-from compare_arms import ALL_ARMS, chosen_arms, fixed_mixture, other_runs, register_kd_first, shuffled_files
+from compare_arms import (ALL_ARMS, SETTINGS, chosen_arms, fixed_mixture, other_runs, register_kd_first,
+                          shuffled_files)
 from conftest import read_lines
-from report_arms import (CHANGES, CLAIMS, NOVEMBER, REGISTERED, arms_table, claims_table, course_table, decided, draw,
+from report_arms import (CHANGES, CLAIMS, REGISTERED, arms_table, claims_table, course_table, decided, draw,
                          holm, interval, make_tables, mean_and_error, measured, paired, runs_of, share_of_gain,
                          sign_flip_p, t_p, with_tables)
 from test_forks import patched
@@ -198,33 +200,45 @@ def test_the_share_of_a_gain_is_of_means():
 
 def test_the_replicates_tables_come_once_all_have_run_with_sign_flip_tests(monkeypatch):
     monkeypatch.setattr(report_arms, "sign_flip_p", lambda differences: 0.5)
-    for family in (NOVEMBER, REGISTERED):
-        arms = {pair.first for pair in family} | {pair.second for pair in family}
-        replicates = made_up(**{arm: [1.0 + place + seed % 3 / 10 for seed in range(24)]
-                                for place, arm in enumerate(sorted(arms))})
-        for runs in replicates.values():
-            for one in runs.values():
-                one["steps"] = [0, 50, 100, 150, 200]
-                one["end"] = {"python": one["end"]["code"], "prose": one["end"]["prose"]}
-                for key in ("r", "ratio"):
-                    one[key] = {"python": [*one[key]["code"], 1.0], "prose": [*one[key]["prose"], 1.0]}
-        settings = {"quickstart": made_up(ddk=[1.0, 2.0, 3.0])}
-        tables = make_tables(settings, replicates)
-        assert len(tables["replicates"].splitlines()) == 6 and len(tables["course"].splitlines()) == 6
-        assert len(tables["replicates_arms"].splitlines()) == 2 + len(arms)
-        assert len(tables["family"].splitlines()) == 2 + sum(pair.text != "" for pair in family)
-        n_tests = sum(len(pair.measures) for pair in family)
-        assert tables["family"].count("p = 0.5000, not decided") == n_tests
-        for arm in ("kd_fixed", "minillm"):
-            missing = {**replicates, arm: {"0": replicates[arm]["0"]}}
-            assert "replicates" not in make_tables(settings, missing)
+    arms = {pair.first for pair in REGISTERED} | {pair.second for pair in REGISTERED}
+    replicates = made_up(**{arm: [1.0 + place + seed % 3 / 10 for seed in range(24)]
+                            for place, arm in enumerate(sorted(arms))})
+    for runs in replicates.values():
+        for one in runs.values():
+            one["steps"] = [0, 50, 100, 150, 200]
+            one["end"] = {"python": one["end"]["code"], "prose": one["end"]["prose"]}
+            for key in ("r", "ratio"):
+                one[key] = {"python": [*one[key]["code"], 1.0], "prose": [*one[key]["prose"], 1.0]}
+    settings = {"quickstart": made_up(ddk=[1.0, 2.0, 3.0])}
+    tables = make_tables(settings, replicates)
+    assert len(tables["replicates"].splitlines()) == 6 and len(tables["course"].splitlines()) == 6
+    assert len(tables["replicates_arms"].splitlines()) == 2 + len(arms)
+    assert len(tables["family"].splitlines()) == 2 + sum(pair.text != "" for pair in REGISTERED)
+    n_tests = sum(len(pair.measures) for pair in REGISTERED)
+    assert tables["family"].count("p = 0.5000, not decided") == n_tests
+    for arm in ("kd_fixed", "minillm"):
+        missing = {**replicates, arm: {"0": replicates[arm]["0"]}}
+        assert "replicates" not in make_tables(settings, missing)
 
 
 def test_all_arms_that_are_compared_can_be_run():
     assert chosen_arms("kd,gamma=0.5,kd") == ["kd", "gamma=0.5"]
     arms = ALL_ARMS.keys() | {"ted", "cpt_doremi"}
-    for pair in CLAIMS + REGISTERED + NOVEMBER:
+    for pair in CLAIMS + REGISTERED:
         assert {pair.first, pair.second} <= arms
+
+
+@pytest.mark.parametrize("name", ["quickstart", "replicates"])
+def test_the_results_files_have_the_settings_and_keys_of_this_code(name):
+    setting = SETTINGS[name]
+    for arm, kept in json.loads((ROOT / "assets" / f"{name}.json").read_text(encoding="utf-8")).items():
+        keys = ALL_ARMS.get(arm.removeprefix("t2_"), {})
+        config = asdict(distill.resolve_config({"preset": "quickstart", **setting.keys, **keys}))
+        experiment = kept["experiment"]
+        assert experiment["keys"] == {key: config[key] for key in experiment["keys"]}, arm
+        assert experiment["setting"]["n_bytes"] == setting.n_bytes and experiment["steps"] == 0
+        for model in ("teacher", "student"):
+            assert experiment["setting"][model].items() <= getattr(setting, model).items()
 
 
 @pytest.mark.parametrize("arm, fork", [("ted", "ted"), ("cpt_doremi", "doremi")])
