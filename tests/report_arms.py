@@ -346,8 +346,8 @@ def family_table(family: list[Pair], tests: dict) -> str:
     return rows_of(["", *[MEASURES[measure] for measure in columns]], rows)
 
 
-def course_table(runs: dict, every: int = 50) -> str:
-    """Return the time course: DDK − another arm on validation windows, with 95 % intervals, every `every` steps."""
+def course_table(runs: dict, shown=(20, 50, 100, 200, 300)) -> str:
+    """Return the time course: DDK − another arm on validation windows, with 95 % intervals, at the `shown` steps."""
     others = [arm for arm in ("kd_first", "kd_fixed", "ddk_es") if arm in runs]
     steps = runs["ddk"]["0"]["steps"]
     curves = {}  # arm, function over domains → seeds × evaluations
@@ -356,8 +356,9 @@ def course_table(runs: dict, every: int = 50) -> str:
             curves[arm, function] = np.array([function(list(one["ratio"].values()), axis=0)
                                               for _, one in sorted(runs[arm].items())])
     rows = []
-    for t in [t for t, step in enumerate(steps) if step > 0 and step % every == 0]:
-        row = [str(steps[t])]
+    for step in shown:
+        t = steps.index(step)
+        row = [str(step)]
         for arm in others:
             for function in (np.max, np.mean):
                 row.append(format_interval(curves["ddk", function][:, t] - curves[arm, function][:, t]))
