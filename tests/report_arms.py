@@ -368,7 +368,7 @@ def course_table(runs: dict, shown=(20, 50, 100, 200, 300)) -> str:
 
 def make_tables(settings: dict, replicates: dict) -> dict[str, str]:
     """Return name → table. The replicates are reported once all have run."""
-    swept = [*ALPHAS, *TEMPERATURES, *[f"t2_{name}" for name in TEMPERATURES[::3]]]
+    swept = [*ALPHAS, *TEMPERATURES, *[f"t2_{name}" for name in TEMPERATURES]]
     arms = [arm for arm in ARMS if "=" not in arm] + swept
     tables = {"settings": arms_table(settings, arms), "claims": claims_table(settings)}
     if all(len(replicates.get(arm, {})) == N_REPLICATES for pair in REGISTERED for arm in (pair.first, pair.second)):
