@@ -268,8 +268,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=list(SETTINGS), default="quickstart", help="data, models and steps")
     parser.add_argument("--teacher", default="", help="folder of a pretrained teacher, only for --setting=real")
-    parser.add_argument("--seeds", type=int, default=5, help="number of student bases and orders of the data")
-    parser.add_argument("--first", type=int, default=0, help="the first of these seeds to run")
+    parser.add_argument("--seeds", type=int, default=5, help="the seeds are FIRST to SEEDS - 1")
+    parser.add_argument("--first", type=int, default=0, help="the first seed; each has its student base and its order of data")
     parser.add_argument("--arms", default="ddk,ddk_no_fs,ddk_es,kd,minillm,cpt", help="name,… of arms")
     parser.add_argument("--out_dir", default="", help="folder of the runs (default: out/compare-SETTING)")
     parser.add_argument("--label", default="", help="prefix of the names under which the runs are kept")
@@ -289,7 +289,7 @@ def main():
     experiments = {}
     for name in arms:
         config = asdict(distill.resolve_config({**common, "preset": "quickstart", **ALL_ARMS[name]}))
-        keys = {name: value for name, value in config.items() if name not in (*OWN_KEYS, *distill.MAY_CHANGE)}
+        keys = {key: value for key, value in config.items() if key not in (*OWN_KEYS, *distill.MAY_CHANGE)}
         experiments[name] = {"setting": asdict(setting), "steps": args.steps, "keys": keys}
         if results.get(args.label + name, {}).get("experiment", experiments[name]) != experiments[name]:
             raise UserError(f"{path}: holds runs of {args.label}{name} with other keys, steps or setting; use another "
