@@ -269,7 +269,7 @@ def main():
     parser.add_argument("--setting", choices=list(SETTINGS), default="quickstart", help="data, models and steps")
     parser.add_argument("--teacher", default="", help="folder of a pretrained teacher, only for --setting=real")
     parser.add_argument("--seeds", type=int, default=5, help="the seeds are FIRST to SEEDS - 1")
-    parser.add_argument("--first", type=int, default=0, help="the first seed; each has its student base and its order of data")
+    parser.add_argument("--first", type=int, default=0, help="each seed has its own student base and order of data")
     parser.add_argument("--arms", default="ddk,ddk_no_fs,ddk_es,kd,minillm,cpt", help="name,… of arms")
     parser.add_argument("--out_dir", default="", help="folder of the runs (default: out/compare-SETTING)")
     parser.add_argument("--label", default="", help="prefix of the names under which the runs are kept")
