@@ -63,8 +63,8 @@ def extra_keys(text: str, given: dict) -> dict:
 # arm → the keys that differ from DDK's. DDK has the paper's values but for the quickstart's K.
 METHOD_ARMS = {name: {"method": name} for name in distill.METHODS if name != "doremi_proxy"}
 ABLATIONS = {name: extra_keys(name, {}) for name in SWEPT}
-# KD in DDK's mean mixture over the other seeds: kd_fixed in the mean of the whole run; kd_first in natural proportions
-# for the first interval, as DDK, then in the mean of the later steps
+# KD by DDK's runs at the other seeds: kd_fixed in the mean mixture of whole runs; kd_first in natural proportions for
+# the first interval, as DDK, then in the mean r of the later intervals
 CONTROLS = {"kd_fixed": {"method": "kd"}, "kd_first": {"method": "kd_first"}}
 # arms that need a fork → the diff in tests/forks. CPT&DoReMi draws by the mixture of the fork's proxy, see run_arm.
 FORKS = {"ted": "ted", "cpt_doremi": "doremi"}
@@ -268,8 +268,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=list(SETTINGS), default="quickstart", help="data, models and steps")
     parser.add_argument("--teacher", default="", help="folder of a pretrained teacher, only for --setting=real")
-    parser.add_argument("--seeds", type=int, default=5, help="the seeds are FIRST to SEEDS - 1")
-    parser.add_argument("--first", type=int, default=0, help="each seed has its own student base and order of data")
+    parser.add_argument("--seeds", type=int, default=5, help="runs the seeds FIRST to SEEDS - 1, each with its student base")
+    parser.add_argument("--first", type=int, default=0, help="the first seed to run")
     parser.add_argument("--arms", default="ddk,ddk_no_fs,ddk_es,kd,minillm,cpt", help="name,… of arms")
     parser.add_argument("--out_dir", default="", help="folder of the runs (default: out/compare-SETTING)")
     parser.add_argument("--label", default="", help="prefix of the names under which the runs are kept")

@@ -6,7 +6,7 @@ SETTING.json there is a copy of compare_arms.py's out/compare-SETTING/results.js
 <!-- NAME --> and <!-- end -->.
 
 Two arms are compared by their differences at the seeds that both have: what the arms share drops out. A p-value is by
-Student's t of the differences, or, for the replicates, by the exact sign-flip test. Holm's correction over all rows of
+Student's t of the differences, or, for the replicates, by the exact sign-flip test. Holm's correction over all tests of
 a family decides at 5 %: the smallest of n p-values has to be at most .05 / n, the next at most .05 / (n − 1), and so on
 until one is not.
 """
@@ -50,7 +50,7 @@ class Pair:
     """Two arms that are compared: first − second, by some measures."""
     first: str
     second: str
-    text: str = ""
+    text: str = ""  # without it, the measures stand in the row of another pair of these arms
     where: str = ""  # what the paper has on it, or what it isolates
     measures: tuple = BOTH
     below: str = "lower"  # the word for a difference below 0 that is decided
@@ -330,8 +330,8 @@ def replicates_table(runs: dict) -> str:
 
 
 def family_table(family: list[Pair], tests: dict) -> str:
-    """Return a row for each pair and a column for each measure: difference, interval, p-value and verdict. The measures
-    without a column fill a row in their order."""
+    """Return a row for each pair and a column for each measure: difference, interval, p-value and verdict. CHANGES have
+    no columns of their own: each cell of their row says which it is."""
     columns = [measure for measure in (*SPEEDS, "python_ratio") if any(measure in key for key in tests)]
     rows = []
     for pair in [pair for pair in family if pair.text]:
@@ -349,18 +349,18 @@ def course_table(runs: dict, shown=(20, 50, 100, 200, 300)) -> str:
     """Return the time course: DDK − another arm on validation windows, with 95 % intervals, at the `shown` steps."""
     others = [arm for arm in ("kd_first", "kd_fixed", "ddk_es") if arm in runs]
     steps = runs["ddk"]["0"]["steps"]
-    curves = {}  # arm, function over domains → seeds × evaluations
-    for arm in ("ddk", *others):
-        for function in (np.max, np.mean):
-            curves[arm, function] = np.array([function(list(one["ratio"].values()), axis=0)
-                                              for _, one in sorted(runs[arm].items())])
     rows = []
     for step in shown:
         t = steps.index(step)
         row = [str(step)]
         for arm in others:
-            for function in (np.max, np.mean):
-                row.append(format_interval(curves["ddk", function][:, t] - curves[arm, function][:, t]))
+            for function in (max, statistics.mean):
+                differences = []
+                for seed in common_seeds(runs, "ddk", arm):
+                    first, second = [function(history[t] for history in runs[name][seed]["ratio"].values())
+                                     for name in ("ddk", arm)]
+                    differences.append(first - second)
+                row.append(format_interval(differences))
         rows.append(row)
     return rows_of(["step", *[f"DDK − `{arm}`, {word}" for arm in others for word in ("worst", "mean")]], rows)
 
