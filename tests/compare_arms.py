@@ -268,7 +268,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=list(SETTINGS), default="quickstart", help="data, models and steps")
     parser.add_argument("--teacher", default="", help="folder of a pretrained teacher, only for --setting=real")
-    parser.add_argument("--seeds", type=int, default=5, help="runs the seeds FIRST to SEEDS - 1, each with its student base")
+    parser.add_argument("--seeds", type=int, default=5, help="run the seeds FIRST to SEEDS - 1")
     parser.add_argument("--first", type=int, default=0, help="the first seed to run")
     parser.add_argument("--arms", default="ddk,ddk_no_fs,ddk_es,kd,minillm,cpt", help="name,… of arms")
     parser.add_argument("--out_dir", default="", help="folder of the runs (default: out/compare-SETTING)")

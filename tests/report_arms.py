@@ -369,6 +369,7 @@ def make_tables(settings: dict, replicates: dict) -> dict[str, str]:
     """Return name → table."""
     swept = [*ALPHAS, *TEMPERATURES, *[f"t2_{name}" for name in TEMPERATURES]]
     arms = [arm for arm in ARMS if "=" not in arm] + swept
+    assert all(len(replicates[arm]) == 24 for pair in REGISTERED for arm in (pair.first, pair.second))
     return {"settings": arms_table(settings, arms), "claims": claims_table(settings),
             "replicates": replicates_table(replicates),
             "family": family_table(REGISTERED, decided(replicates, REGISTERED, sign_flip_p)),
