@@ -345,8 +345,9 @@ def family_table(family: list[Pair], tests: dict) -> str:
     return rows_of(["", *[MEASURES[measure] for measure in columns]], rows)
 
 
-def course_table(runs: dict, shown=(20, 50, 100, 200, 300)) -> str:
-    """Return the time course: DDK − another arm on validation windows, with 95 % intervals, at the `shown` steps."""
+def course_table(runs: dict, longer: dict, shown=(20, 50, 100, 200, 300)) -> str:
+    """Return the time course: DDK − another arm on validation windows, with 95 % intervals, at the `shown` steps. The
+    last row is of the longer runs, at their end on test windows."""
     others = [arm for arm in ("kd_first", "kd_fixed", "ddk_es") if arm in runs]
     steps = runs["ddk"]["0"]["steps"]
     rows = []
@@ -362,10 +363,12 @@ def course_table(runs: dict, shown=(20, 50, 100, 200, 300)) -> str:
                     differences.append(first - second)
                 row.append(format_interval(differences))
         rows.append(row)
+    at_end = [format_interval(paired(longer, "ddk", arm, measure)) for arm in others for measure in BOTH]
+    rows.append([f"1,200 (test, {N_LONGER} replicates)", *at_end])
     return rows_of(["step", *[f"DDK − `{arm}`, {word}" for arm in others for word in ("worst", "mean")]], rows)
 
 
-def make_tables(settings: dict, replicates: dict) -> dict[str, str]:
+def make_tables(settings: dict, replicates: dict, longer: dict) -> dict[str, str]:
     """Return name → table."""
     swept = [*ALPHAS, *TEMPERATURES, *[f"t2_{name}" for name in TEMPERATURES]]
     arms = [arm for arm in ARMS if "=" not in arm] + swept
@@ -373,7 +376,7 @@ def make_tables(settings: dict, replicates: dict) -> dict[str, str]:
     return {"settings": arms_table(settings, arms), "claims": claims_table(settings),
             "replicates": replicates_table(replicates),
             "family": family_table(REGISTERED, decided(replicates, REGISTERED, sign_flip_p)),
-            "course": course_table(replicates),
+            "course": course_table(replicates, longer),
             "replicates_arms": arms_table({"replicates": replicates}, shares=True)}
 
 
@@ -431,7 +434,7 @@ def main():
     parser.parse_args()
     settings = {name: read_runs(name) for name in ("quickstart", "real")}
     replicates = read_runs("replicates")
-    tables = make_tables(settings, replicates)
+    tables = make_tables(settings, replicates, read_runs("longer"))
     for page in (ROOT / "README.md", ROOT / "assets" / "RESULTS.md"):
         page.write_text(with_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
     draw(replicates, ROOT / "assets" / "replicates.png")

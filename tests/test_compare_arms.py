@@ -143,9 +143,10 @@ def test_the_table_has_a_row_for_each_arm_that_ran_and_for_the_student_base():
 def test_the_time_course_is_of_differences_at_the_same_seed():
     runs = made_up(ddk=[1.0, 2.0], ddk_es=[2.0, 2.6])
     runs["ddk_es"] = dict(reversed(runs["ddk_es"].items()))
-    lines = course_table(runs, shown=[10]).splitlines()
-    assert lines[0] == "| step | DDK − `ddk_es`, worst | DDK − `ddk_es`, mean |" and len(lines) == 3
+    lines = course_table(runs, made_up(ddk=[1.0, 2.0], ddk_es=[1.5, 2.5]), shown=[10]).splitlines()
+    assert lines[0] == "| step | DDK − `ddk_es`, worst | DDK − `ddk_es`, mean |" and len(lines) == 4
     assert lines[2].startswith("| 10 | -0.880 [-3.675, +1.915] |")  # 1.1 · (1 − 2) and 1.1 · (2 − 2.6); t = 12.706
+    assert lines[3] == "| 1,200 (test, 8 replicates) | -0.500 [-0.500, -0.500] | -0.500 [-0.500, -0.500] |"
 
 
 def test_a_page_gets_its_tables():
@@ -210,8 +211,8 @@ def test_the_replicates_tables_have_every_registered_comparison_with_sign_flip_t
             for key in ("r", "ratio"):
                 one[key] = {"python": [*one[key]["code"], 1.0, 1.0], "prose": [*one[key]["prose"], 1.0, 1.0]}
     settings = {"quickstart": made_up(ddk=[1.0, 2.0, 3.0])}
-    tables = make_tables(settings, replicates)
-    assert len(tables["replicates"].splitlines()) == 6 and len(tables["course"].splitlines()) == 7
+    tables = make_tables(settings, replicates, replicates)
+    assert len(tables["replicates"].splitlines()) == 6 and len(tables["course"].splitlines()) == 8
     assert len(tables["replicates_arms"].splitlines()) == 2 + len(arms)
     assert len(tables["family"].splitlines()) == 2 + sum(pair.text != "" for pair in REGISTERED)
     n_tests = sum(len(pair.measures) for pair in REGISTERED)
