@@ -60,6 +60,12 @@ def extra_keys(text: str, given: dict) -> dict:
     return {name: getattr(config, name) for name in pairs}
 
 
+def experiment_keys(given: dict) -> dict:
+    """Return the keys of distill.py that all runs of an arm share, with their values: the given and the quickstart's."""
+    config = asdict(distill.resolve_config({"preset": "quickstart", **given}))
+    return {key: value for key, value in config.items() if key not in (*OWN_KEYS, *distill.MAY_CHANGE)}
+
+
 # arm → the keys that differ from DDK's. DDK has the paper's values but for the quickstart's K.
 METHOD_ARMS = {name: {"method": name} for name in distill.METHODS if name != "doremi_proxy"}
 ABLATIONS = {name: extra_keys(name, {}) for name in SWEPT}
@@ -288,8 +294,7 @@ def main():
     results = read_kept(path)
     experiments = {}
     for name in arms:
-        config = asdict(distill.resolve_config({**common, "preset": "quickstart", **ALL_ARMS[name]}))
-        keys = {key: value for key, value in config.items() if key not in (*OWN_KEYS, *distill.MAY_CHANGE)}
+        keys = experiment_keys({**common, **ALL_ARMS[name]})
         experiments[name] = {"setting": asdict(setting), "steps": args.steps, "keys": keys}
         if results.get(args.label + name, {}).get("experiment", experiments[name]) != experiments[name]:
             raise UserError(f"{path}: holds runs of {args.label}{name} with other keys, steps or setting; use another "

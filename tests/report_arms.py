@@ -35,6 +35,7 @@ MEASURES = {"worst_ratio": "worst ratio", "mean_ratio": "mean ratio", "size_rati
 BOTH = ("worst_ratio", "mean_ratio")
 ALL = (*BOTH, "size_ratio")
 CHANGES = ("r_change", "late_r_change", "ratio_change", "late_ratio_change")
+DIGITS = {**dict.fromkeys(MEASURES, 3), **dict.fromkeys(CHANGES, 4), "speed": 1}
 MIN_SEEDS = 3  # of a pair that is compared
 ARMS = ["ddk", "kd_first", "kd_fixed", "ddk_no_fs", "ddk_es", "alpha=0.0", "gamma=0.0", "cpt_doremi", "kd", "ted",
         "minillm", "cpt"]
@@ -78,7 +79,7 @@ CLAIMS = [
     *[claim("ddk", name, f"K = 10 better than {name.removeprefix('interval=')}", "Table 6") for name in INTERVALS],
 ]
 # Registered on 2026-12-01 (commit f026abb), before the first of these runs:
-# - 24 replicates, each with its own order of the text, bins, windows, teacher and student base;
+# - N_REPLICATES replicates, each with its own order of the text, bins, windows, teacher and student base;
 # - the methods ddk ddk_no_fs ddk_es alpha=0.0 gamma=0.0 kd minillm cpt kd_fixed kd_first;
 # - the primary comparison: the first pair, on the worst test ratio;
 # - the test: the exact sign-flip test, two-sided, with Holm's correction at 5 % over all pairs and measures;
@@ -86,6 +87,7 @@ CLAIMS = [
 # - the measure of speed: the first evaluation at which the worst validation ratio is below 2; one interval after the
 #   end if it never is;
 # - the time course: the difference at each evaluation, on validation windows, with 95 % intervals and without tests.
+N_REPLICATES = 24
 SPEEDS = (*ALL, "speed")
 REGISTERED = [
     Pair("ddk", "kd_first", "DDK − KD in DDK's mean r after a natural first interval", "what r's motion does", SPEEDS),
@@ -104,12 +106,16 @@ REGISTERED = [
     Pair("ddk", "ddk_no_fs", "DDK − DDK without FS", "§3.3, Fig. 3: lower", CHANGES),
     *[Pair("ddk", arm, measures=("python_ratio",)) for arm in ("kd", "kd_first", "ddk_es")],  # what DDK costs Python
 ]
-# Registered on 2026-12-02, before the runs above were complete, as secondary: N_LONGER of the replicates, with 1,200
+# Registered on 2026-12-02, before the runs above were complete, as secondary: the replicates of seeds 0 to 7, with 1,200
 # steps and interval=40, which is the same fraction of a run. DDK − kd_first, kd_fixed and ddk_es at the end, on the
 # worst, the mean and the size-weighted test ratio, with 95 % intervals and without tests.
-N_LONGER = 8  # seeds 0 to 7
 
 # ------------ Statistics ----------------------------------------------------------------------------------------------
+
+
+def over_time(one: dict, function) -> list[float]:
+    """Return max or mean, over domains, of a run's validation ratios at each evaluation."""
+    return [function(ratios) for ratios in zip(*one["ratio"].values())]
 
 
 def measured(one: dict, measure: str) -> float:
@@ -122,8 +128,7 @@ def measured(one: dict, measure: str) -> float:
         sizes = [domain["tokens"] / domain["epochs"] for domain in domains]
         return sum(size * domain["test_ratio"] for size, domain in zip(sizes, domains)) / sum(sizes)
     if measure == "speed":
-        worst = [max(of_evaluation) for of_evaluation in zip(*one["ratio"].values())]
-        reached = [step for step, ratio in zip(one["steps"], worst) if ratio < 2]
+        reached = [step for step, ratio in zip(one["steps"], over_time(one, max)) if ratio < 2]
         return reached[0] if reached else 2 * one["steps"][-1] - one["steps"][-2]
     if measure == "python_ratio":
         return one["end"]["python"]["test_ratio"]
@@ -277,8 +282,7 @@ def claims_table(settings: dict) -> str:
             for measure in pair.measures:
                 if (pair.first, pair.second, measure) in tests[setting]:
                     numbers, _, is_decided = tests[setting][pair.first, pair.second, measure]
-                    digits = 4 if measure in CHANGES else 3
-                    parts.append(f"{format_mean(numbers, '+', digits)} {verdict(pair, numbers, is_decided)}")
+                    parts.append(f"{format_mean(numbers, '+', DIGITS[measure])} {verdict(pair, numbers, is_decided)}")
             cells.append("; ".join(parts))
         if any(cells):
             rows.append([f"{pair.text} ({pair.where})", "; ".join(MEASURES[measure] for measure in pair.measures),
@@ -338,9 +342,8 @@ def family_table(family: list[Pair], tests: dict) -> str:
         row = [f"{pair.text} ({pair.where})" if pair.where else pair.text]
         for measure in columns if pair.measures != CHANGES else CHANGES:
             label = "" if measure in columns else f"{MEASURES[measure]}: "
-            digits = {"speed": 1, **dict.fromkeys(CHANGES, 4)}.get(measure, 3)
             test = tests.get((pair.first, pair.second, measure))
-            row.append(label + difference_cell(pair, test, digits) if test else "")
+            row.append(label + difference_cell(pair, test, DIGITS[measure]) if test else "")
         rows.append(row + [""] * (len(columns) + 1 - len(row)))
     return rows_of(["", *[MEASURES[measure] for measure in columns]], rows)
 
@@ -356,15 +359,12 @@ def course_table(runs: dict, longer: dict, shown=(20, 50, 100, 200, 300)) -> str
         row = [str(step)]
         for arm in others:
             for function in (max, statistics.mean):
-                differences = []
-                for seed in common_seeds(runs, "ddk", arm):
-                    first, second = [function(history[t] for history in runs[name][seed]["ratio"].values())
-                                     for name in ("ddk", arm)]
-                    differences.append(first - second)
+                differences = [over_time(runs["ddk"][seed], function)[t] - over_time(runs[arm][seed], function)[t]
+                               for seed in common_seeds(runs, "ddk", arm)]
                 row.append(format_interval(differences))
         rows.append(row)
     at_end = [format_interval(paired(longer, "ddk", arm, measure)) for arm in others for measure in BOTH]
-    rows.append([f"1,200 (test, {N_LONGER} replicates)", *at_end])
+    rows.append([f"1,200 (test, {len(longer['ddk'])} replicates)", *at_end])
     return rows_of(["step", *[f"DDK − `{arm}`, {word}" for arm in others for word in ("worst", "mean")]], rows)
 
 
@@ -372,7 +372,7 @@ def make_tables(settings: dict, replicates: dict, longer: dict) -> dict[str, str
     """Return name → table."""
     swept = [*ALPHAS, *TEMPERATURES, *[f"t2_{name}" for name in TEMPERATURES]]
     arms = [arm for arm in ARMS if "=" not in arm] + swept
-    assert all(len(replicates[arm]) == 24 for pair in REGISTERED for arm in (pair.first, pair.second))
+    assert all(len(replicates[arm]) == N_REPLICATES for pair in REGISTERED for arm in (pair.first, pair.second))
     return {"settings": arms_table(settings, arms), "claims": claims_table(settings),
             "replicates": replicates_table(replicates),
             "family": family_table(REGISTERED, decided(replicates, REGISTERED, sign_flip_p)),
@@ -404,7 +404,7 @@ def draw(runs: dict, path: Path):
     steps = runs["ddk"]["0"]["steps"]
     for arm in [arm for arm in STYLES if arm in runs]:
         color, marker = STYLES[arm]
-        worst = [np.max(list(one["ratio"].values()), axis=0) for one in runs[arm].values()]
+        worst = [over_time(one, max) for one in runs[arm].values()]
         ratios.plot(steps, np.mean(worst, axis=0), color=color, marker=marker, markevery=0.1, label=arm)
     ratios.set(xlabel="step", yscale="log", ylabel="worst perplexity ratio (log scale)")
     for name, line in zip(runs["ddk"]["0"]["r"], ("-", "--", "-.", ":")):
