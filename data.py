@@ -14,6 +14,7 @@ million characters. Its sha256 decides its split. Memory stays below 1.2 GiB, pl
 
 import argparse
 import ast
+import errno
 import glob
 import gzip
 import hashlib
@@ -39,6 +40,7 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
+from safetensors import SafetensorError
 
 
 # ------------ Helpers of all four programs ----------------------------------------------------------------------------
@@ -49,19 +51,21 @@ class UserError(ValueError):
 
 @contextmanager
 def user_errors(source: str | Path, fix: str):
-    """Turn any exception but a UserError into one with `source`, the exception's own words and the `fix`."""
+    """Turn what bad input raises into a UserError with `source`, the exception's own words and the `fix`."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
+    except (NameError, AttributeError, AssertionError, NotImplementedError):
+        raise  # a bug: whoever has just changed the code needs its traceback
     except BaseException as error:  # a panic in a Rust library is not an Exception
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{source}: {type(error).__name__}: {reason}; {fix}") from None
+        raise UserError(f"{source}: {type(error).__name__}: {reason}; {fix}") from error
 
 
 def run_program(main: Callable):
-    """Run `main` as a program and exit with its status. A UserError or OSError becomes a message and status 2, without
-    a traceback. Under torchrun only rank 0 prints an error that all ranks raise."""
+    """Run `main` as a program and exit with its status. A UserError or OSError becomes a message and status 2; only
+    `python -X dev` prints its traceback too. Under torchrun only rank 0 prints an error that all ranks raise."""
     rank = os.environ.get("RANK")
     status = 0
     try:
@@ -76,6 +80,8 @@ def run_program(main: Callable):
         if rank not in (None, "0"):
             time.sleep(3)  # meanwhile torchrun ends this process, since rank 0 has failed
             prefix = f"rank {rank}: error"
+        if sys.flags.dev_mode:
+            traceback.print_exc()
         for line in str(error).splitlines():
             print(f"{prefix}: {line}", file=sys.stderr)
     except BaseException:
@@ -138,11 +144,11 @@ SUMS = "SHA256SUMS"
 
 
 @contextmanager
-def published(folder: Path, errors: tuple = (OSError,)):
+def published(folder: Path):
     """Write a folder under a temporary name and rename it at the end: it is there as a whole, or not at all.
 
     Yields the temporary folder, and adds SHA256SUMS unless write_meta has done so. An error or Ctrl-C removes it; only
-    kill -9 leaves it. UserError if `folder` exists, or after one of the `errors`, which a full disk raises."""
+    kill -9 leaves it. UserError if `folder` exists, or if the disk fails."""
     if os.path.lexists(folder):
         raise UserError(f"{folder}: exists already; use another folder, or delete it as a whole")
     temporary = folder.with_name(f"{folder.name}.{os.urandom(4).hex()}.tmp")
@@ -153,12 +159,27 @@ def published(folder: Path, errors: tuple = (OSError,)):
             write_sums(temporary)
         for path in (*temporary.iterdir(), temporary):
             fsync(path)
-        os.rename(temporary, folder)  # fails if another process has published this folder meanwhile
+        os.rename(temporary, folder)
         fsync(folder.parent)
-    except errors as error:
-        raise UserError(f"{folder}: cannot be written: {error}; free some space, and start the same command") from None
+    except (OSError, RuntimeError, SafetensorError) as error:
+        problem = disk_error(error)
+        if problem is None:
+            raise
+        fix = "another process was faster" if os.path.lexists(folder) else "use another folder"
+        if problem.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fix = "free some space, and start the same command"
+        raise UserError(f"{folder}: cannot be written: {problem}; {fix}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def disk_error(error: Exception) -> OSError | None:
+    """Return the OSError behind an exception, or None: torch.save hides it, and safetensors prints only its number."""
+    number = re.search(r"(?:os error|Os { code:) (\d+)", str(error))  # safetensors 0.6, and before it
+    if isinstance(error, SafetensorError) and number:
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    cause = error.__context__ if type(error) is RuntimeError else error
+    return cause if isinstance(cause, OSError) else None
 
 
 def write_sums(folder: Path):
@@ -174,13 +195,10 @@ def write_json(path: Path, content: dict):
 
 def damaged_files(folder: Path) -> list[str]:
     """Return the files of a published folder that are missing or have changed."""
-    try:
+    expected = {SUMS: ""}  # itself, unless it can be read
+    with suppress(OSError, ValueError):
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
-        expected = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
-    except (OSError, ValueError):
-        expected = {}
-    if not expected:
-        return [SUMS]
+        expected = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)} or expected
     return [name for name in expected if not (folder / name).is_file() or sha256_of(folder / name) != expected[name]]
 
 
@@ -199,7 +217,7 @@ def read_meta(data_dir: str | Path) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
         if meta["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {meta['format_version']}, but this program reads {FORMAT_VERSION}")
-        for domain in meta["domains"].values():
+        for domain in dict(**meta["domains"]).values():  # TypeError unless it is a dict
             for entry in (domain[split] for split in SPLITS if split in domain):  # nanoGPT's bins have no test split
                 if path.with_name(entry["file"]).stat().st_size != entry["tokens"] * np.dtype(domain["dtype"]).itemsize:
                     raise ValueError(f"{entry['file']} does not have the size of {entry['tokens']:,} tokens")
@@ -212,8 +230,7 @@ class TokenBins:
     """The bins of a folder, cut into windows of block_size + 1 tokens: the inputs, and the targets one token later.
 
     A bin of n tokens has (n − 1) // B windows, with B = block_size. Window i is the tokens i·B … i·B + B inclusive.
-    `names` selects domains (default: all). UserError if a domain is missing or has no train window. No file stays open,
-    so an instance can be pickled."""
+    `names` selects domains (default: all). UserError if a domain is missing or has no train window."""
 
     def __init__(self, data_dir: str | Path, block_size: int, names: list[str] | None = None):
         meta = read_meta(data_dir)
@@ -259,8 +276,7 @@ class TokenBins:
         return windows
 
     def eval_windows(self, name: str, split: str, n: int) -> np.ndarray:
-        """Return `n` windows, evenly spaced over a domain's "val" or "test" bin: (n, block_size + 1) int64. UserError
-        if the bin has fewer."""
+        """Return `n` evenly spaced windows of a "val" or "test" bin, (n, block_size + 1). UserError if it has fewer."""
         available = self.count_windows(name, split)
         if n > available:
             raise UserError(f"--{split}_samples={n}: domain {name} of {self.dir} has {available} {split} windows of "
@@ -357,7 +373,7 @@ def _huggingface_tokenizer(path: Path, eot_token: str, name: str) -> Tokenizer:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
         config = path.with_name("tokenizer_config.json")
         if config.is_file() and not eot_token:
-            eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token")
+            eos = dict(**json.loads(config.read_text(encoding="utf-8"))).get("eos_token")
             eot_token = eos["content"] if isinstance(eos, dict) else eos
 
     # Encode special tokens inside text as text, and neither cut nor pad a text.
@@ -409,8 +425,7 @@ def bytes_settings() -> dict:
 
 
 def saved_tokenizer(folder: Path, entry: dict, eot_token: str = "") -> Tokenizer:
-    """Load the tokenizer of an entry of meta.json: from its files in `folder`, or by its name. UserError if it has
-    changed. `eot_token` replaces the entry's."""
+    """Load the tokenizer of an entry of meta.json, from `folder` or by its name. UserError if it has changed."""
     tokenizer = load_tokenizer(folder if entry["files"] else entry["name"], eot_token or entry["eot_token"])
     if tokenizer.fingerprint != entry["fingerprint"]:
         raise UserError(f"{folder}: its tokenizer {entry['name']} encodes in another way than before; copy it again")
@@ -426,8 +441,7 @@ def save_tokenizer(folder: Path, bins: TokenBins):
         write_json(folder / "tokenizer.json", bytes_settings())
     write_json(folder / TOKENIZER_META, entry)
 
-    # PreTrainedTokenizerFast encodes by tokenizer.json. Other classes keep its vocabulary, but transformers 5 lets them
-    # split text in their own way. `auto_map` would name code that runs instead.
+    # In transformers 5 only PreTrainedTokenizerFast encodes by tokenizer.json. `auto_map` would run code of the folder.
     if (folder / "tokenizer.json").is_file():
         path = folder / "tokenizer_config.json"
         config = {"bos_token": entry["eot_token"], "clean_up_tokenization_spaces": False}
@@ -485,8 +499,7 @@ def expand_sources(sources: list[str], labeled: bool) -> dict[str, list[Path]]:
 
 
 def find_files(pattern: str) -> list[Path]:
-    """Return the files of a path or a glob. A folder stands for the files below it, without hidden ones and without
-    following links to folders."""
+    """Return the files of a path or a glob; of a folder all files below it that are not hidden or behind a link."""
     paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
     files = []
     for path in paths:
@@ -558,8 +571,11 @@ def read_file(path: Path, text_key: str, domain_key: str, skipped: Counter) -> I
             parquet = import_optional("pyarrow.parquet", str(path))
             file = parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
             # Few rows at once, since they may be long. Columns that the file lacks are left out.
-            for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=4):
-                yield from rows.to_pylist()
+            try:
+                for rows in file.iter_batches(columns=[text_key, domain_key], batch_size=4):
+                    yield from rows.to_pylist()
+            except NotImplementedError as error:  # of Arrow, about the file: no bug
+                raise ValueError(error) from error
             return
         with open_file(path) as file:
             if suffix_of(path) in RECORDS:
@@ -583,13 +599,12 @@ def open_file(path: Path) -> BufferedReader:
 
 def read_text(file: BufferedReader) -> str | None:
     """Return the text of a file without a byte order mark, line ends as they are; None if it is binary."""
-    if b"\0" in file.peek():  # before a large binary file is read as a whole
-        return None
-    try:
-        text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
-    return None if "\0" in text else text
+    if b"\0" not in file.peek():  # so that a large binary file is not read as a whole
+        with suppress(UnicodeDecodeError):
+            text = file.read().decode("utf-8-sig")
+            if "\0" not in text:
+                return text
+    return None
 
 
 def json_records(lines: Iterable[bytes], path: Path, skipped: Counter) -> Iterator[dict]:
@@ -604,7 +619,7 @@ def json_records(lines: Iterable[bytes], path: Path, skipped: Counter) -> Iterat
                 raise ValueError("not a JSON record")
         except (ValueError, RecursionError) as error:
             if n_records == 0:
-                raise ValueError(f"line {number}: {error}; jq -c '.[]' FILE writes an array as records") from None
+                raise ValueError(f"line {number}: {error}; jq -c '.[]' FILE writes an array as records") from error
             if not skipped["broken records"]:
                 print(f"note: {path}, line {number}: {error}; broken records are skipped", flush=True)
             skipped["broken records"] += 1
@@ -841,16 +856,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("sources", nargs="*", metavar="NAME=GLOB", help="a domain and its files: a file, a folder or a glob. With "
-        "--domain_key also a GLOB without a NAME, of records that have their domain")
+    add("sources", nargs="*", metavar="NAME=GLOB", help="a domain and its files; --domain_key makes NAME= optional")
     add("--out_dir", default="", type=os.path.expanduser, help="folder to make; it must not exist")
     add("--tokenizer", default="bytes", type=os.path.expanduser, help="bytes, a tiktoken encoding, a folder or file "
         "with a tokenizer.json, or a model's name on the Hugging Face Hub (default: %(default)s)")
     add("--eot", default="", help="token that ends a document (default: the tokenizer's eos_token)")
     add("--text_key", default="text", help="key of a record's text (default: %(default)s)")
     add("--domain_key", default="", help="key of a record's domain, such as meta.source (default: none)")
-    add("--val_fraction", type=float, default=0.05, help="share of documents for validation, and the same again for "
-        "test (default: %(default)s)")
+    add("--val_fraction", type=float, default=0.05, help="share of text for val, and for test (default: %(default)s)")
     add("--verify", default="", type=os.path.expanduser, metavar="DIR", help="only check the files of this folder")
     args = parser.parse_intermixed_args()
     if bool(args.verify) == bool(args.sources) or args.sources and not args.out_dir:
@@ -880,7 +893,7 @@ def main():
         rows.append([name, *[f"{domain[split][unit]:,}" for split in SPLITS for unit in ("documents", "tokens")]])
         val = domain["val"]
         if val["documents"] < 20 or val["tokens"] < 20_000:
-            print(f"note: {name}: only {val['documents']} validation documents ({val['tokens']:,} tokens); r follows them")
+            print(f"note: {name}: only {val['documents']} validation documents ({val['tokens']:,} tokens) decide r")
     print_table(rows)
     print(f"wrote {args.out_dir}")
 

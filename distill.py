@@ -39,7 +39,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
                                                      set_model_state_dict, set_optimizer_state_dict)
@@ -56,8 +55,8 @@ from sample_mixture import RULES, MixtureSampler, experiment_values, parse_mixtu
 
 # ------------ Configuration -------------------------------------------------------------------------------------------
 
-# A preset replaces some of Config's defaults, which are the paper's. Each of the paper's pairs has a preset: its models,
-# and how many windows per forward pass fit 8 GPUs of 80 GB. Ours are batch_size, weight decay, clipping and the betas.
+# A preset replaces some of Config's defaults, which are the paper's. Each of the paper's pairs has one: its models, and
+# how many windows per forward pass fit 8 GPUs of 80 GB. Ours are batch_size, weight decay, clipping and the betas.
 PRESETS = {
     "quickstart": dict(interval=10, val_samples=64, test_samples=64, block_size=256, batch_size=8, max_steps=300,
                        lr=1e-3, min_lr=1e-4, warmup_steps=20, save_every=100),
@@ -169,16 +168,14 @@ def dense_distillation_loss(student_logits, teacher_logits, targets, *, gamma=0.
     see the README's details.) gamma: a number, or one per token (…).
 
     loss: CE + γ · KL summed over tokens, weighted by `token_weights` (…) if given, and divided by `num_tokens`
-    (default: the number of targets that count). ce and kl: one value per token, (…), detached, without weights and γ.
-    They are 0 for ignored targets. Given a teacher, raises ValueError on another direction, or if vocab_size exceeds a
-    head's rows."""
+    (default: the number of targets that count). ce and kl: one value per token, (…), detached, without weights and γ, 0
+    for ignored targets. ValueError, given a teacher, on another direction, or if vocab_size exceeds a head's rows."""
     counted = targets != -100
     weights = counted if token_weights is None else counted * token_weights
     if num_tokens is None:
         num_tokens = counted.sum().clamp(min=1)
 
-    # Cross-entropy. The target's log-probability is found by comparing ids, since torch.compile fuses that with the
-    # softmax, but not a gather. An ignored target equals no id, so its loss is 0.
+    # Cross-entropy by comparing ids: torch.compile does not fuse a gather. An ignored target is no id, and adds 0.
     z_S = student_logits.to(torch.promote_types(student_logits.dtype, torch.float32))
     log_s = F.log_softmax(z_S, dim=-1)
     ids = torch.arange(z_S.shape[-1], device=targets.device)
@@ -252,8 +249,7 @@ def perplexities(model: GPT | None, windows: dict[str, torch.Tensor], *, vocab_s
 
 
 def measured_domains(student_ppl: dict, teacher_ppl: dict, sampler: MixtureSampler, block_size: int) -> dict:
-    """Return name → numbers of each domain after an evaluation, for the log, the plots and the table at the end.
-    Another number that follows from these arguments is one more line here."""
+    """Return name → numbers of each domain after an evaluation. Another number for the log is one more line here."""
     domains = {}
     for i, name in enumerate(sampler.names):
         domains[name] = {
@@ -305,8 +301,7 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def make_optimizers(model: GPT, config: Config) -> list:
-    """Return AdamW, with weight decay on matrices only. A list, so that other parameters may get another optimizer;
-    each step sets the learning rate of every group."""
+    """Return AdamW, with weight decay on matrices only: a list, so that a fork may add another optimizer."""
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]
     betas = [0.9, 0.95]  # a checkpoint gives a tuple back as a list, so that a resumed run's file would differ
@@ -391,8 +386,7 @@ def train(config: Config) -> Path:
 
     The loop runs max_steps + 1 times, so that the student is evaluated before the first update and after the last one.
     Each time it evaluates and updates r, if due; saves, if due; and makes one update, unless it was the last."""
-    for error in config_errors(config):  # the quickstart and tests call train directly
-        raise UserError(error)
+    check_config(config)  # the quickstart and tests call train directly
     config = resolve_auto(config)
     method = METHODS[config.method]
 
@@ -435,7 +429,7 @@ def train(config: Config) -> Path:
             state.teacher_ppl = measure(teacher, val_windows)
             state.test_teacher_ppl = measure(teacher, test_windows)
             run.log("run", 0, **record, rule=method.rule, natural=dict(zip(bins.names, natural.tolist())),
-                    versions=environment(), parameters=count_parameters(models))
+                    parameters=count_parameters(models))
         if not method.trains_with_teacher:  # it has been measured
             teacher = None
             models.clear()
@@ -453,8 +447,7 @@ def train(config: Config) -> Path:
         first_step = state.step
         step_times = []  # in seconds
         while True:
-            # Every K steps: measure ℓ_S, update r, log. At the end: measure. A resumed run did so here before its
-            # checkpoint was written.
+            # Every K steps: measure ℓ_S, update r, log. At the end: measure. A run that is resumed here has done so.
             t, steps_since_update = divmod(state.step, config.interval)
             last = state.step >= config.max_steps
             just_resumed = resumed is not None and state.step == first_step
@@ -739,7 +732,7 @@ def process_group(config: Config):
                 raise
             reason = " ".join(str(error).split())[:600]  # NCCL's own cause is on its second line
             raise UserError(f"another process is gone, or silent for {config.timeout} minutes ({reason}); the same "
-                            "command continues from the last checkpoint") from None
+                            "command continues from the last checkpoint") from error
 
 
 def evaluation_batches(windows: torch.Tensor, micro_batch_size: int, device) -> Iterator:
@@ -786,8 +779,7 @@ def models_of(config: Config) -> dict:
 
 
 def load_models(config: Config, model_configs: dict, resumed: Path | None) -> dict:
-    """Return the models that the run still needs, role → model, on every rank's device; the student from the checkpoint
-    `resumed` if there is one."""
+    """Return role → model of what the run still needs, on this rank's device; the student from `resumed` if given."""
     if config.compile == "true":
         torch._dynamo.config.recompile_limit = 64  # variants of Block.forward: past torch's own 8 it runs uncompiled
         torch._dynamo.config.optimize_ddp = False  # True would cut blocks at DDP's buckets
@@ -901,8 +893,8 @@ class RunFolder(ExitStack):
             self.metrics = self.enter_context(open(path, "ab+"))  # network file systems lock what is open for writing
         try:
             fcntl.flock(self.metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.out_dir}: another process is using it; wait, or use another folder") from None
+        except BlockingIOError as error:
+            raise UserError(f"{self.out_dir}: another process is using it; wait, or use another folder") from error
 
     def cut_log(self, n_lines: int):
         """Drop the lines after the checkpoint's `n_lines`. UserError if the log has fewer."""
@@ -969,7 +961,11 @@ def experiment_record(config: Config, bins: TokenBins) -> dict:
             content[role] = digest((folder / "config.json").read_text(encoding="utf-8"), sizes)
         if (folder / SUMS).is_file():
             content[role] = digest((folder / SUMS).read_text(encoding="utf-8"))
-    return {"config": asdict(config), "content": content, "may_change": sorted(MAY_CHANGE)}
+    describe = f"git -C '{Path(__file__).parent}' describe --always --abbrev=40 --exclude='*' --dirty"
+    status, revision = subprocess.getstatusoutput(describe)  # with -dirty if files have changed
+    versions = {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
+                "git": revision if status == 0 else None}
+    return {"config": asdict(config), "content": content, "may_change": sorted(MAY_CHANGE), "versions": versions}
 
 
 def check_same_experiment(out_dir: Path, record: dict):
@@ -990,14 +986,6 @@ def check_same_experiment(out_dir: Path, record: dict):
                         "or delete this one. To train a finished student further, use its folder as --student")
 
 
-def environment() -> dict:
-    """Return versions that a result may depend on, and this file's git revision, with -dirty if files have changed."""
-    describe = f"git -C '{Path(__file__).parent}' describe --always --abbrev=40 --exclude='*' --dirty"
-    status, revision = subprocess.getstatusoutput(describe)
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-            "git": revision if status == 0 else None}
-
-
 def count_parameters(models: dict) -> dict:
     return {role: sum(p.numel() for p in model.parameters()) for role, model in models.items()}
 
@@ -1007,8 +995,7 @@ def count_parameters(models: dict) -> dict:
 # optimizer.pt, train_state.json, and extra.safetensors if student.extra has modules.
 
 def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: list, bins: TokenBins, keep: int):
-    """Write the checkpoint of this step, then delete all but the newest `keep`. All ranks call it, rank 0 writes, and
-    no rank leaves before the checkpoint is complete."""
+    """Write this step's checkpoint on rank 0, then delete all but the newest `keep`. All ranks call it, and wait."""
     # Gather whole tensors. Before the first update torch would initialize the optimizers' state to return it.
     options = full_state_dict_options(cpu_offload=True)
     weights = get_model_state_dict(student, options=options)
@@ -1019,13 +1006,14 @@ def save_checkpoint(folder: Path, state: TrainState, student: GPT, optimizers: l
 
 
 def write_checkpoint(folder, state, student, weights, optimizer_state, bins, keep):
-    with published(folder, errors=(OSError, RuntimeError, SafetensorError)) as temporary:
+    with published(folder) as temporary:
         student.save_pretrained(temporary, weights)
         extra = {name.removeprefix("extra."): weights[name] for name in weights if name.startswith("extra.")}
         if extra:
             save_file(extra, temporary / "extra.safetensors")
         save_tokenizer(temporary, bins)
-        torch.save(optimizer_state, temporary / "optimizer.pt")
+        with open(temporary / "optimizer.pt", "wb") as file:  # given a path, torch.save hides the error of a full disk
+            torch.save(optimizer_state, file)
         write_json(temporary / "train_state.json", asdict(state))
         fsync(folder.with_name("metrics.jsonl"))  # all lines before a checkpoint are on the disk
     if keep > 0:
@@ -1111,7 +1099,7 @@ def checked_model_config(role: str, source: str, bins: TokenBins) -> GPTConfig:
         model_config = read_config(folder)
         theirs = model_tokenizer(folder, ours["eot_token"])
     except UserError as error:
-        raise UserError(f"--{role}={source}: {error}") from None
+        raise UserError(f"--{role}={source}: {error}") from error
     fix = f"make the bins again with data.py --tokenizer={source}"
     if model_config.vocab_size < bins.vocab_size:
         raise UserError(f"--{role}={source}: has {model_config.vocab_size} ids, but the tokenizer of the bins has "
@@ -1162,6 +1150,12 @@ def config_errors(config: Config) -> list[str]:
     return errors + [message for is_wrong, message in checks if is_wrong]
 
 
+def check_config(config: Config):
+    """Raise UserError with all config_errors, a line for each."""
+    if errors := config_errors(config):
+        raise UserError("\n".join(errors))
+
+
 # ------------ What a run prints ---------------------------------------------------------------------------------------
 
 def print_cost(config: Config, model_configs: dict):
@@ -1175,8 +1169,7 @@ def print_cost(config: Config, model_configs: dict):
 
 
 def log_step(run: RunFolder, step: int, step_log: dict, step_times: list[float], config: Config):
-    """Log a step, its speed, and the time to the end at the latest pace, both without evaluations and saves. Print a
-    line after the first and the last step, and every log_every; on GPUs with the peak of memory."""
+    """Log a step, its speed and the time to the end, without evaluations and saves. Print it if due: see log_every."""
     tokens = config.batch_size * config.block_size
     tokens_per_s = tokens / step_times[-1]
     eta_s = np.mean(step_times[-50:]) * (config.max_steps - step)
@@ -1254,8 +1247,7 @@ def quickstart_models(pretrain_steps: int) -> dict:
 
 
 def quickstart(config: Config) -> Config:
-    """Make what the quickstart lacks in `data_dir`: bins, a teacher, and the student base from which every method and
-    seed starts. Return `config` with its models."""
+    """Return `config` with the models of the quickstart. Make them and the bins if `data_dir` lacks them."""
     on_rank_0(build_quickstart_bins, Path(config.data_dir))
     models = quickstart_models(config.pretrain_steps)
 
@@ -1320,8 +1312,7 @@ def parse_config(argv: list[str] | None = None) -> Config:
         parser.add_argument(f"--{entry.name}", help=text, **kind)
 
     config = resolve_config(vars(parser.parse_args(argv)))
-    for error in config_errors(config):
-        raise UserError(error)
+    check_config(config)
     return config
 
 

@@ -133,9 +133,8 @@ LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 
 def rotary_tables(config, positions):
-    """Return cos and sin of position × frequency for positions (T,) or (B, T): (1, T, hd) or (B, 1, T, hd) in float32.
-
-    RoFormer, in llama's layout of two halves."""
+    """Return cos and sin of position × frequency for positions (T,) or (B, T): (1, T, hd) or (B, 1, T, hd) in float32,
+    as in RoFormer, in llama's layout of two halves."""
     exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
     frequency = config.rope_theta ** -exponent
     if config.rope_scaling is not None:
@@ -282,8 +281,7 @@ class GPT(nn.Module):
         """Return logits (B, T, V) of ids (B, T); with `loss_fn`, loss_fn(hidden (B, T, d), head_weight (V, d)).
 
         `hidden` is after the final norm. A loss that multiplies with the head itself never has to hold all logits, and
-        FSDP gathers the head for it. UserError if there are more tokens than learned positions, or than the sliding
-        window holds."""
+        FSDP gathers the head for it. UserError on more tokens than learned positions or the sliding window hold."""
         config = self.config
         T = idx.shape[1]
         bounded = config.family.learned_positions or config.sliding_window is not None  # rotary positions go on
@@ -340,11 +338,10 @@ class GPT(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None,
                         config: GPTConfig | None = None) -> "GPT":
-        """Read a Hugging Face folder, on the CPU, with weights as `dtype` (None: the file's). The network is built from
-        `config`, or from config.json.
+        """Read a Hugging Face folder on the CPU, weights as `dtype` (None: the file's). `config` replaces config.json.
 
         UserError if a file is missing, or if a tensor is missing, unexpected, of another shape, not finite, or differs
-        from the tensor that it is tied to. Nothing is unpickled, no gap is filled, and no second copy is in memory."""
+        from the tensor that it is tied to. Nothing is unpickled or made up, and no second copy is in memory."""
         folder = Path(folder)
         if config is None:
             config = read_config(folder)
@@ -358,8 +355,7 @@ class GPT(nn.Module):
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None):
         """Write `config.json` and `model.safetensors` as transformers does for this family, in the weights' dtype.
 
-        `state`: whole tensors under the names of `state_dict()`, for a model that itself holds only shards. The modules
-        of `extra` are left out."""
+        `state`: whole tensors under the names of `state_dict()`, if the model has only shards. `extra` is left out."""
         if state is None:
             state = self.state_dict()
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -398,10 +394,10 @@ def read_config(folder: Path) -> GPTConfig:
 
 def config_from_file(path):
     """Return the GPTConfig of a config.json. UserError if it describes a network that GPT cannot be."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = dict(**json.loads(path.read_text(encoding="utf-8")))  # TypeError unless it is a dict
 
     # Rope: transformers 5 has rope_theta in rope_parameters, 4 at top level. Both prefer rope_scaling.
-    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}
+    rope = dict(**settings.get("rope_scaling") or settings.get("rope_parameters") or {})
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     given = {**settings, **rope, "rope_type": rope_type, "rope_scaling": None}
     if rope_type == "llama3":
@@ -500,7 +496,7 @@ def read_weights(folder, model, dtype):
     for key, tensor in stored_tensors(folder):
         if key not in names and prefix + key in names:  # the gpt2 of the Hub was saved without "transformer."
             key = prefix + key
-        if not tensor.is_floating_point():  # integers; aminmax rejects float8
+        if not tensor.is_floating_point() or tensor.itemsize == 1:  # integers and float8
             raise ValueError(f"{key} is {tensor.dtype}; quantized weights are not supported")
         if not all(bound.isfinite() for bound in tensor.aminmax()):
             raise ValueError(f"{key} has values that are not finite")

@@ -77,8 +77,8 @@ def parse_mixture(text: str) -> dict[str, float]:
         pairs = [part.split("=") for part in text.strip().split(",")]
         weights = {name: float(weight) for name, weight in pairs}
         checked_weights("weights", list(weights.values()), len(pairs))
-    except ValueError:
-        raise UserError(f"--mixture={text}: write name=weight,… with weights ≥ 0, not all 0") from None
+    except ValueError as error:
+        raise UserError(f"--mixture={text}: write name=weight,… with weights ≥ 0, not all 0") from error
     return weights
 
 

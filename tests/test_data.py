@@ -1,6 +1,7 @@
 """data.py: the program, published folders, tokenizers, files to documents, the split, bins and windows."""
 
 import dataclasses
+import errno
 import gzip
 import itertools
 import json
@@ -23,14 +24,18 @@ import numpy as np
 import pytest
 import tiktoken
 from conftest import drop, edit, put
+from safetensors import SafetensorError
 
 import data
+import sample_mixture
 from data import (SPLITS, TokenBins, UserError, build_bins, damaged_files, expand_sources, import_optional,
                   load_tokenizer, model_tokenizer, published, quickstart_documents, read_documents, read_meta,
                   run_program, save_tokenizer, saved_tokenizer, settings_digest, user_errors, verify, write_meta)
 
 ARTICLES = [f"Article {i}: " + f"{i * i} words é <|endoftext|> " * (i % 23) for i in range(400)]
 FRACTION = 0.2
+
+BUGS = (NameError, UnboundLocalError, AttributeError, AssertionError, NotImplementedError)
 
 
 def refused(call, *arguments, **keys) -> str:
@@ -209,9 +214,21 @@ def test_an_unforeseen_error_becomes_one_message_with_its_source_and_the_fix():
     assert refused(read, UserError("as it is")) == "as it is"
     panic = type("PanicException", (BaseException,), {})  # as libraries in Rust raise it
     assert refused(read, panic("stack size")) == "file.x: PanicException: stack size; copy it again"
-    with pytest.raises(KeyboardInterrupt):
-        read(KeyboardInterrupt())
+    for passed_on in (KeyboardInterrupt, *BUGS):
+        with pytest.raises(passed_on):
+            read(passed_on())
     assert "pip install no_such_package" in refused(import_optional, "no_such_package.part", "--plot")
+
+
+@pytest.mark.parametrize("program, key", [(data, "verify"), (sample_mixture, "data_dir")], ids=["data", "mixture"])
+def test_python_x_dev_shows_the_traceback_behind_a_message(copied, program, key):
+    (copied / "meta.json").write_text("{")
+    command = [program.__file__, f"--{key}={copied}"]
+    plain, dev = (subprocess.run([sys.executable, *options, *command], capture_output=True, text=True)
+                  for options in ([], ["-X", "dev"]))
+    assert plain.returncode == dev.returncode == 2 and plain.stderr.count("\n") == 1
+    assert dev.stderr.endswith(plain.stderr) and "The above exception was the direct cause" in dev.stderr
+    assert re.search(r"(?m)^json\.\w+\.JSONDecodeError: ", dev.stderr) and 'data.py", line' in dev.stderr
 
 
 # ----------------------------------------------- Published folders ----------------------------------------------------
@@ -235,7 +252,7 @@ def test_a_published_folder_is_complete_or_not_there_and_sha256sum_checks_it(tmp
         assert damaged_files(made) == ["SHA256SUMS"]
 
 
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt, SystemExit, *BUGS])
 def test_an_error_while_a_folder_is_written_leaves_nothing(tmp_path, error):
     with pytest.raises(error), published(tmp_path / "a") as folder:
         (folder / "x").write_bytes(b"1")
@@ -244,12 +261,40 @@ def test_an_error_while_a_folder_is_written_leaves_nothing(tmp_path, error):
 
 
 def test_the_first_of_two_that_publish_a_folder_wins_and_nothing_existing_is_touched(tmp_path):
-    with pytest.raises(UserError, match="a: cannot be written: .*not empty"), published(tmp_path / "a"):
+    lost = "a: cannot be written: .*; another process was faster"
+    with pytest.raises(UserError, match=lost), published(tmp_path / "a"):
         with published(tmp_path / "a") as first:
             (first / "x").write_text("first")
     assert (tmp_path / "a" / "x").read_text() == "first" and os.listdir(tmp_path) == ["a"]
     with pytest.raises(UserError, match="exists already"), published(tmp_path / "a"):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("library", ["Python", "torch.save", "I/O error: {words} (os error {number})",
+                                     'IoError(Os {{ code: {number}, message: "{words}" }})'])  # of safetensors
+def test_an_error_of_the_disk_is_one_message_and_only_a_full_disk_asks_for_space(tmp_path, number, library):
+    words = os.strerror(number)
+    with pytest.raises(UserError) as caught, published(tmp_path / "a"):
+        if "{number}" in library:
+            raise SafetensorError("Error while serializing: " + library.format(words=words, number=number))
+        try:
+            raise OSError(number, words)
+        finally:
+            if library == "torch.save":
+                raise RuntimeError("unexpected pos 768 vs 662")
+    is_full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    fix = "free some space, and start the same command" if is_full else "use another folder"
+    assert str(caught.value) == f"{tmp_path}/a: cannot be written: [Errno {number}] {words}; {fix}"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_bug_in_a_reader_keeps_its_traceback(program, tmp_path, monkeypatch):
+    write_files(tmp_path / "files")
+    monkeypatch.setattr(data, "read_text", lambda file: file.read_all())
+    status, _, stderr = program(f"x={tmp_path / 'files'}", f"--out_dir={tmp_path / 'bins'}")
+    assert status == 1 and "Traceback" in stderr and os.listdir(tmp_path) == ["files"]
+    assert stderr.endswith("\nAttributeError: '_io.BufferedReader' object has no attribute 'read_all'\n")
 
 
 def test_everything_is_on_the_disk_before_a_folder_has_its_name(tmp_path, monkeypatch):
@@ -359,6 +404,12 @@ def test_the_end_of_text_is_eos_token_of_the_config_or_eot(tmp_path, bpe_setting
             assert f"--eot={eos or ''}: " in message and "tokenizer_config.json should" in message
         else:
             assert load_tokenizer(source, eot).eot_id == ends
+
+
+def test_a_tokenizer_config_that_is_a_list_is_an_error(tmp_path, bpe_settings):
+    folder = save_bpe(tmp_path, bpe_settings)
+    (folder / "tokenizer_config.json").write_text("[]")
+    assert "tokenizer.json: TypeError: " in refused(load_tokenizer, folder)
 
 
 def words(tokenizers):
@@ -577,6 +628,18 @@ def test_a_damaged_file_ends_the_build_with_its_name(tmp_path, name, raw, named)
     (tmp_path / name).write_bytes(raw)
     message = refused(documents, tmp_path / name)
     assert message.startswith(f"{tmp_path}/{name}: ") and named in message
+
+
+def test_a_column_that_arrow_cannot_read_ends_the_build_with_the_file(tmp_path, monkeypatch):
+    """Its error is a NotImplementedError, which otherwise means a bug."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "a.parquet")
+
+    def iter_batches(*_, **__):
+        raise pyarrow.ArrowNotImplementedError("Nested data conversions")
+    monkeypatch.setattr(parquet.ParquetFile, "iter_batches", iter_batches)
+    message = refused(documents, tmp_path / "a.parquet")
+    assert message.startswith(f"{tmp_path}/a.parquet: ") and "Nested data conversions" in message
 
 
 def test_later_broken_records_are_skipped_and_the_first_is_shown(tmp_path, capsys):
@@ -956,6 +1019,8 @@ BAD_FOLDERS = {
     "no meta": (drop("meta.json"), "--data_dir="),
     "meta not JSON": (put("meta.json", b"{"), "meta.json: "),
     "no tokenizer": (in_meta(lambda meta: meta.__delitem__("tokenizer")), "KeyError: 'tokenizer'"),
+    "a list": (put("meta.json", b"[3]"), "meta.json: TypeError: "),
+    "a list of domains": (in_meta(lambda meta: meta.update(domains=["code"])), "meta.json: TypeError: "),
     "version 2": (in_meta(lambda meta: meta.update(format_version=2)), "delete the whole folder and make"),
     "truncated": (lambda folder: os.truncate(folder / "code.train.bin", 100), "code.train.bin does not have the size"),
     "missing bin": (drop("code.test.bin"), "code.test.bin"),

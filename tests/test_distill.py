@@ -551,17 +551,20 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_its_log_too(conf
     assert folder.parent in done[moment + 1:]
 
 
-def test_the_recorded_revision_shows_whether_files_had_changed(monkeypatch, tmp_path):
+def test_the_recorded_revision_shows_whether_files_had_changed(monkeypatch, tmp_path, data_dir):
+    def recorded():
+        return distill.experiment_record(resolve_config({}), TokenBins(data_dir, T))["versions"]["git"]
+
     monkeypatch.setattr(distill, "__file__", str(tmp_path / "distill.py"))
-    assert distill.environment()["git"] is None
+    assert recorded() is None
     (tmp_path / "distill.py").write_text("one")
     commit = "git init -q && git add . && git -c user.name=me -c user.email=me@x commit -qm one && git rev-parse HEAD"
     revision = subprocess.run(commit, shell=True, cwd=tmp_path, check=True, capture_output=True, text=True).stdout[:40]
-    assert distill.environment()["git"] == revision
+    assert recorded() == revision
     (tmp_path / "notes.txt").write_text("not tracked")
-    assert distill.environment()["git"] == revision
+    assert recorded() == revision
     (tmp_path / "distill.py").write_text("two")
-    assert distill.environment()["git"] == f"{revision}-dirty"
+    assert recorded() == f"{revision}-dirty"
 
 
 def test_a_folder_of_other_files_is_rejected_and_not_touched(config, tmp_path):
@@ -959,11 +962,14 @@ def test_train_itself_checks_the_configuration(monkeypatch):
         train(resolve_config({"student": "scratch:1x32"}))
 
 
-@pytest.mark.parametrize("role, source", [("teacher", "a/folder/of/mine"), ("student", "on-the-hub/student")])
-def test_a_model_folder_requires_a_preset(run_main, tiny, role, source):
+@pytest.mark.parametrize("role, source, missing", [("teacher", "a/folder/of/mine", "student"),
+                                                   ("student", "on-the-hub/student", "teacher")])
+def test_a_model_folder_requires_a_preset(run_main, tiny, role, source, missing):
     others = {key: value for key, value in tiny.items() if key not in ("preset", "teacher", "student")}
     status, _, err = run_main(distill, *words({**others, role: source}))
-    assert status == 2 and re.fullmatch("error: --preset: choose one, since it sets what a step is; paper .*\n", err)
+    preset, model = err.splitlines()
+    assert status == 2 and preset.startswith("error: --preset: choose one, since it sets what a step is; paper ")
+    assert model.startswith(f"error: --{missing}: ")
 
 
 # ------------ Mistakes ------------------------------------------------------------------------------------------------
@@ -1037,6 +1043,28 @@ def test_what_auto_means_on_a_machine(given, cuda, world, resolved, monkeypatch)
     assert asdict(resolve_auto(config)) == asdict(resolve_auto(config)) | resolved
     fixed = resolve_config({"dtype": "float32", "compile": "false", "parallel": "ddp", "micro_batch_size": 1, **given})
     assert asdict(resolve_auto(fixed)) == asdict(fixed) | {"device": asdict(resolve_auto(config))["device"]}
+
+
+def test_all_contradictions_are_printed_at_once_a_line_each(program):
+    status, _, err = program("--alpha=2", "--lr=3e5", "--teacher=")
+    assert status == 2 and err.count("\n") == 3
+    assert re.findall("(?m)^error: --(\\w+)", err) == ["alpha", "lr", "teacher"]
+
+
+def product(*_):
+    return torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+@pytest.mark.parametrize("changed, name, bug, words", [
+    (model_program, "Block", lambda config: config.width, "AttributeError: 'GPTConfig' object has no attribute"),
+    (model_program, "write_weights", product, "RuntimeError: mat1 and mat2 shapes cannot be multiplied"),
+    (distill, "dense_distillation_loss", lambda logits, *_, **__: logits.soft(), "AttributeError: 'Tensor' object has"),
+    (distill, "measured_domains", lambda *_: nothing_at_all, "NameError: name 'nothing_at_all' is not defined")],
+    ids=["constructor", "save", "loss", "loop"])
+def test_a_bug_keeps_its_traceback(program, monkeypatch, changed, name, bug, words):
+    monkeypatch.setattr(changed, name, bug)
+    status, _, err = program()
+    assert status == 1 and err.startswith("Traceback") and err.splitlines()[-1].startswith(words)
 
 
 # ------------ Bins, models and tokenizers that do not fit -------------------------------------------------------------

@@ -487,6 +487,7 @@ DAMAGE = {  # what is wrong → (how it comes about, what the message names)
     "a tensor in two shards": (in_shards(slice(6), slice(5, None)), ["model.layers.0.mlp.up_proj.weight"]),
     "cut config": (spoil_bytes(CONFIG, lambda content: content[:40]), [CONFIG]),
     "a config that is a list": (put(CONFIG, b"[]"), [CONFIG]),
+    "rope_parameters that are a list": (edit(CONFIG, rope_parameters=[1e4]), [CONFIG, "TypeError"]),
     "unknown model_type": (edit(CONFIG, model_type="mamba"), [CONFIG, "mamba"]),
     "unknown activation": (edit(CONFIG, hidden_act="relu2"), [CONFIG, "relu2"]),
     "llama3 without a value": (spoil_rope("rope_scaling", rope_type="llama3", factor=8.0), ["low_freq_factor"]),

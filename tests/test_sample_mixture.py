@@ -382,6 +382,13 @@ def test_a_rule_of_a_fork_a_bad_alpha_and_a_missing_teacher_are_errors(program, 
     assert status == 2 and f"--metrics={path}" in stderr and named in stderr and len(stderr.splitlines()) == 1
 
 
+def test_a_bug_in_a_rule_that_is_replayed_keeps_its_traceback(program, make_run, monkeypatch):
+    monkeypatch.setitem(sample_mixture.RULES, "ddk", lambda *_: nothing_at_all)
+    status, _, stderr = program(f"--metrics={make_run()}")
+    assert status == 1 and "Traceback" in stderr
+    assert stderr.endswith("\nNameError: name 'nothing_at_all' is not defined\n")
+
+
 # ------------ The program: runs next to each other --------------------------------------------------------------------
 
 
