@@ -863,7 +863,7 @@ def main():
     add("--eot", default="", help="token that ends a document (default: the tokenizer's eos_token)")
     add("--text_key", default="text", help="key of a record's text (default: %(default)s)")
     add("--domain_key", default="", help="key of a record's domain, such as meta.source (default: none)")
-    add("--val_fraction", type=float, default=0.05, help="share of text for val, and for test (default: %(default)s)")
+    add("--val_fraction", type=float, default=0.05, help="share of documents in val, as in test (default: %(default)s)")
     add("--verify", default="", type=os.path.expanduser, metavar="DIR", help="only check the files of this folder")
     args = parser.parse_intermixed_args()
     if bool(args.verify) == bool(args.sources) or args.sources and not args.out_dir:
